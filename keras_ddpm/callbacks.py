@@ -1,0 +1,64 @@
+"""Callbacks for `DiffusionModel.fit`."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_ddpm import images
+from keras_ddpm.samplers import DDIM
+
+
+class SampleGrid(keras.callbacks.Callback):
+    """Writes a grid of samples every few epochs, from the same noise each time.
+
+    Args:
+        path: file name, in which `{epoch}` is replaced, as in "samples/{epoch:04d}.png".
+        every: epochs between grids.
+        num_samples: images in a grid.
+        seed: seed of the noise.
+        sampler: a `samplers.Sampler`; by default `DDIM(20)`, which takes 20 network evaluations.
+        compare_raw: whether to draw the samples of the raw weights to the right of those of the average.
+        scale: whole number by which every pixel is enlarged.
+    """
+
+    def __init__(self, path, every=1, num_samples=16, seed=0, sampler=None, compare_raw=False, scale=1):
+        super().__init__()
+        if every < 1:
+            raise ValueError(f"`every` must be at least 1. Received: every={every}")
+        self.path = str(path)
+        self.every = every
+        self.num_samples = num_samples
+        self.seed = seed
+        self.sampler = DDIM(20) if sampler is None else sampler
+        self.compare_raw = compare_raw
+        self.scale = scale
+
+    def on_epoch_end(self, epoch, logs=None):
+        epoch += 1
+        if epoch % self.every:
+            return
+        grids = [
+            images.grid(self.model.sample(self.num_samples, self.sampler, seed=self.seed, use_ema=use_ema))
+            for use_ema in ((True, False) if self.compare_raw else (True,))
+        ]
+        images.save(self.path.format(epoch=epoch), np.concatenate(grids, axis=1), self.scale)
+
+
+class EMAWeights(keras.callbacks.Callback):
+    """Evaluates the averaged weights: `evaluate(callbacks=[EMAWeights()])`, or validation during `fit`.
+
+    The network holds the average from the beginning of the evaluation to its end, and at no other time: a file
+    saved after an epoch holds the raw weights in the network and the average in its own place.
+    """
+
+    def on_test_begin(self, logs=None):
+        self._exchange()
+
+    def on_test_end(self, logs=None):
+        self._exchange()
+
+    def _exchange(self):
+        for average, v in zip(self.model.ema_weights, self.model.network.trainable_variables):
+            averaged, raw = ops.copy(average), ops.copy(v)
+            average.assign(raw)
+            v.assign(averaged)

@@ -1,0 +1,414 @@
+"""The model: a network and a process, trained with `fit` and sampled with `sample`."""
+
+import functools
+import itertools
+import random
+import types
+import warnings
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_ddpm.diffusion import GaussianDiffusion
+from keras_ddpm.samplers import DDIM
+from keras_ddpm.samplers import Sampler
+
+
+@keras.saving.register_keras_serializable(package="keras_ddpm")
+class DiffusionModel(keras.Model):
+    """A denoising diffusion probabilistic model.
+
+    `fit` and `evaluate` take batches of clean data x_0, `(batch, ...)`, or `(x_0, label)` tuples, whose label is
+    ignored. Each step draws t and noise and hands the regression problem (x_t, t) -> target to Keras' own step, so
+    that `compile` takes any Keras loss, metric and optimizer. `evaluate` draws the same t and noise at each call.
+
+    The model keeps an exponential moving average (EMA) of the network's trainable weights, updated after every
+    optimizer update n = 0, 1, ... with decay min(ema_decay, 1 − (1 + n)^(−3/4)): the first update copies.
+    `sample` reads the average; `save` stores both sets.
+
+    Example:
+
+    >>> model = DiffusionModel(networks.unet((64, 64, 3)))
+    >>> model.compile(loss="mse", optimizer="adam")
+    >>> model.fit(images, epochs=10)  # images: (num, 64, 64, 3) in [-1, 1]
+    >>> samples = model.sample(16, seed=0)
+
+    Args:
+        network: a built `keras.Model` from `[x_t, t]` to a tensor shaped like `x_t`; see `networks`.
+        diffusion: a `GaussianDiffusion`; by default one with its own defaults.
+        ema_decay: the largest decay of the average, in [0, 1).
+        seed: integer, of the t and the noise drawn in training. A saved model goes on from where it stopped.
+
+    Raises:
+        ValueError: for a decay outside [0, 1) or a network whose output is not shaped like its input.
+
+    Reference: Ho et al., 2020, algorithm 1.
+    """
+
+    def __init__(self, network, diffusion=None, ema_decay=0.999, *, seed=None, **kwargs):
+        # Under mixed precision only the network computes in bfloat16: x_t, target and loss stay float32.
+        super().__init__(**{**kwargs, "dtype": "float32"})
+        if not 0 <= ema_decay < 1:
+            raise ValueError(f"`ema_decay` must be in [0, 1). Received: ema_decay={ema_decay}")
+        inputs = network.inputs
+        if len(inputs) != 2 or inputs[0].shape != network.output.shape:
+            raise ValueError(
+                "`network` must take [x_t, t] and return a tensor shaped like x_t. "
+                f"Received: inputs {[tuple(i.shape) for i in inputs]}, output {tuple(network.output.shape)}"
+            )
+        self.network = network
+        self.diffusion = GaussianDiffusion() if diffusion is None else diffusion
+        self.ema_decay = ema_decay
+        self.seed = seed
+        self.ema_weights = [
+            self.add_weight(v.shape, dtype=v.dtype, trainable=False, name=f"ema_{index}")
+            for index, v in enumerate(network.trainable_variables)
+        ]
+        for average, v in zip(self.ema_weights, network.trainable_variables):
+            average.assign(ops.copy(v))
+        self._fit_random = keras.random.SeedGenerator(seed)
+        self._test_random = keras.random.SeedGenerator(0)
+        self._sampling = functools.lru_cache(maxsize=4)(functools.partial(_Sampling, self))
+        self.built = True
+
+    @property
+    def data_shape(self):
+        """The shape of one example."""
+        return tuple(self.network.output.shape[1:])
+
+    def call(self, inputs, training=None):
+        """The network's output for `(x_t, t)`."""
+        x_t, t = inputs
+        return self.network([x_t, t], training=training)
+
+    # Training.
+
+    def compile(self, *args, jit_compile="auto", **kwargs):
+        """Keras' own, on data of this model's shape."""
+        super().compile(*args, jit_compile=jit_compile, **kwargs)
+        self.jit_compile = _jit_compile(jit_compile)
+        # Build loss and metrics here: `fit` would do it by calling the model on clean data.
+        zeros = ops.zeros((1, *self.data_shape))
+        self.compute_loss(y=zeros, y_pred=zeros)
+        self.compute_metrics(None, zeros, zeros)
+        self.reset_metrics()
+
+    def compile_from_config(self, config):
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        self.optimizer.build(self.trainable_variables)
+
+    def fit(self, x=None, *args, callbacks=None, validation_data=None, **kwargs):
+        """Keras' own, on clean data, after a look at the data.
+
+        Raises:
+            ValueError: if the data (arrays whole, streams on their first batch) have another shape than the
+                network's input, lie outside `clip_range` or hold NaN; if the loss of an epoch is not finite.
+        """
+        x, first = self._checked(x)
+        if validation_data is not None:
+            validation_data, _ = self._checked(validation_data)
+        if callbacks is None:
+            callbacks = []
+        elif isinstance(callbacks, keras.callbacks.Callback):
+            callbacks = [callbacks]
+        # The watch comes first, so that no checkpoint is written of weights that are lost.
+        callbacks = [_Watch(first), *callbacks]
+        return super().fit(x, *args, callbacks=callbacks, validation_data=validation_data, **kwargs)
+
+    def evaluate(self, x=None, *args, **kwargs):
+        """Keras' own, with the same t and noise at each call."""
+        self._test_random.state.assign([0, 0])
+        if not kwargs.get("_use_cached_eval_dataset"):  # Keras' flag for the validation data that `fit` has checked
+            x, _ = self._checked(x)
+        return super().evaluate(x, *args, **kwargs)
+
+    def train_step(self, *args):
+        """Keras' own on noisy data, then the moving average. Takes `(data)`, on JAX `(state, data)`."""
+        if len(args) == 1:
+            data, updates = self._corrupt(*args, self._fit_random), ops.copy(self.optimizer.iterations)
+            logs = super().train_step(data)
+            self._update_average(updates)
+            return logs
+        state, data = args
+        variables = (
+            self.trainable_variables,
+            self.non_trainable_variables,
+            self.optimizer.variables,
+            self.metrics_variables,
+        )
+        with _Stateless(variables, state) as scope:
+            data, updates = self._corrupt(data, self._fit_random), ops.copy(self.optimizer.iterations)
+        logs, state = super().train_step(scope.state(), data)
+        with _Stateless(variables, state) as scope:
+            self._update_average(updates)
+        return logs, scope.state()
+
+    def test_step(self, *args):
+        """Keras' own on noisy data. Takes `(data)`, on JAX `(state, data)`."""
+        if len(args) == 1:
+            return super().test_step(self._corrupt(*args, self._test_random))
+        state, data = args
+        variables = (self.trainable_variables, self.non_trainable_variables, self.metrics_variables)
+        with _Stateless(variables, state) as scope:
+            data = self._corrupt(data, self._test_random)
+        return super().test_step(scope.state(), data)
+
+    def _corrupt(self, data, generator):
+        """Clean data to Keras' `(x, y)`: x_t and t, and what the network is to predict."""
+        x_0, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+        x_0 = ops.cast(x_0, "float32")
+        shape = ops.shape(x_0)
+        t = keras.random.randint(shape[:1], 1, self.diffusion.timesteps + 1, seed=generator)
+        noise = keras.random.normal(shape, seed=generator)
+        return (self.diffusion.q_sample(x_0, t, noise), t), self.diffusion.target(x_0, t, noise)
+
+    def _update_average(self, updates):
+        """One step of the moving average, if the optimizer has made one since it had made `updates`."""
+        decay = ops.minimum(self.ema_decay, 1.0 - (1.0 + ops.cast(updates, "float32")) ** -0.75)
+        # With gradient accumulation most batches update nothing.
+        decay = ops.where(self.optimizer.iterations > updates, decay, 1.0)
+        for average, v in zip(self.ema_weights, self.network.trainable_variables):
+            average.assign(v + decay * (average - v))
+
+    def _checked(self, data):
+        """The data unchanged (a generator is rebuilt around its first batch), and the part that was looked at."""
+        if isinstance(data, types.GeneratorType):
+            first = next(data, None)
+            data = (batch for batch in itertools.chain([first], data))
+        elif isinstance(data, keras.utils.PyDataset):
+            first = data[0]
+        elif isinstance(data, (list, tuple)) or hasattr(data, "shape"):
+            first = data
+        else:
+            first = next(iter(data), None)
+        if first is None:
+            raise ValueError(f"The data hold no batch. Received: {data}")
+        x_0 = ops.convert_to_numpy(keras.utils.unpack_x_y_sample_weight(first)[0])
+        expected = (None, *self.data_shape)
+        if x_0.ndim != len(expected) or any(e not in (None, size) for e, size in zip(expected, x_0.shape)):
+            raise ValueError(f"Expected data of shape {expected}, as the network's input. Received: {x_0.shape}")
+        low, high = x_0.min(), x_0.max()
+        if not np.isfinite(low) or not np.isfinite(high):
+            raise ValueError(f"The data hold NaN or infinite values. Received: values in [{low}, {high}]")
+        clip_range = self.diffusion.clip_range
+        if clip_range is not None and (low < clip_range[0] - 1e-3 or high > clip_range[1] + 1e-3):
+            raise ValueError(
+                f"Expected data in {list(clip_range)}, the `clip_range` of the diffusion; scale images with "
+                f"x / 127.5 - 1. Received: values in [{low}, {high}]"
+            )
+        return data, x_0
+
+    # Sampling.
+
+    def sample(
+        self,
+        num_samples,
+        sampler=None,
+        seed=None,
+        use_ema=True,
+        batch_size=None,
+        return_trajectory=None,
+        verbose=0,
+    ):
+        """Generates data, with a compiled program that is kept for further calls.
+
+        The starting noise depends on the seed and the index of a sample alone. So do the samples of a
+        deterministic sampler, whatever `num_samples` and `batch_size` (up to rounding, as the network computes
+        batches of other sizes in another order); those of a stochastic one do for the same `batch_size`.
+
+        Args:
+            num_samples: how many.
+            sampler: a `samplers.Sampler`; by default `DDIM(50)`.
+            seed: non-negative integer; `None` draws one (from Python's `random`).
+            use_ema: whether to use the averaged weights rather than the raw ones.
+            batch_size: how many at a time, the last batch filled up; `None` for at most 256.
+            return_trajectory: number k of intermediate states to return, evenly spaced over the steps, the last
+                being the samples.
+            verbose: 1 for a progress bar.
+
+        Returns:
+            float32 array `(num_samples, ...)` in the data's range; with `return_trajectory` a tuple of it and two
+            arrays `(k, num_samples, ...)`, of x_t and of the predicted x_0.
+
+        Raises:
+            ValueError: for a number or a seed that is none, or more steps than the schedule has.
+        """
+        sampler = DDIM(50) if sampler is None else sampler
+        if not isinstance(sampler, Sampler):
+            raise ValueError(f"`sampler` must be one of `keras_ddpm.samplers`. Received: sampler={sampler}")
+        for name, value in (
+            ("num_samples", num_samples),
+            ("batch_size", batch_size or 1),
+            ("return_trajectory", return_trajectory or 1),
+        ):
+            if not isinstance(value, (int, np.integer)) or value < 1:
+                raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value}")
+        seed = random.randrange(2**31) if seed is None else seed
+        if not isinstance(seed, (int, np.integer)) or seed < 0:
+            raise ValueError(f"`seed` must be a non-negative integer. Received: seed={seed}")
+        num_batches = -(-num_samples // (batch_size or 256))
+        batch_size = batch_size or -(-num_samples // num_batches)
+
+        program = self._sampling(sampler, bool(use_ema))
+        parts = return_trajectory or min(20 if verbose else 1, program.steps)
+        if parts > program.steps:
+            raise ValueError(f"{sampler} has {program.steps} steps. Received: return_trajectory={return_trajectory}")
+        cuts = np.linspace(0, program.steps, parts + 1).round().astype("int32")
+        progress = keras.utils.Progbar(num_batches * program.steps, verbose=verbose, unit_name="step")
+        batches = []
+        for batch in range(num_batches):
+            start = batch * batch_size
+            x = np.stack([_noise(self.data_shape, seed, index) for index in range(start, start + batch_size)])
+            x_0 = np.zeros_like(x)
+            # Keras on PyTorch adds seed and step as int32: leave room.
+            batch_seed = np.random.SeedSequence([seed, start]).generate_state(1)[0] >> 2
+            trajectory = []
+            for first, last in itertools.pairwise(cuts):
+                x, x_0 = program.predict_on_batch((x, x_0, np.int32(batch_seed), first, last))
+                trajectory.append((x, x_0))
+                progress.update(batch * program.steps + last)
+            batches.append(np.array(trajectory if return_trajectory else trajectory[-1:]))  # (part, 2, batch, ...)
+        x_t, x_0 = np.concatenate(batches, axis=2)[:, :, :num_samples].swapaxes(0, 1)
+        return (x_t[-1], x_t, x_0) if return_trajectory else x_t[-1]
+
+    # Saving.
+
+    def get_config(self):
+        return {
+            "name": self.name,
+            "network": keras.saving.serialize_keras_object(self.network),
+            "diffusion": keras.saving.serialize_keras_object(self.diffusion),
+            "ema_decay": self.ema_decay,
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        objects = {name: keras.saving.deserialize_keras_object(config[name]) for name in ("network", "diffusion")}
+        return cls(**{**config, **objects})
+
+    def save_own_variables(self, store):
+        super().save_own_variables(store)
+        store["fit_random"] = self._fit_random.state  # Keras does not save it, and a resumed run would repeat itself.
+
+    def load_own_variables(self, store):
+        self._fit_random.state.assign(store["fit_random"])
+        super().load_own_variables({key: store[key] for key in store.keys() if key != "fit_random"})
+
+
+class _Sampling(keras.Model):
+    """A stretch of the steps of a sampler, as one compiled loop."""
+
+    def __init__(self, model, sampler, use_ema):
+        super().__init__(name="sampling", dtype="float32")
+        self.model = model
+        self.sampler = sampler
+        self.use_ema = use_ema
+        self.table = sampler.table(model.diffusion.schedule)
+        self.random = keras.random.SeedGenerator(0)
+        self.jit_compile = _jit_compile("auto")
+        self.built = True
+
+    @property
+    def steps(self):
+        return len(self.table)
+
+    def call(self, inputs):
+        """x_t and x_0 after the steps from `first` to before `last`, from those before."""
+        x, x_0, seed, first, last = inputs
+        network = self.model.network
+        weights = self.model.ema_weights if self.use_ema else network.trainable_variables
+        # Values inside a scope hide those outside, so that it needs all of the network's.
+        scope = keras.StatelessScope(
+            [(v, w.value) for v, w in zip(network.trainable_variables, weights)]
+            + [(v, v.value) for v in network.non_trainable_variables]
+        )
+        table = ops.convert_to_tensor(self.table, "float32")
+
+        def denoise(x, t):
+            t = ops.broadcast_to(t, ops.shape(x)[:1])
+            with scope:
+                y = network([x, t], training=False)
+            return self.model.diffusion.predict_x0(x, t, y)
+
+        def step(index, state):
+            x, x_0 = state
+            row = ops.unstack(ops.take(table, index, axis=0))
+            noise = self._normal(ops.shape(x), seed, index) if self.sampler.stochastic else None
+            return self.sampler.step(row, denoise, x, noise, x_0)
+
+        return ops.fori_loop(first, last, step, (x, x_0))
+
+    def _normal(self, shape, seed, index):
+        """Noise that depends on the seed and the step alone, however the steps are cut into stretches."""
+        state = ops.cast(ops.stack([seed, index]), self.random.state.dtype)
+        with keras.StatelessScope([(self.random.state, state)]):
+            return keras.random.normal(shape, seed=self.random)
+
+
+class _Stateless(keras.StatelessScope):
+    """The scope in which JAX' state, lists of values, stands for lists of variables."""
+
+    def __init__(self, variables, values):
+        super().__init__(zip(itertools.chain(*variables), itertools.chain(*values)))
+        self.variables = variables
+
+    def state(self):
+        return tuple([self.get_current_value(v) for v in group] for group in self.variables)
+
+
+class _Watch(keras.callbacks.Callback):
+    """Says in words what a loss means that is not finite, or that does not fall.
+
+    Args:
+        x_0: clean data, some hundreds of which are looked at.
+    """
+
+    patience = 300  # optimizer updates
+
+    def __init__(self, x_0):
+        super().__init__()
+        self.x_0 = x_0[:256]
+
+    def on_train_begin(self, logs=None):
+        """Computes the loss of a network that always predicts zero."""
+        diffusion = self.model.diffusion
+        t = np.linspace(1, diffusion.timesteps, len(self.x_0)).round().astype("int32")
+        noise = np.random.default_rng(0).standard_normal(self.x_0.shape)
+        target = diffusion.target(self.x_0, t, noise)
+        self.trivial = float(self.model.compute_loss(y=target, y_pred=ops.zeros_like(target)))
+        self.start = int(self.model.optimizer.iterations)
+
+    def on_epoch_end(self, epoch, logs=None):
+        loss = (logs or {}).get("loss", 0.0)
+        if not np.isfinite(loss):
+            raise ValueError(
+                f"The loss of epoch {epoch + 1} is {loss}: the data hold NaN or infinite values, or the learning "
+                "rate is too high."
+            )
+        if loss > 0.9 * self.trivial and int(self.model.optimizer.iterations) - self.start >= self.patience:
+            warnings.warn(
+                f"After epoch {epoch + 1} the loss is {loss:.3f}; always predicting zero gives {self.trivial:.3f}. "
+                "The network has learned next to nothing: check the learning rate and the data.",
+                stacklevel=2,
+            )
+
+
+def _noise(shape, seed, index):
+    """The starting noise of one sample."""
+    return np.random.default_rng([seed, index]).standard_normal(shape, "float32")
+
+
+def _jit_compile(jit_compile):
+    """What "auto" means: XLA where it is the backend's own compiler or there is a GPU to compile for.
+
+    On a CPU, XLA's kernels are slower than TensorFlow's own; `torch.compile` of a Keras model takes minutes to start.
+    """
+    if jit_compile != "auto":
+        return jit_compile
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return bool(tf.config.list_physical_devices("GPU"))
+    return keras.backend.backend() == "jax"

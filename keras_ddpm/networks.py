@@ -1,0 +1,182 @@
+"""Networks: functional models from `[x_t, t]` to a tensor shaped like `x_t`.
+
+They know nothing of diffusion; any `keras.Model` with these inputs and this output serves as well. Each of them
+outputs zeros at initialisation.
+
+To add one, write a function that returns a `keras.Model` and takes its time embedding from `_time_embedding`.
+"""
+
+import warnings
+
+import keras
+from keras import layers
+from keras import ops
+
+from keras_ddpm.layers import TimestepEmbedding
+
+
+def unet(
+    image_shape,
+    width=64,
+    width_multipliers=(1, 2, 4, 8),
+    num_blocks=2,
+    attention_resolutions=(16,),
+    groups=8,
+    dropout=0.0,
+):
+    """The U-Net of Ho et al.: residual blocks with group normalisation, self-attention at low resolution.
+
+    Images whose sides are no multiples of 2^(levels − 1) are padded with zeros at the input and the result is
+    cropped, so that any size works. The weights are kept in float32 under any dtype policy, and so is the output.
+
+    Example:
+
+    >>> network = unet((64, 64, 3))
+    >>> network([x_t, t]).shape  # x_t: (batch, 64, 64, 3), t: (batch,)
+
+    Args:
+        image_shape: `(height, width, channels)`.
+        width: channels at full resolution.
+        width_multipliers: channels of each level, as multiples of `width`; each level halves the resolution.
+        num_blocks: residual blocks per level on the way down (one more on the way up).
+        attention_resolutions: levels whose longer side, after padding, is listed have self-attention.
+        groups: groups of the normalisations; divides the channels of every level.
+        dropout: rate of the dropout inside the residual blocks.
+
+    Returns:
+        A functional `keras.Model` with inputs `x_t` `(batch, height, width, channels)` and `t` `(batch,)`, int32.
+
+    Raises:
+        ValueError: for a shape that is none, an image too small for the levels, or channels that the groups do
+            not divide.
+
+    Reference: Ho et al., 2020, appendix B.
+    """
+    if len(image_shape) != 3 or not all(isinstance(size, int) and size > 0 for size in image_shape):
+        raise ValueError(f"`image_shape` must be (height, width, channels). Received: image_shape={image_shape}")
+    stride = 2 ** (len(width_multipliers) - 1)
+    if min(image_shape[:2]) < stride:
+        raise ValueError(
+            f"{len(width_multipliers)} levels need images of at least {stride}x{stride}. "
+            f"Received: image_shape={image_shape}"
+        )
+    for multiplier in width_multipliers:
+        if width * multiplier % groups:
+            raise ValueError(
+                f"The channels of every level must be multiples of groups={groups}. "
+                f"Received: width={width}, width_multipliers={width_multipliers}"
+            )
+    height_padding, width_padding = ((-size % stride // 2, (-size % stride + 1) // 2) for size in image_shape[:2])
+    padding = (height_padding, width_padding)
+    longer_side = max(size + sum(sides) for size, sides in zip(image_shape, padding))
+    resolutions = [longer_side >> level for level in range(len(width_multipliers))]
+    for missed in sorted(set(attention_resolutions) - set(resolutions)):
+        warnings.warn(f"No level is {missed} wide: there is no attention at {missed}. Levels: {resolutions}", stacklevel=2)
+
+    def normalize(x, name):
+        # The paper's epsilon (Keras' is 1e-3). Keras computes the statistics in float32 under any policy.
+        return layers.GroupNormalization(groups, epsilon=1e-6, name=f"{name}_norm")(x)
+
+    def residual_block(x, channels, name):
+        h = layers.Activation("swish", name=f"{name}_swish_1")(normalize(x, f"{name}_1"))
+        h = _conv(channels, name=f"{name}_conv_1")(h)
+        h_time = layers.Dense(channels, kernel_initializer=_initializer(), name=f"{name}_time")(time)
+        h = layers.Add(name=f"{name}_add_time")([h, layers.Reshape((1, 1, channels), name=f"{name}_reshape")(h_time)])
+        h = layers.Activation("swish", name=f"{name}_swish_2")(normalize(h, f"{name}_2"))
+        if dropout:
+            h = layers.Dropout(dropout, name=f"{name}_dropout")(h)
+        h = _conv(channels, zero=True, name=f"{name}_conv_2")(h)
+        if x.shape[-1] != channels:
+            x = _conv(channels, kernel_size=1, name=f"{name}_skip")(x)
+        return layers.Add(name=f"{name}_add")([x, h])
+
+    def attention_block(x, name):
+        height, width, channels = x.shape[1:]
+        h = layers.Reshape((height * width, 1, channels), name=f"{name}_tokens")(normalize(x, name))
+        q, k, v = (
+            layers.Dense(channels, kernel_initializer=_initializer(), name=f"{name}_{letter}")(h) for letter in "qkv"
+        )
+        h = ops.dot_product_attention(q, k, v)
+        h = layers.Dense(channels, kernel_initializer="zeros", name=f"{name}_out")(h)
+        h = layers.Reshape((height, width, channels), name=f"{name}_image")(h)
+        return layers.Add(name=f"{name}_add")([x, h])
+
+    x_t = keras.Input(tuple(image_shape), name="x_t")
+    t = keras.Input((), dtype="int32", name="t")
+    time = layers.Activation("swish", name="time_swish")(_time_embedding(t, width, 4 * width))
+
+    # Down.
+    x = layers.ZeroPadding2D(padding, name="pad")(x_t)
+    x = _conv(width, name="conv_in")(x)
+    skips = [x]
+    for level, multiplier in enumerate(width_multipliers):
+        for block in range(num_blocks):
+            x = residual_block(x, width * multiplier, f"down_{level}_{block}")
+            if resolutions[level] in attention_resolutions:
+                x = attention_block(x, f"down_{level}_{block}_attention")
+            skips.append(x)
+        if level < len(width_multipliers) - 1:
+            x = _conv(width * multiplier, strides=2, name=f"down_{level}_downsample")(x)
+            skips.append(x)
+
+    # Middle.
+    x = residual_block(x, x.shape[-1], "middle_0")
+    x = attention_block(x, "middle_attention")
+    x = residual_block(x, x.shape[-1], "middle_1")
+
+    # Up.
+    for level, multiplier in reversed(list(enumerate(width_multipliers))):
+        for block in range(num_blocks + 1):
+            x = layers.Concatenate(name=f"up_{level}_{block}_concatenate")([x, skips.pop()])
+            x = residual_block(x, width * multiplier, f"up_{level}_{block}")
+            if resolutions[level] in attention_resolutions:
+                x = attention_block(x, f"up_{level}_{block}_attention")
+        if level > 0:
+            x = layers.UpSampling2D(name=f"up_{level}_upsample")(x)
+            x = _conv(width * multiplier, name=f"up_{level}_conv")(x)
+    assert not skips
+
+    x = layers.Activation("swish", name="swish_out")(normalize(x, "out"))
+    x = _conv(image_shape[-1], zero=True, dtype="float32", name="conv_out")(x)
+    x = layers.Cropping2D(padding, name="crop")(x)
+    return keras.Model([x_t, t], x, name="unet")
+
+
+def mlp(dim=2, width=128, depth=3):
+    """A residual multi-layer perceptron, for points.
+
+    Args:
+        dim: numbers in a point.
+        width: size of the hidden layers.
+        depth: number of residual blocks.
+
+    Returns:
+        A functional `keras.Model` with inputs `x_t` `(batch, dim)` and `t` `(batch,)`, int32.
+    """
+    x_t = keras.Input((dim,), name="x_t")
+    t = keras.Input((), dtype="int32", name="t")
+    x = layers.Dense(width, name="dense_in")(x_t)
+    time = _time_embedding(t, width, width)
+    for block in range(depth):
+        h = layers.Activation("swish", name=f"block_{block}_swish_1")(layers.Add(name=f"block_{block}_add_time")([x, time]))
+        h = layers.Dense(width, activation="swish", name=f"block_{block}_dense_1")(h)
+        h = layers.Dense(width, name=f"block_{block}_dense_2")(h)
+        x = layers.Add(name=f"block_{block}_add")([x, h])
+    x = layers.Activation("swish", name="swish_out")(x)
+    x = layers.Dense(dim, kernel_initializer="zeros", dtype="float32", name="dense_out")(x)
+    return keras.Model([x_t, t], x, name="mlp")
+
+
+def _time_embedding(t, dim, width):
+    x = TimestepEmbedding(dim, name="time_sinusoid")(t)
+    x = layers.Dense(width, activation="swish", kernel_initializer=_initializer(), name="time_dense_1")(x)
+    return layers.Dense(width, kernel_initializer=_initializer(), name="time_dense_2")(x)
+
+
+def _conv(channels, kernel_size=3, strides=1, zero=False, **kwargs):
+    initializer = "zeros" if zero else _initializer()
+    return layers.Conv2D(channels, kernel_size, strides, padding="same", kernel_initializer=initializer, **kwargs)
+
+
+def _initializer():
+    return keras.initializers.VarianceScaling(1.0, mode="fan_avg", distribution="uniform")

@@ -1,0 +1,25 @@
+"""Figures."""
+
+import pathlib
+
+from matplotlib.figure import Figure
+
+
+def loss(path, history):
+    """Writes the curves of the losses, on a logarithmic scale.
+
+    Args:
+        path: file name; its ending gives the format.
+        history: a dict of lists, one number an epoch, as `fit` returns in `History.history`; entries whose name
+            does not end in "loss" are left out.
+    """
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, values in history.items():
+        if name.endswith("loss"):
+            axes.plot(range(1, len(values) + 1), values, marker="." if len(values) < 50 else "", label=name)
+    axes.set(xlabel="epoch", ylabel="loss", yscale="log")
+    axes.grid(which="both", alpha=0.3)
+    axes.legend()
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)

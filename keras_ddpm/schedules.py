@@ -1,0 +1,138 @@
+"""Noise schedules: how much signal and how much noise x_t holds.
+
+A schedule is two arrays of length T + 1, for t = 0..T, in
+
+    x_t = alpha_t x_0 + sigma_t ε,   ε ~ N(0, I)
+
+t = 0 is clean data (alpha_0 = 1, sigma_0 = 0); t = 1..T are the steps of the papers. Most published code
+counts from 0: its t is ours minus 1.
+
+`alpha` and `sigma` are the scales of signal and noise, as in VDM, DPM-Solver and EDM. The α_t of Ho et al. (2020)
+is something else, 1 − β_t; their ᾱ_t is our alpha_t².
+
+To add a schedule, write a function that returns a `Schedule`: `from_betas` makes the variance-preserving ones.
+"""
+
+import dataclasses
+
+import keras
+import numpy as np
+
+
+@keras.saving.register_keras_serializable(package="keras_ddpm")
+@dataclasses.dataclass(frozen=True, eq=False)
+class Schedule:
+    """The scales of signal and noise at t = 0..T.
+
+    Attributes:
+        alpha: float64 array `(T + 1,)`, scale of the signal; `alpha[0] == 1`.
+        sigma: float64 array `(T + 1,)`, scale of the noise; `sigma[0] == 0`, growing with t.
+
+    Raises:
+        ValueError: if the arrays are no schedule.
+    """
+
+    alpha: np.ndarray
+    sigma: np.ndarray
+
+    def __post_init__(self):
+        for name in ("alpha", "sigma"):
+            object.__setattr__(self, name, np.asarray(getattr(self, name), "float64"))
+        shape = self.alpha.shape
+        if len(shape) != 1 or shape[0] < 2 or shape != self.sigma.shape:
+            raise ValueError(
+                "A schedule needs alpha and sigma of one length, T + 1 with T at least 1. "
+                f"Received: shapes {shape} and {self.sigma.shape}"
+            )
+        if self.alpha[0] != 1.0 or self.sigma[0] != 0.0:
+            raise ValueError(
+                "A schedule starts at clean data, with alpha[0] = 1 and sigma[0] = 0. "
+                f"Received: alpha[0]={self.alpha[0]}, sigma[0]={self.sigma[0]}"
+            )
+        if not (np.all(np.diff(self.sigma) > 0) and np.all(self.alpha >= 0) and np.all(np.isfinite(self.alpha))):
+            raise ValueError("In a schedule sigma grows at every step and alpha is finite and never negative.")
+
+    @property
+    def timesteps(self):
+        """T, the number of steps."""
+        return len(self.alpha) - 1
+
+    def get_config(self):
+        return {"alpha": self.alpha.tolist(), "sigma": self.sigma.tolist()}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**config)
+
+
+def from_betas(betas):
+    """The variance-preserving schedule of some betas: alpha_t² = ∏ (1 − β_s), sigma_t² = 1 − alpha_t².
+
+    Args:
+        betas: array `(T,)`, each in (0, 1); `betas[0]` is β_1.
+
+    Returns:
+        A `Schedule`.
+
+    Raises:
+        ValueError: if a beta is outside (0, 1).
+
+    Reference: Ho et al., 2020, Eq. 4.
+    """
+    betas = np.asarray(betas, "float64")
+    if betas.ndim != 1 or not np.all((betas > 0) & (betas < 1)):
+        raise ValueError(f"`betas` must be one row of numbers in (0, 1). Received: {betas}")
+    log_alphas_cumprod = np.concatenate([[0.0], np.cumsum(np.log1p(-betas))])
+    # expm1, because 1 − ᾱ loses half of its digits where ᾱ is close to 1.
+    return Schedule(np.exp(log_alphas_cumprod / 2), np.sqrt(-np.expm1(log_alphas_cumprod)))
+
+
+def linear(timesteps=1000, beta_start=1e-4, beta_end=0.02):
+    """Betas that grow linearly.
+
+    The end points belong to T = 1000 and are scaled by 1000 / T, so that x_T is noise for any T.
+
+    Args:
+        timesteps: T, at least 25: with fewer the last betas would be too large.
+        beta_start: β_1 at T = 1000.
+        beta_end: β_T at T = 1000.
+
+    Returns:
+        A `Schedule`.
+
+    Raises:
+        ValueError: if `timesteps` is below 25 or no integer.
+
+    Reference: Ho et al., 2020, section 4.
+    """
+    _check_timesteps(timesteps)
+    if timesteps < 25:
+        raise ValueError(f"A linear schedule needs 25 steps or more; use `cosine`. Received: timesteps={timesteps}")
+    scale = 1000 / timesteps
+    return from_betas(np.linspace(beta_start * scale, beta_end * scale, timesteps))
+
+
+def cosine(timesteps=1000, offset=0.008):
+    """ᾱ_t falls as a squared cosine; betas are capped at 0.999.
+
+    Args:
+        timesteps: T.
+        offset: keeps the first betas from vanishing (s in the paper).
+
+    Returns:
+        A `Schedule`.
+
+    Raises:
+        ValueError: if `timesteps` is not a positive integer.
+
+    Reference: Nichol and Dhariwal, 2021, Eq. 17.
+    """
+    _check_timesteps(timesteps)
+    time = np.linspace(0, 1, timesteps + 1)
+    alphas_cumprod = np.cos((time + offset) / (1 + offset) * np.pi / 2) ** 2
+    return from_betas(np.minimum(1 - alphas_cumprod[1:] / alphas_cumprod[:-1], 0.999))
+
+
+def _check_timesteps(timesteps):
+    if not isinstance(timesteps, (int, np.integer)) or timesteps < 1:
+        raise ValueError(f"`timesteps` must be a positive integer. Received: timesteps={timesteps}")
