@@ -2,6 +2,7 @@
 
 from keras_ddpm import callbacks
 from keras_ddpm import datasets
+from keras_ddpm import hardware
 from keras_ddpm import images
 from keras_ddpm import networks
 from keras_ddpm import plots
@@ -15,6 +16,7 @@ __all__ = [
     "GaussianDiffusion",
     "callbacks",
     "datasets",
+    "hardware",
     "images",
     "networks",
     "plots",

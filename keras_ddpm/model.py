@@ -10,6 +10,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_ddpm import hardware
 from keras_ddpm.diffusion import GaussianDiffusion
 from keras_ddpm.samplers import DDIM
 from keras_ddpm.samplers import Sampler
@@ -87,8 +88,11 @@ class DiffusionModel(keras.Model):
     def compile(self, *args, jit_compile="auto", **kwargs):
         """Keras' own, on data of this model's shape."""
         super().compile(*args, jit_compile=jit_compile, **kwargs)
-        self.jit_compile = _jit_compile(jit_compile)
-        # Build loss and metrics here: `fit` would do it by calling the model on clean data.
+        if jit_compile == "auto":
+            self.jit_compile = hardware.jit_compile()
+        # Build everything here: `fit` would do it by calling the model on clean data, and TensorFlow traces a step
+        # twice that creates variables.
+        self.optimizer.build(self.trainable_variables)
         zeros = ops.zeros((1, *self.data_shape))
         self.compute_loss(y=zeros, y_pred=zeros)
         self.compute_metrics(None, zeros, zeros)
@@ -96,7 +100,6 @@ class DiffusionModel(keras.Model):
 
     def compile_from_config(self, config):
         self.compile(**keras.saving.deserialize_keras_object(config))
-        self.optimizer.build(self.trainable_variables)
 
     def fit(self, x=None, *args, callbacks=None, validation_data=None, **kwargs):
         """Keras' own, on clean data, after a look at the data.
@@ -307,7 +310,7 @@ class _Sampling(keras.Model):
         self.use_ema = use_ema
         self.table = sampler.table(model.diffusion.schedule)
         self.random = keras.random.SeedGenerator(0)
-        self.jit_compile = _jit_compile("auto")
+        self.jit_compile = hardware.jit_compile()
         self.built = True
 
     @property
@@ -398,17 +401,3 @@ class _Watch(keras.callbacks.Callback):
 def _noise(shape, seed, index):
     """The starting noise of one sample."""
     return np.random.default_rng([seed, index]).standard_normal(shape, "float32")
-
-
-def _jit_compile(jit_compile):
-    """What "auto" means: XLA where it is the backend's own compiler or there is a GPU to compile for.
-
-    On a CPU, XLA's kernels are slower than TensorFlow's own; `torch.compile` of a Keras model takes minutes to start.
-    """
-    if jit_compile != "auto":
-        return jit_compile
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        return bool(tf.config.list_physical_devices("GPU"))
-    return keras.backend.backend() == "jax"
