@@ -59,7 +59,7 @@ PRESETS = {
         "ema_decay": 0.995,
         "batch_size": 32,
         "epochs": 10,
-        "steps_per_epoch": 100,
+        "steps_per_epoch": 90,
         "learning_rate": 1e-3,
         "warmup_steps": 100,
         "grid_every": 1,

@@ -1,0 +1,87 @@
+import keras
+import numpy as np
+from keras import ops
+from PIL import Image
+
+import keras_ddpm as kd
+
+
+def weights(variables):
+    return [ops.convert_to_numpy(v) for v in variables]
+
+
+def small_model():
+    model = kd.DiffusionModel(kd.networks.unet((8, 8, 1), 8, (1,), 1), seed=0)
+    model.compile(loss="mse", optimizer=keras.optimizers.Adam(1e-2))
+    return model
+
+
+IMAGES = np.random.default_rng(0).uniform(-1, 1, (16, 8, 8, 1)).astype("float32")
+
+
+def test_validation_sees_the_average_and_files_do_not(tmp_path, model, points):
+    """The validation loss is that of a model whose raw weights are the average; the checkpoint holds raw weights."""
+    history = model.fit(
+        points,
+        epochs=3,
+        batch_size=32,
+        validation_data=points,
+        callbacks=[kd.callbacks.EMAWeights(), keras.callbacks.ModelCheckpoint(tmp_path / "{epoch}.keras")],
+        verbose=0,
+    ).history
+    raw, average = weights(model.network.trainable_variables), weights(model.ema_weights)
+    assert not np.allclose(raw[0], average[0])
+    raw_loss = model.evaluate(points, verbose=0)
+    average_loss = model.evaluate(points, callbacks=[kd.callbacks.EMAWeights()], verbose=0)
+    assert history["val_loss"][-1] == average_loss != raw_loss
+    assert all(map(np.array_equal, raw, weights(model.network.trainable_variables)))
+
+    saved = keras.saving.load_model(tmp_path / "3.keras")
+    assert all(map(np.array_equal, raw, weights(saved.network.trainable_variables)))
+    assert all(map(np.array_equal, average, weights(saved.ema_weights)))
+    for v, a in zip(saved.network.trainable_variables, average):
+        v.assign(a)
+    assert abs(saved.evaluate(points, verbose=0) - average_loss) < 1e-6
+
+
+def test_training_on_is_not_disturbed(model, points):
+    """With and without validation of the average, the same weights come out."""
+    copy = kd.DiffusionModel.from_config(model.get_config())
+    copy.compile(loss="mse", optimizer=keras.optimizers.Adam(1e-2))
+    copy.set_weights(model.get_weights())
+    options = {"epochs": 3, "batch_size": 32, "shuffle": False, "verbose": 0}
+    model.fit(points, validation_data=points, callbacks=[kd.callbacks.EMAWeights()], **options)
+    copy.fit(points, **options)
+    for got, expected in zip(weights(model.network.weights), weights(copy.network.weights)):
+        np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_sample_grid(tmp_path):
+    """Every other epoch, from the same noise: a model that does not learn draws the same picture."""
+    model = small_model()
+    model.optimizer.learning_rate = 0.0
+    model.fit(
+        IMAGES,
+        epochs=4,
+        callbacks=kd.callbacks.SampleGrid(tmp_path / "grids/{epoch:02d}.png", every=2, num_samples=3, scale=2),
+        verbose=0,
+    )
+    files = sorted((tmp_path / "grids").iterdir())
+    assert [file.name for file in files] == ["02.png", "04.png"]
+    first, second = (np.asarray(Image.open(file)) for file in files)
+    assert first.shape == (44, 44) and np.array_equal(first, second) and first[4:20, 4:20].std() > 10
+    samples = model.sample(3, kd.samplers.DDIM(20), seed=0)
+    assert np.array_equal(first[::2, ::2], kd.images.to_uint8(kd.images.grid(samples))[..., 0])
+
+
+def test_sample_grid_beside_the_raw_weights(tmp_path):
+    model = small_model()
+    callback = kd.callbacks.SampleGrid(tmp_path / "grid.png", num_samples=4, sampler=kd.samplers.DDIM(2), compare_raw=True)
+    model.fit(IMAGES, epochs=2, batch_size=4, callbacks=[callback], verbose=0)
+    picture = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert picture.shape == (22, 44)
+    average, raw = (
+        kd.images.to_uint8(kd.images.grid(model.sample(4, kd.samplers.DDIM(2), seed=0, use_ema=use_ema)))[..., 0]
+        for use_ema in (True, False)
+    )
+    assert np.array_equal(picture, np.concatenate([average, raw], axis=1)) and not np.array_equal(average, raw)

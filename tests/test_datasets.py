@@ -1,0 +1,154 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from keras_ddpm import datasets
+from keras_ddpm import images
+
+ROWS = np.arange(10, dtype="float32")[:, None] / 10
+
+
+def epoch(batches):
+    result = [batches[step] for step in range(len(batches))]
+    batches.on_epoch_end()
+    return result
+
+
+def test_shuffled_batches_are_full_and_leave_nobody_out():
+    batches = datasets.from_arrays(ROWS, batch_size=4, seed=1)
+    seen = [epoch(batches) for _ in range(5)]
+    assert all(len(batch) == 4 for batches in seen for batch in batches)
+    row = np.concatenate([batch for batches in seen for batch in batches])[:, 0]
+    assert len(row) == 40
+    for start in range(0, 40, 10):  # each ten in a row are a permutation
+        assert sorted(row[start : start + 10]) == sorted(ROWS[:, 0])
+    assert not np.array_equal(row[:10], row[10:20])
+    again = datasets.from_arrays(ROWS, batch_size=4, seed=1)
+    assert np.array_equal(again[1], seen[0][1]) and np.array_equal(again[0], seen[0][0])  # in any order
+    assert not np.array_equal(datasets.from_arrays(ROWS, batch_size=4, seed=2)[0], seen[0][0])
+
+
+def test_batches_in_order():
+    batches = datasets.from_arrays(ROWS, batch_size=4, shuffle=False)
+    for _ in range(2):
+        assert [len(batch) for batch in epoch(batches)] == [4, 4, 2]
+    assert np.array_equal(np.concatenate(epoch(batches)), ROWS)
+
+
+def test_labels_stay_with_their_examples():
+    batches = datasets.from_arrays(ROWS, labels=np.arange(10), batch_size=5)
+    for x, label in epoch(batches) + epoch(batches):
+        assert np.array_equal(x[:, 0], (label / 10).astype("float32"))
+
+
+def test_flip_mirrors_half_of_the_images():
+    x = np.zeros((100, 2, 2, 1), "uint8")
+    x[:, :, 0] = 255
+    batches = datasets.from_arrays(x, batch_size=100, flip=True)
+    first, second = epoch(batches)[0], epoch(batches)[0]
+    mirrored = first[:, 0, 0, 0] == -1
+    assert 30 < mirrored.sum() < 70 and np.array_equal(first[mirrored], -first[~mirrored][:1].repeat(mirrored.sum(), 0))
+    assert not np.array_equal(first, second)  # drawn anew
+    assert np.all(x[:, :, 0] == 255)  # and the data are left as they were
+
+
+def test_steps_per_epoch():
+    batches = datasets.from_arrays(ROWS, batch_size=4, steps_per_epoch=5)
+    assert len(batches) == 5
+    assert sorted(np.concatenate(epoch(batches))[:, 0].tolist()) == sorted(ROWS[:, 0].tolist() * 2)
+
+
+def test_arrays_from_files(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3)).astype("uint8")
+    np.save(tmp_path / "x.npy", x)
+    batch = datasets.from_arrays(tmp_path / "x.npy", batch_size=6, shuffle=False)[0]
+    assert batch.dtype == "float32" and np.array_equal(images.to_uint8(batch), x)
+    np.savez(tmp_path / "x.npz", x=x, labels=np.arange(6))
+    batch, labels = datasets.from_arrays(str(tmp_path / "x.npz"), image_size=4, batch_size=6, shuffle=False)[0]
+    assert batch.shape == (6, 4, 4, 3) and np.array_equal(labels, np.arange(6))
+    np.savez(tmp_path / "y.npz", y=x)
+    with pytest.raises(ValueError, match=r"'x'.*\['y'\]"):
+        datasets.from_arrays(tmp_path / "y.npz")
+
+
+def test_folder(tmp_path):
+    for name, colour in [("b/1.png", "red"), ("a/2.JPG", "blue"), ("a/deep/3.bmp", "green")]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (12, 9), colour).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no image")
+    x, labels = datasets.from_folder(tmp_path, 8, labels=True, batch_size=3, shuffle=False)[0]
+    assert x.shape == (3, 8, 8, 3) and labels.tolist() == [0, 1, 2]
+    assert x[2, 0, 0].tolist() == [1, -1, -1]
+    assert datasets.from_folder(tmp_path, 8, channels=1, batch_size=3)[0].shape == (3, 8, 8, 1)
+
+    (tmp_path / "a/broken.png").write_bytes(b"\x89PNG nonsense")
+    with pytest.warns(UserWarning, match="Skipped.*broken.png"):
+        assert datasets.from_folder(tmp_path, 8, batch_size=3).num_examples == 3
+    with pytest.raises(ValueError, match="broken.png cannot be read"):
+        datasets.from_folder(tmp_path, 8, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: datasets.from_folder(folder), "no readable image in"),
+        (lambda folder: datasets.from_folder(folder / "nowhere"), "no folder .*nowhere"),
+        (lambda folder: datasets.from_arrays(ROWS, batch_size=11), "size of the data, 10. Received: 11"),
+        (lambda folder: datasets.from_arrays(ROWS, batch_size=0), "Received: 0"),
+        (lambda folder: datasets.from_arrays(ROWS, labels=[1, 2], batch_size=2), "2 for 10"),
+        (lambda folder: datasets.from_arrays(np.arange(10), batch_size=2), "int64"),
+        (lambda folder: datasets.from_arrays(ROWS, image_size=8), "float32"),
+        (lambda folder: datasets.procedural_flowers(0), "num_images=0"),
+    ],
+)
+def test_bad_input(tmp_path, make, message):
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path)
+
+
+def test_procedural_flowers():
+    x, labels = datasets.procedural_flowers(60, 24, seed=1)
+    assert x.shape == (60, 24, 24, 3) and x.dtype == "float32" and -1 <= x.min() < -0.5 < 0.5 < x.max() <= 1
+    assert np.array_equal(images.from_uint8(images.to_uint8(x)), x)
+    assert set(labels.tolist()) == set(range(len(datasets.FLOWER_KINDS)))
+    again, _ = datasets.procedural_flowers(3, 24, seed=1)
+    assert np.array_equal(again, x[:3])
+    assert len(np.unique(x.reshape(60, -1), axis=0)) == 60
+    # In the middle a flower stands out from the green around it.
+    green = x[..., 1] - x[..., 0]
+    assert np.mean(green[:, :2]) > 0 > np.mean(green[:, 10:14, 10:14])
+
+
+def test_reports_a_data_set_that_cannot_be_had(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("the cable is cut")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    with pytest.raises(ConnectionError, match="oxford_flowers102 is not in .* the cable is cut"):
+        datasets.oxford_flowers(data_dir=tmp_path)
+
+
+def test_does_not_wait_for_a_network_that_never_answers(monkeypatch):
+    monkeypatch.setattr("urllib.request.urlopen", lambda *args, **kwargs: __import__("time").sleep(30))
+    with pytest.raises(ConnectionError, match="no answer in 0.1 seconds"):
+        datasets._check_reachable("https://example.org", "no data", seconds=0.1)
+
+
+def test_oxford_flowers(data_dir):
+    """8189 photographs less four that are there twice, a tenth of each split held out, none in both parts."""
+    train, validation = datasets.oxford_flowers(16, 32, data_dir, labels=True)
+    assert (train.num_examples, validation.num_examples) == (7366, 819)
+    every = np.concatenate([train.x, validation.x])
+    assert every.shape == (8185, 16, 16, 3) and len(np.unique(every.reshape(8185, -1), axis=0)) == 8185
+    assert set(train.labels) == set(range(102))
+    assert sum(len(x) for x, _ in epoch(validation)) == 819 and len(train) == 7366 // 32
+    assert train.flip and not validation.flip
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
+def test_other_data_sets(data_dir, name):
+    batches = datasets.from_tfds(name, "test[:100]", data_dir=data_dir, labels=True, batch_size=10)
+    x, labels = batches[0]
+    assert x.shape == (10, 28, 28, 1) and labels.shape == (10,) and batches.num_examples == 100
+    small = datasets.from_tfds(name, "test[:100]", 16, data_dir=data_dir, batch_size=10, shuffle=False)[0]
+    assert small.shape == (10, 16, 16, 1) and -1 <= small.min() < -0.9 and small.max() <= 1

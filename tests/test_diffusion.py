@@ -1,0 +1,131 @@
+"""Against an independent derivation in float64: Gaussian conditioning by precision matrices, not the package's formulas."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_ddpm import GaussianDiffusion
+from keras_ddpm import schedules
+
+SCHEDULES = {"linear": schedules.linear(1000), "cosine": schedules.cosine(1000)}
+PREDICTIONS = ["epsilon", "x0", "v"]
+
+
+@pytest.fixture(params=SCHEDULES)
+def schedule(request):
+    return SCHEDULES[request.param]
+
+
+def draw(num, shape=(4, 3), seed=0):
+    random = np.random.default_rng(seed)
+    return random.uniform(-1, 1, (num, *shape)).astype("float32"), random.normal(size=(num, *shape)).astype("float32")
+
+
+def test_scales_and_q_sample(schedule):
+    diffusion = GaussianDiffusion(schedule)
+    t = np.arange(1001)
+    x_0, noise = draw(1001)
+    alpha, sigma = diffusion.scales(t, x_0)
+    assert alpha.shape == (1001, 1, 1)
+    np.testing.assert_allclose(np.ravel(ops.convert_to_numpy(alpha)), schedule.alpha, rtol=1e-6)
+    np.testing.assert_allclose(np.ravel(ops.convert_to_numpy(sigma)), schedule.sigma, rtol=1e-6)
+    expected = schedule.alpha[:, None, None] * x_0 + schedule.sigma[:, None, None] * noise
+    np.testing.assert_allclose(ops.convert_to_numpy(diffusion.q_sample(x_0, t, noise)), expected, atol=1e-6)
+    assert diffusion.timesteps == 1000
+    assert diffusion.alphas_cumprod.dtype == "float64" and diffusion.alphas_cumprod[0] == 1
+    np.testing.assert_allclose(diffusion.alphas_cumprod, schedule.alpha**2)
+
+
+@pytest.mark.parametrize("step", [1, 7, 300])
+def test_q_posterior(schedule, step):
+    """x_s | x_0 is a Gaussian prior and x_t | x_s a Gaussian likelihood: precisions add up."""
+    t = np.arange(step + 1, 1001)
+    s = t - step
+    betas = 1 - (schedule.alpha[1:] / schedule.alpha[:-1]) ** 2  # beta_t at [t - 1]
+    keep = np.array([np.prod(1 - betas[j:i]) for i, j in zip(t, s)])  # (alpha_t / alpha_s)^2
+    prior_precision = 1 / schedule.sigma[s] ** 2
+    likelihood_precision = keep / (1 - keep)
+    variance = 1 / (prior_precision + likelihood_precision)
+    x_0, x_t = draw(len(t))
+    mean = variance[:, None, None] * (
+        (prior_precision * schedule.alpha[s])[:, None, None] * x_0
+        + (np.sqrt(keep) / (1 - keep))[:, None, None] * x_t
+    )
+    got_mean, got_variance = GaussianDiffusion(schedule).q_posterior(x_0, x_t, t, s)
+    np.testing.assert_allclose(np.ravel(ops.convert_to_numpy(got_variance)), variance, rtol=1e-4)
+    np.testing.assert_allclose(ops.convert_to_numpy(got_mean), mean, rtol=1e-4, atol=1e-5)
+
+
+def test_q_posterior_at_clean_data():
+    """q(x_0 | x_t, x_0) is a point."""
+    x_0, x_t = draw(1000)
+    mean, variance = GaussianDiffusion().q_posterior(x_0, x_t, np.arange(1, 1001), np.zeros(1000, int))
+    np.testing.assert_allclose(ops.convert_to_numpy(mean), x_0, atol=1e-6)
+    assert np.all(ops.convert_to_numpy(variance) == 0)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_predictions_lead_back_to_the_data(prediction):
+    schedule = schedules.linear(1000)
+    diffusion = GaussianDiffusion(schedule, prediction, clip_range=None)
+    x_0, noise = draw(1001)
+    t = np.arange(1001)
+    x_t = diffusion.q_sample(x_0, t, noise)
+    got = ops.convert_to_numpy(diffusion.predict_x0(x_t, t, diffusion.target(x_0, t, noise)))
+    # Rounding of x_t and y, amplified by 1 / alpha_t where the noise is taken away.
+    amplified = 1 / schedule.alpha if prediction == "epsilon" else np.ones(1001)
+    assert np.max(np.abs(got - x_0).max(axis=(1, 2)) / amplified) < 2e-6
+    got = ops.convert_to_numpy(diffusion.predict_noise(x_t[1:], t[1:], x_0[1:]))
+    assert np.max(np.abs(got - noise[1:]).max(axis=(1, 2)) * schedule.sigma[1:]) < 2e-6
+
+
+def test_targets():
+    diffusion = {prediction: GaussianDiffusion(prediction=prediction) for prediction in PREDICTIONS}
+    x_0, noise = draw(1001)
+    t = np.arange(1001)
+    alpha, sigma = (table[:, None, None] for table in (diffusion["v"].schedule.alpha, diffusion["v"].schedule.sigma))
+    expected = {"epsilon": noise, "x0": x_0, "v": alpha * noise - sigma * x_0}
+    for prediction in PREDICTIONS:
+        got = ops.convert_to_numpy(diffusion[prediction].target(x_0, t, noise))
+        np.testing.assert_allclose(got, expected[prediction], atol=1e-6)
+
+
+def test_predict_x0_clips():
+    x_t = np.full((2, 3), 5.0)
+    t, y = np.array([1, 1000]), np.zeros((2, 3))
+    assert np.all(ops.convert_to_numpy(GaussianDiffusion().predict_x0(x_t, t, y)) == 1)
+    assert np.all(ops.convert_to_numpy(GaussianDiffusion(clip_range=(0, 0.5)).predict_x0(x_t, t, y)) == 0.5)
+    assert np.all(ops.convert_to_numpy(GaussianDiffusion(clip_range=None).predict_x0(x_t, t, y)) > 4)
+
+
+def test_config():
+    diffusion = GaussianDiffusion(np.linspace(0.01, 0.2, 30), prediction="v", clip_range=None)
+    copy = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(diffusion))
+    assert copy.get_config() == diffusion.get_config()
+    assert np.array_equal(copy.alphas_cumprod, diffusion.alphas_cumprod)
+
+
+def test_no_signal_at_the_end_needs_a_target_that_holds_the_data():
+    schedule = schedules.Schedule([1.0, 0.6, 0.0], [0.0, 0.8, 1.0])
+    with pytest.raises(ValueError, match="'epsilon' at t = 2"):
+        GaussianDiffusion(schedule)
+    for prediction in ("x0", "v"):
+        diffusion = GaussianDiffusion(schedule, prediction)
+        x_0, noise = draw(3)
+        t = np.arange(3)
+        got = diffusion.predict_x0(diffusion.q_sample(x_0, t, noise), t, diffusion.target(x_0, t, noise))
+        np.testing.assert_allclose(ops.convert_to_numpy(got), x_0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prediction": "eps"}, "epsilon.*Received: prediction='eps'"),
+        ({"clip_range": (1, -1)}, r"clip_range=\(1, -1\)"),
+        ({"schedule": [0.1, -0.1]}, "-0.1"),
+    ],
+)
+def test_bad_input(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        GaussianDiffusion(**arguments)

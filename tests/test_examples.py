@@ -1,0 +1,94 @@
+"""The examples as people start them, with tiny settings, and the README's code as it is printed."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import keras
+import pytest
+from PIL import Image
+
+import keras_ddpm as kd
+
+ROOT = pathlib.Path(__file__).parent.parent
+TINY = "--image-size 16 --width 8 --width-multipliers 1 2 --batch-size 8 --epochs 2 --steps-per-epoch 2".split()
+
+
+def flowers(*arguments, **environment):
+    """Runs examples/flowers.py; returns exit status and output."""
+    command = [sys.executable, "-W", "error::UserWarning:keras_ddpm", str(ROOT / "examples/flowers.py"), *map(str, arguments)]
+    run = subprocess.run(
+        command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    return run.returncode, run.stdout
+
+
+def check_output(folder):
+    for name in ("samples/0001.png", "samples/0002.png", "samples.png", "loss.png", "denoising.gif"):
+        with Image.open(folder / name) as picture:
+            picture.load()
+    with Image.open(folder / "denoising.gif") as gif:
+        assert gif.n_frames == 25
+    lines = (folder / "history.csv").read_text().splitlines()
+    assert lines[0] == "epoch,loss,val_loss" and len(lines) == 3
+    model = keras.saving.load_model(folder / "model.keras")
+    assert model.sample(1, kd.samplers.DDIM(2)).shape == (1, 16, 16, 3)
+
+
+def test_flowers_without_network_and_data(tmp_path):
+    """The main job on the built-in flowers, from the embedded default, then on from its model."""
+    offline = {"https_proxy": "http://127.0.0.1:9", "TFDS_DATA_DIR": str(tmp_path / "nothing")}
+    status, text = flowers(*TINY, "--num-images", 90, "--output", tmp_path / "a", **offline)
+    assert status == 0, text
+    assert "NOT TRAINING ON PHOTOGRAPHS: oxford_flowers102 is not in" in text
+    assert "To insist: --dataset oxford_flowers102" in text
+    assert "Preset: " in text and "81 images of 16x16" in text and "Saw 32 images in" in text
+    check_output(tmp_path / "a")
+
+    options = ["--dataset", "procedural", "--num-images", 90, "--batch-size", 8, "--steps-per-epoch", 2, "--epochs", 2]
+    init = tmp_path / "a/model.keras"
+    status, text = flowers("--init", init, *options, "--output", tmp_path / "b")
+    assert status == 0, text
+    check_output(tmp_path / "b")
+    status, text = flowers("--init", init, "--width", 16)
+    assert status == 2 and "--init brings its own network and process. Received as well: width" in text
+
+
+def test_flowers_on_photographs(tmp_path, data_dir):
+    status, text = flowers(*TINY, "--dataset", "oxford_flowers102", "--data-dir", data_dir, "--output", tmp_path)
+    assert status == 0, text
+    assert "7366 images of 16x16 to train on and 819 held out" in text
+    check_output(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--dataset", "oxford_flowers102", "--data-dir", "nowhere"], 1, "oxford_flowers102 is not in nowhere"),
+        (["--preset", "big"], 2, "--preset: invalid choice: 'big' .*full.*cpu"),
+        (["--output", "/dev/null/x"], 1, "/dev/null"),
+        (["--image-size", "2"], 1, r"at least 4x4. Received: image_shape=\(2, 2, 3\)"),
+        (["--dataset", "procedural", "--num-images", "20", "--batch-size", "64"], 1, "size of the data, 18. Received: 64"),
+    ],
+)
+def test_flowers_says_in_one_line_what_is_wrong(tmp_path, arguments, status, message):
+    got, text = flowers("--preset", "cpu", "--output", tmp_path, *arguments, https_proxy="http://127.0.0.1:9")
+    assert got == status and re.search(message, text.splitlines()[-1]), text
+
+
+def test_the_readmes_fifteen_lines(tmp_path, monkeypatch):
+    """As printed, but for the size of the job."""
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    assert len(code.strip().splitlines()) <= 17
+    images = kd.datasets.procedural_flowers(40, 16)[0]
+    batches = [kd.datasets.from_arrays(images, batch_size=8, steps_per_epoch=2), kd.datasets.from_arrays(images[:8], batch_size=8)]
+    monkeypatch.setattr(kd.datasets, "oxford_flowers", lambda image_size, batch_size: batches)
+    for old, new in [("64, 64, 3", "16, 16, 3), 8, (1, 2"), ("epochs=800", "epochs=10"), ("DDIM(50)", "DDIM(3)")]:
+        assert old in code
+        code = code.replace(old, new)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    for name in ("samples/0010.png", "flowers.png"):
+        assert Image.open(name).size[0] > 60

@@ -1,0 +1,86 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from keras_ddpm import images
+from keras_ddpm import plots
+
+
+def test_eight_bits_and_back():
+    levels = np.arange(256, dtype="uint8")
+    x = images.from_uint8(levels)
+    assert x.dtype == "float32" and x[0] == -1 and x[-1] == 1
+    assert np.array_equal(images.to_uint8(x), levels)
+    assert np.array_equal(images.to_uint8([-7.0, 7.0]), [0, 255])
+
+
+def test_resize_crops_the_centre_and_does_not_alias():
+    stripes = np.zeros((90, 150, 3), "uint8")
+    stripes[:, 30:120:2] = 200  # the square in the middle, in stripes of one pixel
+    stripes[:, :30] = stripes[:, 120:] = 255
+    small = images.resize(stripes, 30)
+    assert small.shape == (30, 30, 3)
+    assert np.all(np.abs(small[:, 2:-2].astype(int) - 100) <= 2)
+    grey = images.resize(np.full((28, 28, 1), 7, "uint8"), 14)
+    assert grey.shape == (14, 14, 1) and np.all(grey == 7)
+
+
+def test_load_turns_upright(tmp_path):
+    pixels = np.zeros((4, 8, 3), "uint8")
+    pixels[:, :4] = 255  # left half white
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise: the left side comes on top
+    Image.fromarray(pixels).save(tmp_path / "x.png", exif=exif)
+    x = images.load(tmp_path / "x.png", 4)
+    assert np.all(x[:2] == 255) and np.all(x[2:] == 0)
+
+
+def test_load_other_modes(tmp_path):
+    grey16 = np.full((4, 4), 40_000, "uint16")
+    Image.fromarray(grey16).save(tmp_path / "grey16.png")
+    assert np.all(images.load(tmp_path / "grey16.png", 4) == 40_000 // 256)
+    assert images.load(tmp_path / "grey16.png", 4, channels=1).shape == (4, 4, 1)
+    Image.new("L", (4, 4), 90).save(tmp_path / "grey.png")
+    assert np.all(images.load(tmp_path / "grey.png", 4) == 90)
+    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    clear.save(tmp_path / "alpha.png")
+    assert np.all(images.load(tmp_path / "alpha.png", 4) == 255)
+    half = Image.new("RGBA", (4, 4), (255, 0, 0, 128))
+    half.convert("RGBA").save(tmp_path / "half.png")
+    assert np.allclose(images.load(tmp_path / "half.png", 4)[0, 0], [255, 127, 127], atol=1)
+    Image.new("P", (4, 4), 0).save(tmp_path / "palette.gif", transparency=0)
+    assert np.all(images.load(tmp_path / "palette.gif", 4) == 255)
+
+
+def test_grid():
+    x = np.linspace(-1, 0.5, 5 * 2 * 3 * 1).reshape(5, 2, 3, 1)
+    grid = images.grid(x)
+    assert grid.shape == (2 * 4 + 2, 3 * 5 + 2, 1)
+    for number, (row, column) in enumerate([(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]):
+        y, z = 2 + 4 * row, 2 + 5 * column
+        np.testing.assert_allclose(grid[y : y + 2, z : z + 3], x[number], atol=1e-6)
+    assert np.all(grid[6:8, 12:15] == 1) and np.all(grid[:2] == 1)
+    assert images.grid(x, columns=5, padding=0).shape == (2, 15, 1)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_files(tmp_path, channels):
+    x = np.random.default_rng(0).uniform(-1, 1, (4, 5, 6, channels))
+    images.save(tmp_path / "new/x.png", x, scale=3)
+    pixels = np.asarray(Image.open(tmp_path / "new/x.png")).reshape(16 * 3, 18 * 3, channels)
+    assert np.array_equal(pixels[::3, ::3], images.to_uint8(images.grid(x)))
+    images.save(tmp_path / "one.png", x[0])
+    assert Image.open(tmp_path / "one.png").size == (6, 5)
+    images.save_gif(tmp_path / "x.gif", [x, -x, x], milliseconds=50)
+    with Image.open(tmp_path / "x.gif") as gif:
+        assert gif.n_frames == 3 and gif.size == (18, 16) and gif.info["loop"] == 0
+        assert gif.info["duration"] == 50
+        gif.seek(2)
+        assert gif.info["duration"] == 2000
+
+
+def test_loss_plot(tmp_path):
+    plots.loss(tmp_path / "new/loss.png", {"loss": [1.0, 0.5], "val_loss": [0.9, 0.6], "lr": [1, 1]})
+    pixels = np.asarray(Image.open(tmp_path / "new/loss.png").convert("RGB"), "int32")
+    colourful = np.sum(np.ptp(pixels, axis=-1) > 60)
+    assert pixels.shape == (480, 720, 3) and 500 < colourful < 20_000  # two thin curves

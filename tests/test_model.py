@@ -1,0 +1,360 @@
+import os
+import subprocess
+import sys
+import warnings
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_ddpm as kd
+
+
+def weights(variables):
+    return [ops.convert_to_numpy(v) for v in variables]
+
+
+def small_unet(**kwargs):
+    network = kd.networks.unet((8, 8, 1), 8, (1, 2), 1, (4,))
+    model = kd.DiffusionModel(network, seed=0, **kwargs)
+    model.compile(loss="mse", optimizer=keras.optimizers.Adam(1e-3))
+    return model
+
+
+# Training.
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"), [("mse", 1.0), ("mae", np.sqrt(2 / np.pi)), (keras.losses.LogCosh(), 0.37439), ("huber", 0.42445)]
+)
+def test_a_fresh_model_predicts_zero(model, points, loss, expected):
+    """Its loss is then E|ε|^2, E|ε| and so on, here of 1024 draws of two numbers."""
+    model.compile(loss=loss, optimizer="adam")
+    got = model.evaluate(np.tile(points, (4, 1)), verbose=0)
+    assert abs(got / expected - 1) < 5 * np.sqrt(2 / 2048)
+
+
+def test_a_fresh_unet_has_loss_one():
+    images = np.random.default_rng(0).uniform(-1, 1, (64, 8, 8, 1)).astype("float32")
+    assert abs(small_unet().evaluate(images, verbose=0) - 1) < 5 * np.sqrt(2 / images.size)
+
+
+def test_fit_reports_the_true_loss(points):
+    """Of weights that do not move: the loss of the batches by hand, with the t and noise that the step drew."""
+    model = kd.DiffusionModel(kd.networks.mlp(2, 16, 1), seed=3)
+    model.network.set_weights([np.random.default_rng(0).normal(0, 0.3, w.shape) for w in weights(model.network.weights)])
+    model.compile(loss="mse", metrics=["mae"], optimizer=keras.optimizers.SGD(0.0))
+    history = model.fit(points, batch_size=128, shuffle=False, epochs=1, verbose=0).history
+    generator = keras.random.SeedGenerator(3)
+    losses, errors = [], []
+    for x_0 in (points[:128], points[128:]):
+        t = ops.convert_to_numpy(keras.random.randint((128,), 1, 1001, seed=generator))
+        noise = ops.convert_to_numpy(keras.random.normal((128, 2), seed=generator)).astype("float64")
+        alpha, sigma = model.diffusion.schedule.alpha[t, None], model.diffusion.schedule.sigma[t, None]
+        y = ops.convert_to_numpy(model.network([(alpha * x_0 + sigma * noise).astype("float32"), t]))
+        losses.append(np.mean((y - noise) ** 2))
+        errors.append(np.mean(np.abs(y - noise)))
+    assert history["loss"][0] == pytest.approx(np.mean(losses), rel=1e-4)
+    assert history["mae"][0] == pytest.approx(np.mean(errors), rel=1e-4)
+
+
+def test_learns(model, points):
+    points = 0.5 + 0.05 * points
+    losses = model.fit(points, epochs=40, batch_size=64, verbose=0).history["loss"]
+    assert losses[-1] < 0.25 < losses[0]
+    samples = model.sample(200, seed=0)
+    assert np.abs(samples.mean(0) - 0.5).max() < 0.15 and samples.std() < 0.3
+
+
+def test_labels_are_ignored_without_conditioning(points):
+    histories = []
+    for data in [(points,), (points, np.arange(256))]:
+        keras.utils.set_random_seed(0)
+        model = kd.DiffusionModel(kd.networks.mlp(2, 16, 1), seed=0)
+        model.compile(loss="mse", optimizer="adam")
+        histories.append(model.fit(*data, epochs=1, shuffle=False, verbose=0).history["loss"])
+    assert histories[0] == histories[1]
+
+
+def test_evaluate_draws_the_same_each_time(model, points):
+    first = model.evaluate(points, verbose=0)
+    history = model.fit(points, validation_data=points, epochs=1, verbose=0).history
+    assert first == pytest.approx(1.0, abs=0.3) and history["val_loss"][0] != first
+    assert model.evaluate(points, verbose=0) == model.evaluate(points, verbose=0) == history["val_loss"][0]
+
+
+def expected_average(before, after, n, decay):
+    decay = min(decay, 1 - (1 + n) ** -0.75)
+    return [decay * average + (1 - decay) * raw for average, raw in zip(before, after)]
+
+
+@pytest.mark.parametrize("accumulation", [None, 2])
+def test_ema_follows_its_recurrence(points, accumulation):
+    model = kd.DiffusionModel(kd.networks.mlp(2, 16, 1), ema_decay=0.5, seed=0)
+    optimizer = keras.optimizers.Adam(1e-2, gradient_accumulation_steps=accumulation)
+    model.compile(loss="mse", optimizer=optimizer)
+    average, updates = weights(model.ema_weights), 0
+    for step in range(1, 9):
+        model.train_on_batch(points[:32])
+        if step % (accumulation or 1) == 0:
+            average = expected_average(average, weights(model.network.trainable_variables), updates, 0.5)
+            updates += 1
+        for got, expected in zip(weights(model.ema_weights), average):
+            np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
+        if updates == 1:  # the first update copies
+            assert all(map(np.array_equal, weights(model.ema_weights), weights(model.network.trainable_variables)))
+    assert updates == 8 // (accumulation or 1)
+
+
+def test_fit_compiles_on_the_backends_that_gain_from_it(model):
+    assert model.jit_compile is (keras.backend.backend() == "jax" or kd.hardware.jit_compile())
+    model.compile(loss="mse", optimizer="adam", jit_compile=False)
+    assert model.jit_compile is False
+
+
+def test_mixed_precision():
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        model = small_unet()
+    finally:
+        keras.config.set_dtype_policy("float32")
+    images = np.zeros((16, 8, 8, 1), "float32")
+    loss = model.fit(images, epochs=1, verbose=0).history["loss"][0]
+    assert loss == pytest.approx(1.0, abs=0.15)
+    assert {v.dtype for v in model.ema_weights} == {"float32"}
+    assert model.sample(2, kd.samplers.DDIM(2), seed=0).dtype == "float32"
+
+
+# Sampling.
+
+
+def test_samples_depend_on_seed_and_index_alone(model):
+    sampler = kd.samplers.DDIM(10)
+    ten = model.sample(10, sampler, seed=1)
+    assert ten.shape == (10, 2) and ten.dtype == "float32" and np.abs(ten).max() <= 1
+    assert np.array_equal(ten, model.sample(10, sampler, seed=1))
+    assert not np.array_equal(ten, model.sample(10, sampler, seed=2))
+    np.testing.assert_allclose(model.sample(4, sampler, seed=1), ten[:4], atol=1e-5)
+    np.testing.assert_allclose(model.sample(10, sampler, seed=1, batch_size=3), ten, atol=1e-5)
+    assert not np.array_equal(model.sample(2), model.sample(2))
+
+
+def test_stochastic_samples_depend_on_the_batch_size_too(model):
+    sampler = kd.samplers.DDPM(10)
+    ten = model.sample(10, sampler, seed=1, batch_size=4)
+    np.testing.assert_allclose(model.sample(6, sampler, seed=1, batch_size=4), ten[:6], atol=1e-5)
+    assert len(np.unique(ten.round(4), axis=0)) == 10
+
+
+def test_trajectory(model):
+    sampler = kd.samplers.DDPM(10)
+    samples, x_t, x_0 = model.sample(5, sampler, seed=1, return_trajectory=10, batch_size=3)
+    assert x_t.shape == x_0.shape == (10, 5, 2)
+    assert np.array_equal(x_t[-1], samples)
+    np.testing.assert_allclose(x_0[-1], samples, atol=1e-6)  # the last step is the prediction
+    np.testing.assert_allclose(model.sample(5, sampler, seed=1, batch_size=3), samples, atol=1e-6)
+    # A step by hand, from the first state to the second where there is no noise.
+    _, x_t, x_0 = model.sample(5, kd.samplers.DDIM(10), seed=1, return_trajectory=10)
+    row = kd.samplers.DDIM(10).table(model.diffusion.schedule)[1]
+    np.testing.assert_allclose(row[1] * x_0[1] + row[2] * x_t[0], x_t[1], atol=1e-5)
+
+
+def test_sample_reads_the_chosen_weights(model, points):
+    model.fit(points, epochs=1, verbose=0)
+    average, raw = (model.sample(8, seed=0, use_ema=use_ema) for use_ema in (True, False))
+    assert not np.allclose(average, raw, atol=1e-4)
+    for average_variable, v in zip(model.ema_weights, model.network.trainable_variables):
+        average_variable.assign(ops.copy(v))
+    np.testing.assert_allclose(model.sample(8, seed=0), raw, atol=1e-6)
+
+
+def test_programs_are_reused_and_freed(model):
+    for sampler in (kd.samplers.DDIM(3), kd.samplers.DDIM(3), kd.samplers.DDIM(4)):
+        model.sample(2, sampler)
+    info = model._sampling.cache_info()
+    assert (info.hits, info.misses) == (1, 2)
+    for num_steps in range(5, 10):
+        model.sample(2, kd.samplers.DDIM(num_steps))
+    assert model._sampling.cache_info().currsize == 4
+
+
+def test_progress_bar(model, capsys):
+    model.sample(3, kd.samplers.DDIM(10), batch_size=2, verbose=1)
+    assert "20/20" in capsys.readouterr().out
+    model.sample(3, kd.samplers.DDIM(10))
+    assert capsys.readouterr().out == ""
+
+
+# Saving.
+
+
+def test_saves_and_loads_in_a_new_process(tmp_path):
+    """Bit for bit the same samples, the optimizer and the random state with them."""
+    model = small_unet()
+    images = np.random.default_rng(0).uniform(-1, 1, (16, 8, 8, 1)).astype("float32")
+    model.fit(images, epochs=2, batch_size=8, verbose=0)
+    model.save(tmp_path / "model.keras")
+    samplers = {"ddim": kd.samplers.DDIM(5), "ddpm": kd.samplers.DDPM(5)}
+    expected = {name: model.sample(3, sampler, seed=4) for name, sampler in samplers.items()}
+    expected["raw"] = model.sample(3, samplers["ddim"], seed=4, use_ema=False)
+    code = f"""
+import keras, numpy as np, keras_ddpm as kd
+model = keras.saving.load_model("model.keras")
+assert int(model.optimizer.iterations) == 4 and model.loss == "mse"
+ddim = kd.samplers.DDIM(5)
+np.savez("samples.npz", ddim=model.sample(3, ddim, seed=4), ddpm=model.sample(3, kd.samplers.DDPM(5), seed=4),
+         raw=model.sample(3, ddim, seed=4, use_ema=False))
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env=os.environ | {"PYTHONPATH": os.getcwd()})
+    samples = np.load(tmp_path / "samples.npz")
+    for name, x in expected.items():
+        assert np.array_equal(samples[name], x), name
+    assert not np.array_equal(expected["raw"], expected["ddim"])
+
+
+def test_a_resumed_run_goes_on_as_if_never_stopped(tmp_path, points):
+    def make():
+        keras.utils.set_random_seed(0)
+        model = kd.DiffusionModel(kd.networks.mlp(2, 16, 1), seed=0)
+        model.compile(loss="mse", optimizer=keras.optimizers.Adam(1e-2))
+        return model
+
+    def fit(model):
+        return model.fit(points, epochs=1, shuffle=False, validation_data=points, callbacks=[kd.callbacks.EMAWeights()], verbose=0)
+
+    whole, first = make(), make()
+    fit(whole)
+    fit(first)
+    first.save(tmp_path / "model.keras")
+    resumed = keras.saving.load_model(tmp_path / "model.keras")
+    assert fit(whole).history == fit(resumed).history
+    assert all(map(np.array_equal, weights(whole.weights), weights(resumed.weights)))
+
+
+def test_config():
+    diffusion = kd.GaussianDiffusion(kd.schedules.cosine(20), "v", None)
+    model = kd.DiffusionModel(kd.networks.mlp(2, 16, 1), diffusion, ema_decay=0.9, seed=5)
+    copy = kd.DiffusionModel.from_config(model.get_config())
+    assert copy.get_config() == model.get_config()
+    copy.set_weights(model.get_weights())
+    assert np.array_equal(copy.sample(2, kd.samplers.DDIM(3), seed=0), model.sample(2, kd.samplers.DDIM(3), seed=0))
+
+
+@pytest.mark.skipif(keras.backend.backend() == "tensorflow", reason="needs a backend other than TensorFlow")
+def test_does_not_import_tensorflow():
+    code = """
+import sys, numpy as np, keras_ddpm as kd
+model = kd.DiffusionModel(kd.networks.mlp(2, 16, 1))
+model.compile(loss="mse", optimizer="adam")
+model.fit(kd.datasets.from_arrays(np.zeros((8, 2), "float32"), batch_size=4), epochs=1, verbose=0)
+model.sample(2, kd.samplers.DDIM(2))
+assert "tensorflow" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# Bad input, before any work.
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (np.full((8, 2), 255.0), r"\[-1.0, 1.0\].*Received: values in \[255.0, 255.0\]"),
+        (np.zeros((8, 3)), r"\(None, 2\).*Received: \(8, 3\)"),
+        (np.zeros((8, 2, 1)), r"Received: \(8, 2, 1\)"),
+        (np.where(np.arange(16).reshape(8, 2) == 15, np.nan, 0.0), "NaN"),
+        (np.where(np.arange(16).reshape(8, 2) == 15, np.inf, 0.0), "infinite"),
+    ],
+)
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x for x in [x]), lambda x: kd.datasets.from_arrays(x, batch_size=8)])
+def test_bad_data(model, points, data, message, wrap):
+    with pytest.raises(ValueError, match=message):
+        model.fit(wrap(data), verbose=0)
+    with pytest.raises(ValueError, match=message):
+        model.fit(points, validation_data=wrap(data), verbose=0)
+    with pytest.raises(ValueError, match=message):
+        model.evaluate(wrap(data), verbose=0)
+    assert int(model.optimizer.iterations) == 0
+
+
+def test_a_look_does_not_consume_a_stream(model, points):
+    seen = []
+
+    def batches():
+        for start in range(0, 256, 64):
+            seen.append(start)
+            yield points[start : start + 64]
+
+    model.fit(batches(), steps_per_epoch=4, epochs=1, verbose=0)
+    assert seen == [0, 64, 128, 192] and int(model.optimizer.iterations) == 4
+    with pytest.raises(ValueError, match="no batch"):
+        model.fit((x for x in []), verbose=0)
+
+
+def test_a_validation_stream_is_not_consumed_either(model, points):
+    def batches():
+        while True:
+            yield points[:64]
+
+    history = model.fit(points, validation_data=batches(), validation_steps=2, epochs=3, verbose=0).history
+    assert len(history["val_loss"]) == 3
+
+
+def test_data_without_bounds(points):
+    model = kd.DiffusionModel(kd.networks.mlp(2, 16, 1), kd.GaussianDiffusion(clip_range=None))
+    model.compile(loss="mse", optimizer="adam")
+    model.fit(100 * points, epochs=1, verbose=0)
+
+
+def test_a_late_nan_stops_the_run(model, points):
+    def batches():
+        while True:
+            yield points[:64]
+            yield np.full((64, 2), np.nan, "float32")
+
+    saved = []
+    save = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: saved.append(epoch))
+    with pytest.raises(ValueError, match="loss of epoch 1 is nan"):
+        model.fit(batches(), steps_per_epoch=4, epochs=3, callbacks=save, verbose=0)
+    assert not saved
+
+
+def test_a_model_that_learns_nothing_says_so(points):
+    data = kd.datasets.from_arrays(points, batch_size=32, steps_per_epoch=320)
+    for learning_rate, warns in [(0.0, True), (1e-2, False)]:
+        model = kd.DiffusionModel(kd.networks.mlp(2, 16, 1), seed=0)
+        model.compile(loss="mae", optimizer=keras.optimizers.Adam(learning_rate))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model.fit(data, epochs=1, verbose=0)
+        texts = [str(w.message) for w in caught if "learned next to nothing" in str(w.message)]
+        assert len(texts) == warns
+        assert not warns or "always predicting zero gives 0.7" in texts[0] or "gives 0.8" in texts[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_samples": 0}, "num_samples=0"),
+        ({"num_samples": 2.0}, "num_samples=2.0"),
+        ({"num_samples": 2, "batch_size": -1}, "batch_size=-1"),
+        ({"num_samples": 2, "seed": 1.5}, "seed=1.5"),
+        ({"num_samples": 2, "seed": -1}, "seed=-1"),
+        ({"num_samples": 2, "sampler": "ddim"}, "sampler=ddim"),
+        ({"num_samples": 2, "sampler": kd.samplers.DDIM(51)}, "num_steps=51"),
+        ({"num_samples": 2, "return_trajectory": 51}, "50 steps.*return_trajectory=51"),
+    ],
+)
+def test_bad_sampling(model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        model.sample(**arguments)
+
+
+def test_bad_construction():
+    network = kd.networks.mlp(2, 16, 1)
+    with pytest.raises(ValueError, match="ema_decay=1.0"):
+        kd.DiffusionModel(network, ema_decay=1.0)
+    x = keras.Input((2,))
+    with pytest.raises(ValueError, match="must take"):
+        kd.DiffusionModel(keras.Model([x], x))

@@ -1,0 +1,159 @@
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_ddpm import layers
+from keras_ddpm import networks
+
+
+def randomised(network, seed=0):
+    """The network with no weight at zero, so that every path through it counts."""
+    random = np.random.default_rng(seed)
+    network.set_weights([random.normal(0, 0.1, w.shape) for w in network.get_weights()])
+    return network
+
+
+@pytest.mark.parametrize(
+    ("arguments", "count"),
+    [
+        ({"image_shape": (32, 32, 3), "width": 128, "width_multipliers": (1, 2, 2, 2)}, 35_746_307),
+        ({"image_shape": (64, 64, 3), "attention_resolutions": (16, 8)}, 63_151_235),
+    ],
+)
+def test_parameter_counts_of_the_paper_and_of_the_keras_example(arguments, count):
+    assert networks.unet(**arguments).count_params() == count
+
+
+@pytest.mark.parametrize(
+    ("shape", "attention"), [((28, 28, 1), 7), ((13, 22, 5), 12), ((4, 16, 2), 4)]
+)
+def test_any_shape(shape, attention):
+    network = networks.unet(shape, 8, (1, 1, 2), 1, (attention,))
+    x_t, t = np.random.default_rng(0).normal(size=(3, *shape)).astype("float32"), np.array([1, 500, 1000])
+    assert np.all(ops.convert_to_numpy(network([x_t, t])) == 0)
+    y = ops.convert_to_numpy(randomised(network)([x_t, t]))
+    assert y.shape == x_t.shape and np.all(np.isfinite(y)) and np.std(y) > 0
+
+
+def test_downsamples_by_level():
+    """The paper's widths repeat; the resolution halves all the same."""
+    network = networks.unet((32, 32, 3), 8, (1, 2, 2, 2), 1)
+    assert network.get_layer("middle_0_add").output.shape == (None, 4, 4, 16)
+    assert [layer.name for layer in network.layers if layer.name.endswith("attention_add")] == [
+        "down_1_0_attention_add",
+        "middle_attention_add",
+        "up_1_0_attention_add",
+        "up_1_1_attention_add",
+    ]
+
+
+def blocks(network):
+    """Names, inputs on the skip and outputs of the blocks that add to an input of their own width."""
+    adds = [layer for layer in network.layers if isinstance(layer, keras.layers.Add)]
+    adds = [layer for layer in adds if not layer.name.endswith("add_time")]
+    adds = [layer for layer in adds if not layer.input[0]._keras_history.operation.name.endswith("_skip")]
+    tensors = [tensor for layer in adds for tensor in (layer.input[0], layer.output)]
+    return [layer.name for layer in adds], keras.Model(network.inputs, tensors)
+
+
+def test_blocks_are_the_identity_at_initialisation():
+    network = networks.unet((16, 16, 3), 8, (1, 2), 2, (16, 8))
+    names, probe = blocks(network)
+    assert sum("attention" in name for name in names) == 11 and sum("attention" not in name for name in names) == 5
+    x_t = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype("float32")
+    values = [ops.convert_to_numpy(value) for value in probe([x_t, np.array([3, 800])])]
+    for name, x, y in zip(names, values[::2], values[1::2]):
+        assert np.std(x) > 0 and np.array_equal(x, y), name
+
+
+def test_attention_against_numpy():
+    """GroupNorm, one head, and the un-normalised input on the skip."""
+    network = randomised(networks.unet((8, 8, 3), 8, (1,), 1, (8,), groups=2))
+    name = "middle_attention"
+    probe = keras.Model(network.inputs, network.get_layer(f"{name}_add").input[:1] + [network.get_layer(f"{name}_add").output])
+    x_t = np.random.default_rng(1).normal(size=(2, 8, 8, 3)).astype("float32")
+    x, y = (ops.convert_to_numpy(value).astype("float64") for value in probe([x_t, np.array([3, 800])]))
+
+    def dense(h, part):
+        kernel, bias = (ops.convert_to_numpy(w) for w in network.get_layer(f"{name}_{part}").weights)
+        return h @ kernel + bias
+
+    groups = x.reshape(2, 64, 2, 4)
+    mean, variance = groups.mean((1, 3), keepdims=True), groups.var((1, 3), keepdims=True)
+    gamma, beta = (ops.convert_to_numpy(w) for w in network.get_layer(f"{name}_norm").weights)
+    h = ((groups - mean) / np.sqrt(variance + 1e-6)).reshape(2, 64, 8) * gamma + beta
+    scores = dense(h, "q") @ dense(h, "k").swapaxes(1, 2) / np.sqrt(8)
+    weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    expected = x + dense(weights @ dense(h, "v"), "out").reshape(x.shape)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout():
+    network = randomised(networks.unet((8, 8, 1), 8, (1,), 1, (), dropout=0.5))
+    inputs = [np.ones((1, 8, 8, 1), "float32"), np.array([5])]
+    still = [ops.convert_to_numpy(network(inputs)) for _ in range(2)]
+    moving = [ops.convert_to_numpy(network(inputs, training=True)) for _ in range(2)]
+    assert np.array_equal(*still) and not np.array_equal(*moving)
+
+
+def test_mlp():
+    network = networks.mlp(3, 16, 2)
+    x_t, t = np.ones((2, 3), "float32"), np.array([1, 1000])
+    assert np.all(ops.convert_to_numpy(network([x_t, t])) == 0)
+    first, second = ops.convert_to_numpy(randomised(network)([x_t, t]))
+    assert np.abs(first - second).max() > 1e-3  # the time arrives
+
+
+@pytest.mark.parametrize("make", [lambda: networks.unet((8, 8, 1), 8, (1,), 1, (8,)), lambda: networks.mlp(2, 16, 1)])
+def test_config(make):
+    network = randomised(make())
+    copy = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(network))
+    assert copy.get_config() == network.get_config()
+    copy.set_weights(network.get_weights())
+    inputs = [np.ones((2, *network.input_shape[0][1:]), "float32"), np.array([5, 900])]
+    assert np.array_equal(ops.convert_to_numpy(copy(inputs)), ops.convert_to_numpy(network(inputs)))
+
+
+def test_timestep_embedding():
+    layer = layers.TimestepEmbedding(6, max_period=100)
+    assert layer.get_config()["dim"] == 6 and layer.get_config()["max_period"] == 100
+    angles = np.array([0, 3, 1000])[:, None] * np.array([1, 1 / 10, 1 / 100])
+    expected = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    np.testing.assert_allclose(ops.convert_to_numpy(layer(np.array([0, 3, 1000]))), expected, atol=1e-4)
+    with pytest.raises(ValueError, match="dim=5"):
+        layers.TimestepEmbedding(5)
+
+
+def test_mixed_precision():
+    """Neighbouring times stay apart, which bfloat16 cannot do, and the output is float32."""
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        network = networks.unet((8, 8, 1), 8, (1,), 1)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    times = np.array([998, 999])
+    first, second = ops.convert_to_numpy(keras.Model(network.inputs[1], network.get_layer("time_sinusoid").output)(times))
+    assert np.abs(first - second).max() > 0.5
+    y = network([np.ones((2, 8, 8, 1), "float32"), times])
+    assert keras.backend.standardize_dtype(y.dtype) == "float32"
+    assert network.get_layer("middle_0_conv_1").compute_dtype == "bfloat16"
+    assert {v.dtype for v in network.trainable_variables} == {"float32"}
+
+
+def test_attention_that_is_never_met_warns():
+    with pytest.warns(UserWarning, match=r"no attention at 10. Levels: \[16, 8\]"):
+        networks.unet((16, 16, 1), 8, (1, 1), 1, (10,))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"image_shape": (7, 64, 3)}, r"8x8.*\(7, 64, 3\)"),
+        ({"image_shape": (64, 64)}, r"\(64, 64\)"),
+        ({"image_shape": (64, 64, 3), "width": 20}, "groups=8.*width=20"),
+    ],
+)
+def test_bad_input(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        networks.unet(**arguments)
