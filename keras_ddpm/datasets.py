@@ -42,7 +42,9 @@ class Batches(keras.utils.PyDataset):
     def __init__(self, x, labels=None, batch_size=64, shuffle=True, flip=False, steps_per_epoch=None, seed=0):
         super().__init__()
         if not 1 <= batch_size <= len(x):
-            raise ValueError(f"`batch_size` must be between 1 and the size of the data, {len(x)}. Received: {batch_size}")
+            raise ValueError(
+                f"`batch_size` must be between 1 and the size of the data, {len(x)}. Received: {batch_size}"
+            )
         if labels is not None and len(labels) != len(x):
             raise ValueError(f"There must be one label for each example. Received: {len(labels)} for {len(x)}")
         self.x = x

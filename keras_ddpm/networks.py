@@ -71,7 +71,9 @@ def unet(
     longer_side = max(size + sum(sides) for size, sides in zip(image_shape, padding))
     resolutions = [longer_side >> level for level in range(len(width_multipliers))]
     for missed in sorted(set(attention_resolutions) - set(resolutions)):
-        warnings.warn(f"No level is {missed} wide: there is no attention at {missed}. Levels: {resolutions}", stacklevel=2)
+        warnings.warn(
+            f"No level is {missed} wide: there is no attention at {missed}. Levels: {resolutions}", stacklevel=2
+        )
 
     def normalize(x, name):
         # The paper's epsilon (Keras' is 1e-3). Keras computes the statistics in float32 under any policy.
@@ -158,7 +160,9 @@ def mlp(dim=2, width=128, depth=3):
     x = layers.Dense(width, name="dense_in")(x_t)
     time = _time_embedding(t, width, width)
     for block in range(depth):
-        h = layers.Activation("swish", name=f"block_{block}_swish_1")(layers.Add(name=f"block_{block}_add_time")([x, time]))
+        h = layers.Activation("swish", name=f"block_{block}_swish_1")(
+            layers.Add(name=f"block_{block}_add_time")([x, time])
+        )
         h = layers.Dense(width, activation="swish", name=f"block_{block}_dense_1")(h)
         h = layers.Dense(width, name=f"block_{block}_dense_2")(h)
         x = layers.Add(name=f"block_{block}_add")([x, h])

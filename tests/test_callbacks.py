@@ -6,12 +6,17 @@ from PIL import Image
 import keras_ddpm as kd
 
 
+def read(path):
+    with Image.open(path) as file:
+        return np.asarray(file)
+
+
 def weights(variables):
     return [ops.convert_to_numpy(v) for v in variables]
 
 
 def small_model():
-    model = kd.DiffusionModel(kd.networks.unet((8, 8, 1), 8, (1,), 1), seed=0)
+    model = kd.DiffusionModel(kd.networks.unet((8, 8, 1), 8, (1,), 1, (8,)), seed=0)
     model.compile(loss="mse", optimizer=keras.optimizers.Adam(1e-2))
     return model
 
@@ -68,7 +73,7 @@ def test_sample_grid(tmp_path):
     )
     files = sorted((tmp_path / "grids").iterdir())
     assert [file.name for file in files] == ["02.png", "04.png"]
-    first, second = (np.asarray(Image.open(file)) for file in files)
+    first, second = (read(file) for file in files)
     assert first.shape == (44, 44) and np.array_equal(first, second) and first[4:20, 4:20].std() > 10
     samples = model.sample(3, kd.samplers.DDIM(20), seed=0)
     assert np.array_equal(first[::2, ::2], kd.images.to_uint8(kd.images.grid(samples))[..., 0])
@@ -76,9 +81,11 @@ def test_sample_grid(tmp_path):
 
 def test_sample_grid_beside_the_raw_weights(tmp_path):
     model = small_model()
-    callback = kd.callbacks.SampleGrid(tmp_path / "grid.png", num_samples=4, sampler=kd.samplers.DDIM(2), compare_raw=True)
+    callback = kd.callbacks.SampleGrid(
+        tmp_path / "grid.png", num_samples=4, sampler=kd.samplers.DDIM(2), compare_raw=True
+    )
     model.fit(IMAGES, epochs=2, batch_size=4, callbacks=[callback], verbose=0)
-    picture = np.asarray(Image.open(tmp_path / "grid.png"))
+    picture = read(tmp_path / "grid.png")
     assert picture.shape == (22, 44)
     average, raw = (
         kd.images.to_uint8(kd.images.grid(model.sample(4, kd.samplers.DDIM(2), seed=0, use_ema=use_ema)))[..., 0]

@@ -26,7 +26,8 @@ def small_unet(**kwargs):
 
 
 @pytest.mark.parametrize(
-    ("loss", "expected"), [("mse", 1.0), ("mae", np.sqrt(2 / np.pi)), (keras.losses.LogCosh(), 0.37439), ("huber", 0.42445)]
+    ("loss", "expected"),
+    [("mse", 1.0), ("mae", np.sqrt(2 / np.pi)), (keras.losses.LogCosh(), 0.37439), ("huber", 0.42445)],
 )
 def test_a_fresh_model_predicts_zero(model, points, loss, expected):
     """Its loss is then E|ε|^2, E|ε| and so on, here of 1024 draws of two numbers."""
@@ -43,7 +44,9 @@ def test_a_fresh_unet_has_loss_one():
 def test_fit_reports_the_true_loss(points):
     """Of weights that do not move: the loss of the batches by hand, with the t and noise that the step drew."""
     model = kd.DiffusionModel(kd.networks.mlp(2, 16, 1), seed=3)
-    model.network.set_weights([np.random.default_rng(0).normal(0, 0.3, w.shape) for w in weights(model.network.weights)])
+    model.network.set_weights(
+        [np.random.default_rng(0).normal(0, 0.3, w.shape) for w in weights(model.network.weights)]
+    )
     model.compile(loss="mse", metrics=["mae"], optimizer=keras.optimizers.SGD(0.0))
     history = model.fit(points, batch_size=128, shuffle=False, epochs=1, verbose=0).history
     generator = keras.random.SeedGenerator(3)
@@ -198,7 +201,7 @@ def test_saves_and_loads_in_a_new_process(tmp_path):
     samplers = {"ddim": kd.samplers.DDIM(5), "ddpm": kd.samplers.DDPM(5)}
     expected = {name: model.sample(3, sampler, seed=4) for name, sampler in samplers.items()}
     expected["raw"] = model.sample(3, samplers["ddim"], seed=4, use_ema=False)
-    code = f"""
+    code = """
 import keras, numpy as np, keras_ddpm as kd
 model = keras.saving.load_model("model.keras")
 assert int(model.optimizer.iterations) == 4 and model.loss == "mse"
@@ -221,7 +224,9 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(tmp_path, points):
         return model
 
     def fit(model):
-        return model.fit(points, epochs=1, shuffle=False, validation_data=points, callbacks=[kd.callbacks.EMAWeights()], verbose=0)
+        return model.fit(
+            points, epochs=1, shuffle=False, validation_data=points, callbacks=[kd.callbacks.EMAWeights()], verbose=0
+        )
 
     whole, first = make(), make()
     fit(whole)
@@ -267,7 +272,9 @@ assert "tensorflow" not in sys.modules
         (np.where(np.arange(16).reshape(8, 2) == 15, np.inf, 0.0), "infinite"),
     ],
 )
-@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x for x in [x]), lambda x: kd.datasets.from_arrays(x, batch_size=8)])
+@pytest.mark.parametrize(
+    "wrap", [lambda x: x, lambda x: ((x,) for x in [x]), lambda x: kd.datasets.from_arrays(x, batch_size=8)]
+)
 def test_bad_data(model, points, data, message, wrap):
     with pytest.raises(ValueError, match=message):
         model.fit(wrap(data), verbose=0)
@@ -284,9 +291,9 @@ def test_a_look_does_not_consume_a_stream(model, points):
     def batches():
         for start in range(0, 256, 64):
             seen.append(start)
-            yield points[start : start + 64]
+            yield (points[start : start + 64],)
 
-    model.fit(batches(), steps_per_epoch=4, epochs=1, verbose=0)
+    model.fit(batches(), steps_per_epoch=4, epochs=1, shuffle=False, verbose=0)
     assert seen == [0, 64, 128, 192] and int(model.optimizer.iterations) == 4
     with pytest.raises(ValueError, match="no batch"):
         model.fit((x for x in []), verbose=0)
@@ -295,7 +302,7 @@ def test_a_look_does_not_consume_a_stream(model, points):
 def test_a_validation_stream_is_not_consumed_either(model, points):
     def batches():
         while True:
-            yield points[:64]
+            yield (points[:64],)
 
     history = model.fit(points, validation_data=batches(), validation_steps=2, epochs=3, verbose=0).history
     assert len(history["val_loss"]) == 3
@@ -310,13 +317,13 @@ def test_data_without_bounds(points):
 def test_a_late_nan_stops_the_run(model, points):
     def batches():
         while True:
-            yield points[:64]
-            yield np.full((64, 2), np.nan, "float32")
+            yield (points[:64],)
+            yield (np.full((64, 2), np.nan, "float32"),)
 
     saved = []
     save = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: saved.append(epoch))
     with pytest.raises(ValueError, match="loss of epoch 1 is nan"):
-        model.fit(batches(), steps_per_epoch=4, epochs=3, callbacks=save, verbose=0)
+        model.fit(batches(), steps_per_epoch=4, epochs=3, callbacks=save, shuffle=False, verbose=0)
     assert not saved
 
 

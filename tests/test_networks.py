@@ -25,9 +25,7 @@ def test_parameter_counts_of_the_paper_and_of_the_keras_example(arguments, count
     assert networks.unet(**arguments).count_params() == count
 
 
-@pytest.mark.parametrize(
-    ("shape", "attention"), [((28, 28, 1), 7), ((13, 22, 5), 12), ((4, 16, 2), 4)]
-)
+@pytest.mark.parametrize(("shape", "attention"), [((28, 28, 1), 7), ((13, 22, 5), 12), ((4, 16, 2), 4)])
 def test_any_shape(shape, attention):
     network = networks.unet(shape, 8, (1, 1, 2), 1, (attention,))
     x_t, t = np.random.default_rng(0).normal(size=(3, *shape)).astype("float32"), np.array([1, 500, 1000])
@@ -71,7 +69,9 @@ def test_attention_against_numpy():
     """GroupNorm, one head, and the un-normalised input on the skip."""
     network = randomised(networks.unet((8, 8, 3), 8, (1,), 1, (8,), groups=2))
     name = "middle_attention"
-    probe = keras.Model(network.inputs, network.get_layer(f"{name}_add").input[:1] + [network.get_layer(f"{name}_add").output])
+    probe = keras.Model(
+        network.inputs, network.get_layer(f"{name}_add").input[:1] + [network.get_layer(f"{name}_add").output]
+    )
     x_t = np.random.default_rng(1).normal(size=(2, 8, 8, 3)).astype("float32")
     x, y = (ops.convert_to_numpy(value).astype("float64") for value in probe([x_t, np.array([3, 800])]))
 
@@ -129,11 +129,13 @@ def test_mixed_precision():
     """Neighbouring times stay apart, which bfloat16 cannot do, and the output is float32."""
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
-        network = networks.unet((8, 8, 1), 8, (1,), 1)
+        network = networks.unet((8, 8, 1), 8, (1,), 1, (8,))
     finally:
         keras.config.set_dtype_policy("float32")
     times = np.array([998, 999])
-    first, second = ops.convert_to_numpy(keras.Model(network.inputs[1], network.get_layer("time_sinusoid").output)(times))
+    first, second = ops.convert_to_numpy(
+        keras.Model(network.inputs[1], network.get_layer("time_sinusoid").output)(times)
+    )
     assert np.abs(first - second).max() > 0.5
     y = network([np.ones((2, 8, 8, 1), "float32"), times])
     assert keras.backend.standardize_dtype(y.dtype) == "float32"
