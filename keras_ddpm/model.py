@@ -36,7 +36,7 @@ class DiffusionModel(keras.Model):
     >>> samples = model.sample(16, seed=0)
 
     Args:
-        network: a built `keras.Model` from `[x_t, t]` to a tensor shaped like `x_t`; see `networks`.
+        network: a functional `keras.Model` from `[x_t, t]` to a tensor shaped like `x_t`; see `networks`.
         diffusion: a `GaussianDiffusion`; by default one with its own defaults.
         ema_decay: the largest decay of the average, in [0, 1).
         seed: integer, of the t and the noise drawn in training. A saved model goes on from where it stopped.

@@ -28,6 +28,19 @@ def test_shuffled_batches_are_full_and_leave_nobody_out():
     assert not np.array_equal(datasets.from_arrays(ROWS, batch_size=4, seed=2)[0], seen[0][0])
 
 
+def test_fit_goes_from_epoch_to_epoch(model):
+    asked = set()
+
+    class Recorded(datasets.Batches):
+        def __getitem__(self, step):
+            asked.add((self.epoch, step))
+            return super().__getitem__(step)
+
+    batches = Recorded(np.zeros((10, 2), "float32"), batch_size=4)
+    model.fit(batches, epochs=3, verbose=0)
+    assert batches.epoch == 3 and asked == {(epoch, step) for epoch in range(3) for step in range(2)}
+
+
 def test_batches_in_order():
     batches = datasets.from_arrays(ROWS, batch_size=4, shuffle=False)
     for _ in range(2):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import keras
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -63,12 +64,26 @@ def test_flowers_on_photographs(tmp_path, data_dir):
     check_output(tmp_path)
 
 
+def test_flowers_on_a_folder(tmp_path):
+    for index, flower in enumerate(kd.datasets.procedural_flowers(20, 16)[0]):
+        kd.images.save(tmp_path / f"pictures/{index}.png", flower)
+    (tmp_path / "pictures/broken.png").write_text("no picture")
+    arguments = [*TINY, "--dataset", tmp_path / "pictures", "--output", tmp_path / "out"]
+    status, text = flowers(*arguments)
+    assert status == 0 and "18 images of 16x16 to train on and 2 held out" in text, text
+    assert "Skipped" in text and "broken.png" in text
+    check_output(tmp_path / "out")
+    status, text = flowers(*arguments, "--strict")
+    assert status == 1 and "broken.png cannot be read" in text.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
         (["--dataset", "oxford_flowers102", "--data-dir", "nowhere"], 1, "oxford_flowers102 is not in nowhere"),
         (["--preset", "big"], 2, "--preset: invalid choice: 'big' .*full.*cpu"),
-        (["--output", "/dev/null/x"], 1, "/dev/null"),
+        (["--output", "/dev/null/x"], 1, "--output /dev/null/x cannot be written to"),
+        (["--dataset", "roses"], 2, "auto, oxford_flowers102, procedural or a folder. Received: roses"),
         (["--image-size", "2"], 1, r"at least 4x4. Received: image_shape=\(2, 2, 3\)"),
         (
             ["--dataset", "procedural", "--num-images", "20", "--batch-size", "64"],
@@ -82,20 +97,23 @@ def test_flowers_says_in_one_line_what_is_wrong(tmp_path, arguments, status, mes
     assert got == status and re.search(message, text.splitlines()[-1]), text
 
 
-def test_the_readmes_fifteen_lines(tmp_path, monkeypatch):
+def test_the_readmes_code(tmp_path, monkeypatch):
     """As printed, but for the size of the job."""
-    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    assert len(code.strip().splitlines()) <= 17
-    images = kd.datasets.procedural_flowers(40, 16)[0]
-    batches = [
-        kd.datasets.from_arrays(images, batch_size=8, steps_per_epoch=2),
-        kd.datasets.from_arrays(images[:8], batch_size=8),
-    ]
+    fifteen_lines, own_data = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    flowers, _ = kd.datasets.procedural_flowers(64, 16)
+    batches = [kd.datasets.from_arrays(flowers, batch_size=8, steps_per_epoch=2)] * 2
     monkeypatch.setattr(kd.datasets, "oxford_flowers", lambda image_size, batch_size: batches)
     for old, new in [("64, 64, 3", "16, 16, 3), 8, (1, 2"), ("epochs=800", "epochs=10"), ("DDIM(50)", "DDIM(3)")]:
-        assert old in code
-        code = code.replace(old, new)
+        assert old in fifteen_lines
+        fifteen_lines = fifteen_lines.replace(old, new)
     monkeypatch.chdir(tmp_path)
-    exec(code, {})
+    exec(fifteen_lines, {})
     for name in ("samples/0010.png", "flowers.png"):
-        assert Image.open(name).size[0] > 60
+        with Image.open(name) as picture:
+            assert picture.size == (74, 74)
+
+    for index, flower in enumerate(flowers):
+        kd.images.save(f"pictures/{index}.png", flower)
+    np.savez("pictures.npz", x=kd.images.to_uint8(flowers))
+    monkeypatch.setattr(kd.datasets, "from_tfds", lambda name, batch_size, data_dir: None)
+    exec(own_data, {})
