@@ -16,9 +16,13 @@ class SampleGrid(keras.callbacks.Callback):
         every: epochs between grids.
         num_samples: images in a grid.
         seed: seed of the noise.
-        sampler: a `samplers.Sampler`; by default `DDIM(20)`, which takes 20 network evaluations.
+        sampler: a `samplers.Sampler`; by default `DDIM(20)`, or fewer steps where the schedule has fewer.
         compare_raw: whether to draw the samples of the raw weights to the right of those of the average.
         scale: whole number by which every pixel is enlarged.
+
+    Raises:
+        ValueError: before training, for data that are no images, a path with other names in braces, or a sampler
+            with more steps than the schedule.
     """
 
     def __init__(self, path, every=1, num_samples=16, seed=0, sampler=None, compare_raw=False, scale=1):
@@ -29,9 +33,21 @@ class SampleGrid(keras.callbacks.Callback):
         self.every = every
         self.num_samples = num_samples
         self.seed = seed
-        self.sampler = DDIM(20) if sampler is None else sampler
+        self.sampler = sampler
         self.compare_raw = compare_raw
         self.scale = scale
+
+    def on_train_begin(self, logs=None):
+        shape, schedule = self.model.data_shape, self.model.diffusion.schedule
+        if len(shape) != 3 or shape[-1] not in (1, 3):
+            raise ValueError(f"Only images of 1 or 3 channels can be drawn. Received: data of shape {shape}")
+        try:
+            self.path.format(epoch=1)
+        except (KeyError, IndexError) as error:
+            raise ValueError(f"`path` may have {{epoch}} alone in braces. Received: path={self.path}") from error
+        if self.sampler is None:
+            self.sampler = DDIM(min(20, schedule.timesteps))
+        self.sampler.table(schedule)
 
     def on_epoch_end(self, epoch, logs=None):
         epoch += 1
@@ -48,17 +64,28 @@ class EMAWeights(keras.callbacks.Callback):
     """Evaluates the averaged weights: `evaluate(callbacks=[EMAWeights()])`, or validation during `fit`.
 
     The network holds the average from the beginning of the evaluation to its end, and at no other time: a file
-    saved after an epoch holds the raw weights in the network and the average in its own place.
+    saved after an epoch holds the raw weights in the network and the average in its own place. An evaluation that
+    is interrupted leaves the two exchanged, until the same callback is used again.
     """
 
+    def __init__(self):
+        super().__init__()
+        self._exchanged = False
+
+    def on_train_begin(self, logs=None):
+        self._exchange(False)
+
     def on_test_begin(self, logs=None):
-        self._exchange()
+        self._exchange(True)
 
     def on_test_end(self, logs=None):
-        self._exchange()
+        self._exchange(False)
 
-    def _exchange(self):
-        for average, v in zip(self.model.ema_weights, self.model.network.trainable_variables):
+    def _exchange(self, exchanged):
+        if exchanged == self._exchanged:
+            return
+        self._exchanged = exchanged
+        for average, v in zip(self.model.ema_weights, self.model.network.weights):
             averaged, raw = ops.copy(average), ops.copy(v)
             average.assign(raw)
             v.assign(averaged)

@@ -16,6 +16,7 @@ import warnings
 
 import keras
 import numpy as np
+from PIL import Image
 
 from keras_ddpm import images
 
@@ -27,7 +28,7 @@ class Batches(keras.utils.PyDataset):
     all examples are seen equally often.
 
     Args:
-        x: array `(num, ...)`: uint8 images, scaled to [-1, 1] in the batches, or floats, used as they are.
+        x: array `(num, ...)`: uint8 images, scaled to [-1, 1] in the batches, or finite floats, used as they are.
         labels: array `(num,)` or `None`.
         batch_size: examples in a batch.
         shuffle: whether to shuffle; otherwise an epoch is the data in their order, the last batch smaller.
@@ -36,24 +37,30 @@ class Batches(keras.utils.PyDataset):
         seed: seed of the order and of the flips.
 
     Raises:
-        ValueError: if the batches are larger than the data, or labels and data differ in number.
+        ValueError: if the batches are larger than the data, floats are not finite, labels and data differ in
+            number, or what is to be flipped is no images.
     """
 
     def __init__(self, x, labels=None, batch_size=64, shuffle=True, flip=False, steps_per_epoch=None, seed=0):
         super().__init__()
+        x, labels = np.asarray(x), None if labels is None else np.asarray(labels)
         if not 1 <= batch_size <= len(x):
             raise ValueError(
                 f"`batch_size` must be between 1 and the size of the data, {len(x)}. Received: {batch_size}"
             )
         if labels is not None and len(labels) != len(x):
             raise ValueError(f"There must be one label for each example. Received: {len(labels)} for {len(x)}")
+        if x.dtype != "uint8" and not np.all(np.isfinite(x)):
+            raise ValueError("The data hold NaN or infinite values.")
+        if flip and x.ndim != 4:
+            raise ValueError(f"Only images (num, height, width, channels) can be flipped. Received: shape {x.shape}")
         self.x = x
         self.labels = labels
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.flip = flip
         self.seed = seed
-        self.epoch = 0
+        self.epoch = self._next_epoch = 0
         self.steps = steps_per_epoch or len(x) // batch_size if shuffle else math.ceil(len(x) / batch_size)
         self._order = {}
 
@@ -79,8 +86,10 @@ class Batches(keras.utils.PyDataset):
         x = images.from_uint8(x) if x.dtype == "uint8" else x.astype("float32")
         return x if self.labels is None else (x, self.labels[chosen])
 
-    def on_epoch_end(self):
-        self.epoch += 1
+    def on_epoch_begin(self):
+        # Once an epoch, while Keras calls `on_epoch_end` also before the first.
+        self.epoch = self._next_epoch
+        self._next_epoch += 1
 
     def _permutation(self, number):
         """The order of the data in pass `number`; a batch may reach over two passes."""
@@ -140,8 +149,11 @@ def from_folder(path, image_size=64, channels=3, labels=False, strict=False, **k
         `Batches`.
 
     Raises:
-        ValueError: if there is no such folder or no image in it; with `strict`, if an image cannot be read.
+        ValueError: if there is no such folder or no image in it; with `strict`, if an image cannot be read; for
+            other numbers of channels.
     """
+    if channels not in (1, 3):
+        raise ValueError(f"`channels` must be 1 or 3. Received: channels={channels}")
     path = pathlib.Path(path)
     if not path.is_dir():
         raise ValueError(f"There is no folder {path}")
@@ -152,7 +164,7 @@ def from_folder(path, image_size=64, channels=3, labels=False, strict=False, **k
     for file in files:
         try:
             x.append(images.load(file, image_size, channels))
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for broken files
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises
             if strict:
                 raise ValueError(f"{file} cannot be read as an image: {error}") from error
             warnings.warn(f"Skipped {file}, which cannot be read as an image: {error}", stacklevel=2)
@@ -164,7 +176,7 @@ def from_folder(path, image_size=64, channels=3, labels=False, strict=False, **k
 
 
 def from_tfds(name, split="train", image_size=None, data_dir=None, labels=False, **kwargs):
-    """Batches of a data set of TensorFlow Datasets, with `image` and `label` features.
+    """Batches of a data set of TensorFlow Datasets with a feature `image` and, for labels, one `label`.
 
     A data set that has been prepared on disk is read without network; any other is downloaded.
 
@@ -181,9 +193,10 @@ def from_tfds(name, split="train", image_size=None, data_dir=None, labels=False,
 
     Raises:
         ConnectionError: if the data set is not on disk and cannot be downloaded.
+        ValueError: if it lacks a feature, or its images differ in size and `image_size` is not given.
     """
-    x, numbers = _read_tfds(name, [split], image_size, data_dir)[0]
-    return Batches(x, numbers if labels else None, **kwargs)
+    x, numbers = _read_tfds(name, [split], image_size, data_dir, labels)[0]
+    return Batches(x, numbers, **kwargs)
 
 
 def oxford_flowers(image_size=64, batch_size=64, data_dir=None, labels=False, **kwargs):
@@ -211,17 +224,19 @@ def oxford_flowers(image_size=64, batch_size=64, data_dir=None, labels=False, **
         ["+".join(f"{split}[{part}]" for split in ("train", "validation", "test")) for part in ("90%:", ":90%")],
         image_size,
         data_dir,
+        labels,
     )
-    x, numbers = (np.concatenate(arrays) for arrays in zip(*parts))
+    x = np.concatenate([x for x, _ in parts])
+    numbers = np.concatenate([numbers for _, numbers in parts]) if labels else None
     _, first = np.unique(x.reshape(len(x), -1), axis=0, return_index=True)
     held_out = len(parts[0][0])
     validation, train = (np.sort(first[chosen]) for chosen in (first < held_out, first >= held_out))
-    pick = lambda chosen: (x[chosen], numbers[chosen] if labels else None, batch_size)  # noqa: E731
+    pick = lambda chosen: (x[chosen], numbers[chosen] if labels else None, min(batch_size, len(chosen)))  # noqa: E731
     return Batches(*pick(train), **{"flip": True, **kwargs}), Batches(*pick(validation), shuffle=False)
 
 
-def _read_tfds(name, splits, image_size, data_dir):
-    """For each split, the images and labels as uint8 and int64 arrays."""
+def _read_tfds(name, splits, image_size, data_dir, labels):
+    """For each split, the images as a uint8 array, and the labels as an int64 array or `None`."""
     import tensorflow_datasets as tfds
 
     if keras.backend.backend() != "tensorflow":
@@ -240,14 +255,19 @@ def _read_tfds(name, splits, image_size, data_dir):
             builder.download_and_prepare()
         except Exception as error:  # of many kinds
             raise ConnectionError(f"{name} is not in {data_dir}, and its download failed: {error}") from error
-    read = tfds.ReadConfig(interleave_cycle_length=1)  # in the order of the files
+    missing = {"image", *(["label"] if labels else [])} - set(builder.info.features)
+    if missing:
+        raise ValueError(f"{name} has no feature {missing.pop()!r}. Its features: {sorted(builder.info.features)}")
+    in_order = tfds.ReadConfig(interleave_cycle_length=1)
     parts = []
     for split in splits:
-        examples = list(tfds.as_numpy(builder.as_dataset(split, read_config=read)))
-        x = [example["image"] for example in examples]
-        if image_size is not None:
-            x = [images.resize(image, image_size) for image in x]
-        parts.append((np.stack(x), np.array([example["label"] for example in examples])))
+        x, numbers = [], []
+        for example in tfds.as_numpy(builder.as_dataset(split, read_config=in_order)):
+            x.append(example["image"] if image_size is None else images.resize(example["image"], image_size))
+            numbers.append(example["label"] if labels else None)
+        if len({image.shape for image in x}) > 1:
+            raise ValueError(f"The images of {name} differ in size: give `image_size`.")
+        parts.append((np.stack(x), np.array(numbers) if labels else None))
     return parts
 
 

@@ -67,6 +67,8 @@ class GaussianDiffusion:
     def __init__(self, schedule=None, prediction="epsilon", clip_range=(-1.0, 1.0)):
         if schedule is None:
             schedule = schedules.linear()
+        elif isinstance(schedule, str):
+            raise ValueError(f"`schedule` must be a `Schedule` or an array of betas. Received: schedule={schedule!r}")
         elif not isinstance(schedule, schedules.Schedule):
             schedule = schedules.from_betas(schedule)
         if prediction not in PREDICTIONS:

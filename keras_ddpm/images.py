@@ -39,7 +39,7 @@ def resize(image, size):
 def load(path, size, channels=3):
     """An image file as a square of 8 bits, upright as its EXIF orientation says.
 
-    Transparent pixels are put on white; 16-bit images keep their upper 8 bits.
+    Transparent pixels are put on white; grey images of 16 bits keep their upper 8 bits.
 
     Args:
         path: any format that Pillow reads.
@@ -51,11 +51,16 @@ def load(path, size, channels=3):
 
     Raises:
         OSError: if the file cannot be read as an image.
+        ValueError: if its pixels are no integers of at most 16 bits.
     """
     with Image.open(path) as file:
         image = ImageOps.exif_transpose(file)
-        if image.mode.startswith("I"):  # 16 bits, which `convert` would clip to 255
-            image = Image.fromarray((np.asarray(image).astype("uint32") >> 8).astype("uint8"))
+        if image.mode[0] in "IF":  # more than 8 bits, which `convert` would clip to 255
+            pixels = np.asarray(image)
+            if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
+                raise ValueError(f"pixels of mode {image.mode} are no integers of at most 16 bits")
+            eight_bits = image.mode == "I" and pixels.max() <= 255
+            image = Image.fromarray((pixels if eight_bits else pixels >> 8).astype("uint8"))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

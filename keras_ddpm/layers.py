@@ -1,4 +1,4 @@
-"""Layers that Keras does not have."""
+"""Layers that Keras does not have, or not as fast."""
 
 import keras
 import numpy as np
@@ -42,3 +42,28 @@ class TimestepEmbedding(layers.Layer):
 
     def get_config(self):
         return {**super().get_config(), "dim": self.dim, "max_period": self.max_period}
+
+
+@keras.saving.register_keras_serializable(package="keras_ddpm")
+class GroupNormalization(layers.GroupNormalization):
+    """Keras' own for images, `(batch, height, width, channels)`, with fewer passes over memory.
+
+    Each channel's mean and variance come from one reduction over the positions, those of a group from its channels
+    (the variance within them and that between their means), and scale and shift are applied as one multiplication
+    and one addition a pixel. Computed in float32 under any dtype policy.
+
+    Reference: Wu and He, 2018.
+    """
+
+    def call(self, x):
+        channels = x.shape[-1]
+        grouped, pixelwise = (-1, self.groups, channels // self.groups), (-1, 1, 1, channels)
+        x = ops.cast(x, "float32")
+        mean = ops.mean(x, axis=(1, 2), keepdims=True)
+        variance = ops.mean(ops.square(x - mean), axis=(1, 2))  # `ops.moments` takes E[x²] − E[x]², which cancels
+        mean, variance = ops.reshape(mean, grouped), ops.reshape(variance, grouped)
+        group_mean = ops.mean(mean, axis=-1, keepdims=True)
+        group_variance = ops.mean(variance + ops.square(mean - group_mean), axis=-1, keepdims=True)
+        scale = ops.rsqrt(group_variance + self.epsilon) * ops.reshape(self.gamma, grouped)
+        shift = ops.reshape(self.beta, grouped) - group_mean * scale
+        return ops.cast(x * ops.reshape(scale, pixelwise) + ops.reshape(shift, pixelwise), self.compute_dtype)

@@ -20,12 +20,13 @@ from keras_ddpm.samplers import Sampler
 class DiffusionModel(keras.Model):
     """A denoising diffusion probabilistic model.
 
-    `fit` and `evaluate` take batches of clean data x_0, `(batch, ...)`, or `(x_0, label)` tuples, whose label is
-    ignored. Each step draws t and noise and hands the regression problem (x_t, t) -> target to Keras' own step, so
-    that `compile` takes any Keras loss, metric and optimizer. `evaluate` draws the same t and noise at each call.
+    `fit` and `evaluate` take batches of clean data x_0, `(batch, ...)`, or `(x_0, label)` tuples, of which the label
+    is ignored (sample and class weights are too). Each step draws t and noise and hands the regression problem
+    (x_t, t) -> target to Keras' own step, so that `compile` takes any Keras loss, metric and optimizer. `evaluate`
+    draws the same t and noise at each call.
 
-    The model keeps an exponential moving average (EMA) of the network's trainable weights, updated after every
-    optimizer update n = 0, 1, ... with decay min(ema_decay, 1 − (1 + n)^(−3/4)): the first update copies.
+    The model keeps an exponential moving average (EMA) of the network's weights, updated after every optimizer
+    update n = 0, 1, ... with decay min(ema_decay, 1 − (1 + n)^(−3/4)): the first update of an optimizer copies.
     `sample` reads the average; `save` stores both sets.
 
     Example:
@@ -52,11 +53,11 @@ class DiffusionModel(keras.Model):
         super().__init__(**{**kwargs, "dtype": "float32"})
         if not 0 <= ema_decay < 1:
             raise ValueError(f"`ema_decay` must be in [0, 1). Received: ema_decay={ema_decay}")
-        inputs = network.inputs
-        if len(inputs) != 2 or inputs[0].shape != network.output.shape:
+        shapes = [tuple(tensor.shape) for tensor in getattr(network, "inputs", None) or []]
+        if len(shapes) != 2 or network.output.shape != shapes[0] or None in shapes[0][1:]:
             raise ValueError(
-                "`network` must take [x_t, t] and return a tensor shaped like x_t. "
-                f"Received: inputs {[tuple(i.shape) for i in inputs]}, output {tuple(network.output.shape)}"
+                "`network` must be a functional model of [x_t, t], of a fixed shape, whose output is shaped like x_t. "
+                f"Received: network={network} with inputs {shapes}"
             )
         self.network = network
         self.diffusion = GaussianDiffusion() if diffusion is None else diffusion
@@ -64,9 +65,9 @@ class DiffusionModel(keras.Model):
         self.seed = seed
         self.ema_weights = [
             self.add_weight(v.shape, dtype=v.dtype, trainable=False, name=f"ema_{index}")
-            for index, v in enumerate(network.trainable_variables)
+            for index, v in enumerate(network.weights)
         ]
-        for average, v in zip(self.ema_weights, network.trainable_variables):
+        for average, v in zip(self.ema_weights, network.weights):
             average.assign(ops.copy(v))
         self._fit_random = keras.random.SeedGenerator(seed)
         self._test_random = keras.random.SeedGenerator(0)
@@ -88,7 +89,8 @@ class DiffusionModel(keras.Model):
     def compile(self, *args, jit_compile="auto", **kwargs):
         """Keras' own, on data of this model's shape."""
         super().compile(*args, jit_compile=jit_compile, **kwargs)
-        if jit_compile == "auto":
+        self._auto_jit_compile = jit_compile == "auto"
+        if self._auto_jit_compile and not self.run_eagerly:
             self.jit_compile = hardware.jit_compile()
         # Build everything here: `fit` would do it by calling the model on clean data, and TensorFlow traces a step
         # twice that creates variables.
@@ -97,6 +99,11 @@ class DiffusionModel(keras.Model):
         self.compute_loss(y=zeros, y_pred=zeros)
         self.compute_metrics(None, zeros, zeros)
         self.reset_metrics()
+
+    def get_compile_config(self):
+        # Keras would store what "auto" came to here, for another backend or machine.
+        config = super().get_compile_config()
+        return {**config, "jit_compile": "auto"} if config and self._auto_jit_compile else config
 
     def compile_from_config(self, config):
         self.compile(**keras.saving.deserialize_keras_object(config))
@@ -115,7 +122,7 @@ class DiffusionModel(keras.Model):
             callbacks = []
         elif isinstance(callbacks, keras.callbacks.Callback):
             callbacks = [callbacks]
-        # The watch comes first, so that no checkpoint is written of weights that are lost.
+        # First, so that a checkpoint at the end of an epoch does not keep weights that are lost.
         callbacks = [_Watch(first), *callbacks]
         return super().fit(x, *args, callbacks=callbacks, validation_data=validation_data, **kwargs)
 
@@ -171,14 +178,17 @@ class DiffusionModel(keras.Model):
         decay = ops.minimum(self.ema_decay, 1.0 - (1.0 + ops.cast(updates, "float32")) ** -0.75)
         # With gradient accumulation most batches update nothing.
         decay = ops.where(self.optimizer.iterations > updates, decay, 1.0)
-        for average, v in zip(self.ema_weights, self.network.trainable_variables):
+        for average, v in zip(self.ema_weights, self.network.weights):
             average.assign(v + decay * (average - v))
 
     def _checked(self, data):
         """The data unchanged (a generator is rebuilt around its first batch), and the part that was looked at."""
         if isinstance(data, types.GeneratorType):
             first = next(data, None)
-            data = (batch for batch in itertools.chain([first], data))
+            batches = itertools.chain([first], data)
+            data = (batch if isinstance(batch, tuple) else (batch,) for batch in batches)  # Keras wants tuples
+        elif data is None:
+            first = None
         elif isinstance(data, keras.utils.PyDataset):
             first = data[0]
         elif isinstance(data, (list, tuple)) or hasattr(data, "shape"):
@@ -188,8 +198,8 @@ class DiffusionModel(keras.Model):
         if first is None:
             raise ValueError(f"The data hold no batch. Received: {data}")
         x_0 = ops.convert_to_numpy(keras.utils.unpack_x_y_sample_weight(first)[0])
-        expected = (None, *self.data_shape)
-        if x_0.ndim != len(expected) or any(e not in (None, size) for e, size in zip(expected, x_0.shape)):
+        if x_0.shape[1:] != self.data_shape or not len(x_0):
+            expected = ("batch", *self.data_shape)
             raise ValueError(f"Expected data of shape {expected}, as the network's input. Received: {x_0.shape}")
         low, high = x_0.min(), x_0.max()
         if not np.isfinite(low) or not np.isfinite(high):
@@ -209,6 +219,7 @@ class DiffusionModel(keras.Model):
         num_samples,
         sampler=None,
         seed=None,
+        *,
         use_ema=True,
         batch_size=None,
         return_trajectory=None,
@@ -222,7 +233,7 @@ class DiffusionModel(keras.Model):
 
         Args:
             num_samples: how many.
-            sampler: a `samplers.Sampler`; by default `DDIM(50)`.
+            sampler: a `samplers.Sampler`; by default `DDIM(50)`, or fewer steps where the schedule has fewer.
             seed: non-negative integer; `None` draws one (from Python's `random`).
             use_ema: whether to use the averaged weights rather than the raw ones.
             batch_size: how many at a time, the last batch filled up; `None` for at most 256.
@@ -237,15 +248,15 @@ class DiffusionModel(keras.Model):
         Raises:
             ValueError: for a number or a seed that is none, or more steps than the schedule has.
         """
-        sampler = DDIM(50) if sampler is None else sampler
+        sampler = DDIM(min(50, self.diffusion.timesteps)) if sampler is None else sampler
         if not isinstance(sampler, Sampler):
             raise ValueError(f"`sampler` must be one of `keras_ddpm.samplers`. Received: sampler={sampler}")
-        for name, value in (
-            ("num_samples", num_samples),
-            ("batch_size", batch_size or 1),
-            ("return_trajectory", return_trajectory or 1),
+        for name, value, optional in (
+            ("num_samples", num_samples, False),
+            ("batch_size", batch_size, True),
+            ("return_trajectory", return_trajectory, True),
         ):
-            if not isinstance(value, (int, np.integer)) or value < 1:
+            if not (optional and value is None) and (not isinstance(value, (int, np.integer)) or value < 1):
                 raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value}")
         seed = random.randrange(2**31) if seed is None else seed
         if not isinstance(seed, (int, np.integer)) or seed < 0:
@@ -321,12 +332,11 @@ class _Sampling(keras.Model):
         """x_t and x_0 after the steps from `first` to before `last`, from those before."""
         x, x_0, seed, first, last = inputs
         network = self.model.network
-        weights = self.model.ema_weights if self.use_ema else network.trainable_variables
-        # Values inside a scope hide those outside, so that it needs all of the network's.
-        scope = keras.StatelessScope(
-            [(v, w.value) for v, w in zip(network.trainable_variables, weights)]
-            + [(v, v.value) for v in network.non_trainable_variables]
-        )
+        # A scope hides the values of the scope around it, so that it needs those of all variables.
+        values = [(v, v.value) for v in network.variables]
+        if self.use_ema:
+            values += [(v, average.value) for v, average in zip(network.weights, self.model.ema_weights)]
+        scope = keras.StatelessScope(values)
         table = ops.convert_to_tensor(self.table, "float32")
 
         def denoise(x, t):

@@ -12,6 +12,7 @@ import keras
 from keras import layers
 from keras import ops
 
+from keras_ddpm.layers import GroupNormalization
 from keras_ddpm.layers import TimestepEmbedding
 
 
@@ -27,7 +28,7 @@ def unet(
     """The U-Net of Ho et al.: residual blocks with group normalisation, self-attention at low resolution.
 
     Images whose sides are no multiples of 2^(levels − 1) are padded with zeros at the input and the result is
-    cropped, so that any size works. The weights are kept in float32 under any dtype policy, and so is the output.
+    cropped, so that any size works. The output is float32, also under a mixed dtype policy.
 
     Example:
 
@@ -76,8 +77,8 @@ def unet(
         )
 
     def normalize(x, name):
-        # The paper's epsilon (Keras' is 1e-3). Keras computes the statistics in float32 under any policy.
-        return layers.GroupNormalization(groups, epsilon=1e-6, name=f"{name}_norm")(x)
+        # The paper's epsilon; Keras' is 1e-3.
+        return GroupNormalization(groups, epsilon=1e-6, name=f"{name}_norm")(x)
 
     def residual_block(x, channels, name):
         h = layers.Activation("swish", name=f"{name}_swish_1")(normalize(x, f"{name}_1"))
@@ -140,7 +141,7 @@ def unet(
 
     x = layers.Activation("swish", name="swish_out")(normalize(x, "out"))
     x = _conv(image_shape[-1], zero=True, dtype="float32", name="conv_out")(x)
-    x = layers.Cropping2D(padding, name="crop")(x)
+    x = layers.Cropping2D(padding, dtype="float32", name="crop")(x)
     return keras.Model([x_t, t], x, name="unet")
 
 

@@ -1,5 +1,6 @@
 import keras
 import numpy as np
+import pytest
 from keras import ops
 from PIL import Image
 
@@ -59,6 +60,42 @@ def test_training_on_is_not_disturbed(model, points):
     copy.fit(points, **options)
     for got, expected in zip(weights(model.network.weights), weights(copy.network.weights)):
         np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_an_interrupted_validation_is_undone(model, points):
+    callback = kd.callbacks.EMAWeights()
+
+    def interrupt(batch, logs):
+        raise KeyboardInterrupt
+
+    model.fit(points, epochs=1, verbose=0)
+    raw = weights(model.network.weights)
+    with pytest.raises(KeyboardInterrupt):
+        stop = keras.callbacks.LambdaCallback(on_test_batch_end=interrupt)
+        model.evaluate(points, callbacks=[callback, stop], verbose=0)
+    assert not np.array_equal(raw[0], weights(model.network.weights)[0])
+    model.evaluate(points, callbacks=[callback], verbose=0)
+    assert all(map(np.array_equal, raw, weights(model.network.weights)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"path": "{epoch}-{step}.png"}, "path={epoch}-{step}.png"),
+        ({"path": "x.png", "sampler": kd.samplers.DDIM(1001)}, "num_steps=1001"),
+        ({"path": "x.png", "every": 0}, "every=0"),
+    ],
+)
+def test_sample_grid_fails_before_training(arguments, message):
+    model = small_model()
+    with pytest.raises(ValueError, match=message):
+        model.fit(IMAGES, callbacks=[kd.callbacks.SampleGrid(**arguments)], verbose=0)
+    assert int(model.optimizer.iterations) == 0
+
+
+def test_sample_grid_draws_images_alone(model, points):
+    with pytest.raises(ValueError, match=r"\(2,\)"):
+        model.fit(points, callbacks=[kd.callbacks.SampleGrid("x.png")], verbose=0)
 
 
 def test_sample_grid(tmp_path):

@@ -1,3 +1,5 @@
+import threading
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,9 +11,8 @@ ROWS = np.arange(10, dtype="float32")[:, None] / 10
 
 
 def epoch(batches):
-    result = [batches[step] for step in range(len(batches))]
-    batches.on_epoch_end()
-    return result
+    batches.on_epoch_begin()
+    return [batches[step] for step in range(len(batches))]
 
 
 def test_shuffled_batches_are_full_and_leave_nobody_out():
@@ -37,8 +38,10 @@ def test_fit_goes_from_epoch_to_epoch(model):
             return super().__getitem__(step)
 
     batches = Recorded(np.zeros((10, 2), "float32"), batch_size=4)
-    model.fit(batches, epochs=3, verbose=0)
-    assert batches.epoch == 3 and asked == {(epoch, step) for epoch in range(3) for step in range(2)}
+    model.fit(batches, epochs=2, verbose=0)
+    model.evaluate(datasets.from_arrays(np.zeros((10, 2)), batch_size=4, shuffle=False), verbose=0)
+    model.fit(batches, epochs=1, verbose=0)
+    assert asked == {(epoch, step) for epoch in range(3) for step in range(2)}
 
 
 def test_batches_in_order():
@@ -49,7 +52,7 @@ def test_batches_in_order():
 
 
 def test_labels_stay_with_their_examples():
-    batches = datasets.from_arrays(ROWS, labels=np.arange(10), batch_size=5)
+    batches = datasets.from_arrays(ROWS, labels=list(range(10)), batch_size=5)
     for x, label in epoch(batches) + epoch(batches):
         assert np.array_equal(x[:, 0], (label / 10).astype("float32"))
 
@@ -109,6 +112,9 @@ def test_folder(tmp_path):
         (lambda folder: datasets.from_arrays(ROWS, batch_size=11), "size of the data, 10. Received: 11"),
         (lambda folder: datasets.from_arrays(ROWS, batch_size=0), "Received: 0"),
         (lambda folder: datasets.from_arrays(ROWS, labels=[1, 2], batch_size=2), "2 for 10"),
+        (lambda folder: datasets.from_arrays(np.append(ROWS, [[np.nan]], axis=0), batch_size=2), "NaN"),
+        (lambda folder: datasets.from_arrays(ROWS, batch_size=2, flip=True), r"flipped. Received: shape \(10, 1\)"),
+        (lambda folder: datasets.from_folder(folder, channels=2), "channels=2"),
         (lambda folder: datasets.from_arrays(np.arange(10), batch_size=2), "int64"),
         (lambda folder: datasets.from_arrays(ROWS, image_size=8), "float32"),
         (lambda folder: datasets.procedural_flowers(0), "num_images=0"),
@@ -142,9 +148,16 @@ def test_reports_a_data_set_that_cannot_be_had(tmp_path, monkeypatch):
 
 
 def test_does_not_wait_for_a_network_that_never_answers(monkeypatch):
-    monkeypatch.setattr("urllib.request.urlopen", lambda *args, **kwargs: __import__("time").sleep(30))
+    end = threading.Event()
+
+    def hang(*args, **kwargs):
+        end.wait()
+        raise OSError
+
+    monkeypatch.setattr("urllib.request.urlopen", hang)
     with pytest.raises(ConnectionError, match="no answer in 0.1 seconds"):
         datasets._check_reachable("https://example.org", "no data", seconds=0.1)
+    end.set()
 
 
 def test_oxford_flowers(data_dir):
@@ -156,6 +169,8 @@ def test_oxford_flowers(data_dir):
     assert set(train.labels) == set(range(102))
     assert sum(len(x) for x, _ in epoch(validation)) == 819 and len(train) == 7366 // 32
     assert train.flip and not validation.flip
+    _, validation = datasets.oxford_flowers(16, 1000, data_dir)
+    assert len(validation) == 1  # a batch may be larger than what is held out
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
@@ -163,5 +178,7 @@ def test_other_data_sets(data_dir, name):
     batches = datasets.from_tfds(name, "test[:100]", data_dir=data_dir, labels=True, batch_size=10)
     x, labels = batches[0]
     assert x.shape == (10, 28, 28, 1) and labels.shape == (10,) and batches.num_examples == 100
+    with pytest.raises(ValueError, match="differ in size"):
+        datasets.from_tfds("oxford_flowers102", "train[:10]", data_dir=data_dir)
     small = datasets.from_tfds(name, "test[:100]", 16, data_dir=data_dir, batch_size=10, shuffle=False)[0]
     assert small.shape == (10, 16, 16, 1) and -1 <= small.min() < -0.9 and small.max() <= 1

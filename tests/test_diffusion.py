@@ -123,6 +123,7 @@ def test_no_signal_at_the_end_needs_a_target_that_holds_the_data():
         ({"prediction": "eps"}, "epsilon.*Received: prediction='eps'"),
         ({"clip_range": (1, -1)}, r"clip_range=\(1, -1\)"),
         ({"schedule": [0.1, -0.1]}, "-0.1"),
+        ({"schedule": "cosine"}, "schedule='cosine'"),
     ],
 )
 def test_bad_input(arguments, message):

@@ -14,7 +14,8 @@ from PIL import Image
 import keras_ddpm as kd
 
 ROOT = pathlib.Path(__file__).parent.parent
-TINY = "--image-size 16 --width 8 --width-multipliers 1 2 --batch-size 8 --epochs 2 --steps-per-epoch 2".split()
+SHORT = "--preset cpu --grid-every 1 --batch-size 8 --epochs 2 --steps-per-epoch 2".split()
+TINY = [*SHORT, *"--image-size 16 --width 8 --width-multipliers 1 2".split()]
 
 
 def flowers(*arguments, **environment):
@@ -39,7 +40,7 @@ def check_output(folder):
 
 
 def test_flowers_without_network_and_data(tmp_path):
-    """The main job on the built-in flowers, from the embedded default, then on from its model."""
+    """The main job on the built-in flowers; then its model is fine-tuned on a folder."""
     offline = {"https_proxy": "http://127.0.0.1:9", "TFDS_DATA_DIR": str(tmp_path / "nothing")}
     status, text = flowers(*TINY, "--num-images", 90, "--output", tmp_path / "a", **offline)
     assert status == 0, text
@@ -48,12 +49,17 @@ def test_flowers_without_network_and_data(tmp_path):
     assert "Preset: " in text and "81 images of 16x16" in text and "Saw 32 images in" in text
     check_output(tmp_path / "a")
 
-    options = ["--dataset", "procedural", "--num-images", 90, "--batch-size", 8, "--steps-per-epoch", 2, "--epochs", 2]
-    init = tmp_path / "a/model.keras"
-    status, text = flowers("--init", init, *options, "--output", tmp_path / "b")
-    assert status == 0, text
+    for index, flower in enumerate(kd.datasets.procedural_flowers(20, 16)[0]):
+        kd.images.save(tmp_path / f"pictures/{index}.png", flower)
+    (tmp_path / "pictures/broken.png").write_text("no picture")
+    arguments = ["--init", tmp_path / "a/model.keras", "--dataset", tmp_path / "pictures", "--output", tmp_path / "b"]
+    status, text = flowers(*arguments, *SHORT)
+    assert status == 0 and "18 images of 16x16 to train on and 2 held out" in text, text
+    assert "Skipped" in text and "broken.png" in text
     check_output(tmp_path / "b")
-    status, text = flowers("--init", init, "--width", 16)
+    status, text = flowers(*arguments, "--strict")
+    assert status == 1 and "broken.png cannot be read" in text.splitlines()[-1]
+    status, text = flowers(*arguments, "--width", 16)
     assert status == 2 and "--init brings its own network and process. Received as well: width" in text
 
 
@@ -62,19 +68,6 @@ def test_flowers_on_photographs(tmp_path, data_dir):
     assert status == 0, text
     assert "7366 images of 16x16 to train on and 819 held out" in text
     check_output(tmp_path)
-
-
-def test_flowers_on_a_folder(tmp_path):
-    for index, flower in enumerate(kd.datasets.procedural_flowers(20, 16)[0]):
-        kd.images.save(tmp_path / f"pictures/{index}.png", flower)
-    (tmp_path / "pictures/broken.png").write_text("no picture")
-    arguments = [*TINY, "--dataset", tmp_path / "pictures", "--output", tmp_path / "out"]
-    status, text = flowers(*arguments)
-    assert status == 0 and "18 images of 16x16 to train on and 2 held out" in text, text
-    assert "Skipped" in text and "broken.png" in text
-    check_output(tmp_path / "out")
-    status, text = flowers(*arguments, "--strict")
-    assert status == 1 and "broken.png cannot be read" in text.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

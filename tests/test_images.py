@@ -45,6 +45,13 @@ def test_load_other_modes(tmp_path):
     Image.fromarray(grey16).save(tmp_path / "grey16.png")
     assert np.all(images.load(tmp_path / "grey16.png", 4) == 40_000 // 256)
     assert images.load(tmp_path / "grey16.png", 4, channels=1).shape == (4, 4, 1)
+    for number, expected in [(200, 200), (40_000, 156)]:
+        Image.fromarray(np.full((4, 4), number, "int32")).save(tmp_path / "grey32.tif")
+        assert np.all(images.load(tmp_path / "grey32.tif", 4) == expected)
+    for pixels in (np.full((4, 4), 2**20, "int32"), np.full((4, 4), 0.5, "float32")):
+        Image.fromarray(pixels).save(tmp_path / "much.tif")
+        with pytest.raises(ValueError, match="no integers of at most 16 bits"):
+            images.load(tmp_path / "much.tif", 4)
     Image.new("L", (4, 4), 90).save(tmp_path / "grey.png")
     assert np.all(images.load(tmp_path / "grey.png", 4) == 90)
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))

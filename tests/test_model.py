@@ -110,10 +110,30 @@ def test_ema_follows_its_recurrence(points, accumulation):
     assert updates == 8 // (accumulation or 1)
 
 
-def test_fit_compiles_on_the_backends_that_gain_from_it(model):
-    assert model.jit_compile is (keras.backend.backend() == "jax" or kd.hardware.jit_compile())
+def test_compilation_is_chosen_anew_where_a_file_is_loaded(model, monkeypatch):
+    assert model.get_compile_config()["jit_compile"] == "auto"
+    for choice in (True, False):
+        monkeypatch.setattr(kd.hardware, "jit_compile", lambda: choice)
+        copy = kd.DiffusionModel.from_config(model.get_config())
+        copy.compile_from_config(model.get_compile_config())
+        assert copy.jit_compile is choice
     model.compile(loss="mse", optimizer="adam", jit_compile=False)
+    assert model.get_compile_config()["jit_compile"] is False
+    monkeypatch.setattr(kd.hardware, "jit_compile", lambda: True)
+    model.compile(loss="mse", optimizer="adam", run_eagerly=True)
     assert model.jit_compile is False
+
+
+def test_a_frozen_layer_keeps_its_place_in_the_average(tmp_path, points):
+    model = kd.DiffusionModel(kd.networks.mlp(2, 16, 1), seed=0)
+    model.network.get_layer("block_0_dense_1").trainable = False
+    model.compile(loss="mse", optimizer=keras.optimizers.Adam(1e-2))
+    model.fit(points, epochs=2, batch_size=32, verbose=0)
+    samples = model.sample(4, kd.samplers.DDIM(3), seed=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert not loaded.network.get_layer("block_0_dense_1").trainable
+    assert np.array_equal(loaded.sample(4, kd.samplers.DDIM(3), seed=0), samples)
 
 
 def test_mixed_precision():
@@ -252,11 +272,42 @@ def test_does_not_import_tensorflow():
 import sys, numpy as np, keras_ddpm as kd
 model = kd.DiffusionModel(kd.networks.mlp(2, 16, 1))
 model.compile(loss="mse", optimizer="adam")
+model.fit(np.zeros((8, 2), "float32"), epochs=1, verbose=0)
 model.fit(kd.datasets.from_arrays(np.zeros((8, 2), "float32"), batch_size=4), epochs=1, verbose=0)
 model.sample(2, kd.samplers.DDIM(2))
 assert "tensorflow" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class Stream(keras.utils.PyDataset):
+    """One batch."""
+
+    def __init__(self, x):
+        super().__init__()
+        self.x = x
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, step):
+        return self.x
+
+
+def test_takes_tf_data_and_data_loaders(model, points):
+    if keras.backend.backend() == "torch":
+        torch = pytest.importorskip("torch")
+        tensors = torch.utils.data.TensorDataset(torch.from_numpy(points), torch.arange(256))
+        streams = [torch.utils.data.DataLoader(tensors, batch_size=64)]
+    else:
+        tf = pytest.importorskip("tensorflow")
+        streams = [
+            tf.data.Dataset.from_tensor_slices(points).batch(64),
+            tf.data.Dataset.from_tensor_slices((points, np.arange(256))).batch(64),
+        ]
+    for stream in streams:
+        history = model.fit(stream, validation_data=stream, epochs=2, shuffle=False, verbose=0).history
+        assert history["loss"][-1] < 1.2 and len(history["val_loss"]) == 2
 
 
 # Bad input, before any work.
@@ -266,15 +317,14 @@ assert "tensorflow" not in sys.modules
     ("data", "message"),
     [
         (np.full((8, 2), 255.0), r"\[-1.0, 1.0\].*Received: values in \[255.0, 255.0\]"),
-        (np.zeros((8, 3)), r"\(None, 2\).*Received: \(8, 3\)"),
+        (np.zeros((8, 3)), r"\('batch', 2\).*Received: \(8, 3\)"),
         (np.zeros((8, 2, 1)), r"Received: \(8, 2, 1\)"),
+        (np.zeros((0, 2)), r"Received: \(0, 2\)"),
         (np.where(np.arange(16).reshape(8, 2) == 15, np.nan, 0.0), "NaN"),
         (np.where(np.arange(16).reshape(8, 2) == 15, np.inf, 0.0), "infinite"),
     ],
 )
-@pytest.mark.parametrize(
-    "wrap", [lambda x: x, lambda x: ((x,) for x in [x]), lambda x: kd.datasets.from_arrays(x, batch_size=8)]
-)
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x for x in [x]), lambda x: Stream(x)])
 def test_bad_data(model, points, data, message, wrap):
     with pytest.raises(ValueError, match=message):
         model.fit(wrap(data), verbose=0)
@@ -291,12 +341,14 @@ def test_a_look_does_not_consume_a_stream(model, points):
     def batches():
         for start in range(0, 256, 64):
             seen.append(start)
-            yield (points[start : start + 64],)
+            yield points[start : start + 64]
 
     model.fit(batches(), steps_per_epoch=4, epochs=1, shuffle=False, verbose=0)
     assert seen == [0, 64, 128, 192] and int(model.optimizer.iterations) == 4
     with pytest.raises(ValueError, match="no batch"):
         model.fit((x for x in []), verbose=0)
+    with pytest.raises(ValueError, match="no batch. Received: None"):
+        model.fit()
 
 
 def test_a_validation_stream_is_not_consumed_either(model, points):
@@ -345,7 +397,7 @@ def test_a_model_that_learns_nothing_says_so(points):
     [
         ({"num_samples": 0}, "num_samples=0"),
         ({"num_samples": 2.0}, "num_samples=2.0"),
-        ({"num_samples": 2, "batch_size": -1}, "batch_size=-1"),
+        ({"num_samples": 2, "batch_size": 0}, "batch_size=0"),
         ({"num_samples": 2, "seed": 1.5}, "seed=1.5"),
         ({"num_samples": 2, "seed": -1}, "seed=-1"),
         ({"num_samples": 2, "sampler": "ddim"}, "sampler=ddim"),
@@ -362,6 +414,12 @@ def test_bad_construction():
     network = kd.networks.mlp(2, 16, 1)
     with pytest.raises(ValueError, match="ema_decay=1.0"):
         kd.DiffusionModel(network, ema_decay=1.0)
-    x = keras.Input((2,))
-    with pytest.raises(ValueError, match="must take"):
-        kd.DiffusionModel(keras.Model([x], x))
+    x, t, free = keras.Input((2,)), keras.Input(()), keras.Input((None, 2))
+    for network in (keras.Model([x], x), keras.Model([x, t], t), keras.Model([free, t], free), keras.Model()):
+        with pytest.raises(ValueError, match="must be a functional model"):
+            kd.DiffusionModel(network)
+
+
+def test_short_schedules_have_short_defaults(points):
+    model = kd.DiffusionModel(kd.networks.mlp(2, 16, 1), kd.GaussianDiffusion(kd.schedules.cosine(7)))
+    assert model.sample(2, return_trajectory=7)[1].shape == (7, 2, 2)
