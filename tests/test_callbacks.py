@@ -62,6 +62,7 @@ def test_training_on_is_not_disturbed(model, points):
         np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="Keras on JAX loses all variables when interrupted")
 def test_an_interrupted_validation_is_undone(model, points):
     callback = kd.callbacks.EMAWeights()
 
