@@ -65,7 +65,7 @@ PRESETS = {
         "ema_decay": 0.99,
         "batch_size": 32,
         "epochs": 5,
-        "steps_per_epoch": 190,
+        "steps_per_epoch": 300,
         "learning_rate": 2e-3,
         "warmup_steps": 100,
         "grid_every": 1,
@@ -195,7 +195,7 @@ def main(arguments=None):
     samples, x_t, x_0 = model.sample(64, seed=args.seed, return_trajectory=25, verbose=1)
     kd.images.save(out / "samples.png", samples, scale)
     frames = [np.concatenate([kd.images.grid(x[:16]), kd.images.grid(y[:16])], axis=1) for x, y in zip(x_t, x_0)]
-    kd.images.save_gif(out / "denoising.gif", frames, scale)
+    kd.images.save_gif(out / "denoising.gif", frames, max(1, scale // 2))
     images_seen = args.epochs * len(train) * args.batch_size
     print(f"Saw {images_seen:,} images in {(time.time() - start) / 60:.1f} minutes. Wrote {out}.")
 
