@@ -38,7 +38,7 @@ class Batches(keras.utils.PyDataset):
 
     Raises:
         ValueError: if the batches are larger than the data, floats are not finite, labels and data differ in
-            number, or what is to be flipped is no images.
+            number, what is to be flipped is no images, or an epoch would have no steps.
     """
 
     def __init__(self, x, labels=None, batch_size=64, shuffle=True, flip=False, steps_per_epoch=None, seed=0):
@@ -48,6 +48,8 @@ class Batches(keras.utils.PyDataset):
             raise ValueError(
                 f"`batch_size` must be between 1 and the size of the data, {len(x)}. Received: {batch_size}"
             )
+        if steps_per_epoch is not None and steps_per_epoch < 1:
+            raise ValueError(f"`steps_per_epoch` must be positive or None. Received: {steps_per_epoch}")
         if labels is not None and len(labels) != len(x):
             raise ValueError(f"There must be one label for each example. Received: {len(labels)} for {len(x)}")
         if x.dtype != "uint8" and not np.all(np.isfinite(x)):

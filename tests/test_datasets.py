@@ -115,6 +115,7 @@ def test_folder(tmp_path):
         (lambda folder: datasets.from_arrays(np.append(ROWS, [[np.nan]], axis=0), batch_size=2), "NaN"),
         (lambda folder: datasets.from_arrays(ROWS, batch_size=2, flip=True), r"flipped. Received: shape \(10, 1\)"),
         (lambda folder: datasets.from_folder(folder, channels=2), "channels=2"),
+        (lambda folder: datasets.from_arrays(ROWS, batch_size=2, steps_per_epoch=0), "positive or None. Received: 0"),
         (lambda folder: datasets.from_arrays(np.arange(10), batch_size=2), "int64"),
         (lambda folder: datasets.from_arrays(ROWS, image_size=8), "float32"),
         (lambda folder: datasets.procedural_flowers(0), "num_images=0"),

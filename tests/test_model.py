@@ -415,7 +415,8 @@ def test_bad_construction():
     with pytest.raises(ValueError, match="ema_decay=1.0"):
         kd.DiffusionModel(network, ema_decay=1.0)
     x, t, free = keras.Input((2,)), keras.Input(()), keras.Input((None, 2))
-    for network in (keras.Model([x], x), keras.Model([x, t], t), keras.Model([free, t], free), keras.Model()):
+    wider = keras.Model([x, t], ops.concatenate([x, t[:, None]], axis=1))
+    for network in (keras.Model([x], 2 * x), wider, keras.Model([free, t], free * t[:, None, None]), keras.Model()):
         with pytest.raises(ValueError, match="must be a functional model"):
             kd.DiffusionModel(network)
 
