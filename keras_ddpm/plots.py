@@ -3,6 +3,7 @@
 import pathlib
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 
 def loss(path, history):
@@ -19,6 +20,10 @@ def loss(path, history):
         if name.endswith("loss"):
             axes.plot(range(1, len(values) + 1), values, marker="." if len(values) < 50 else "", label=name)
     axes.set(xlabel="epoch", ylabel="loss", yscale="log")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
     axes.grid(which="both", alpha=0.3)
     axes.legend()
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
