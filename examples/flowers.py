@@ -59,7 +59,7 @@ PRESETS = {
         "width": 24,
         "width_multipliers": (1, 2, 4),
         "num_blocks": 1,
-        # Of a thousand steps these make more than epsilon and the linear schedule do.
+        # In few steps these come further than epsilon and the linear schedule.
         "prediction": "v",
         "schedule": "cosine",
         "ema_decay": 0.99,
