@@ -189,7 +189,6 @@ def main(arguments=None):
             keras.callbacks.ModelCheckpoint(out / "model.keras"),
         ],
     ).history
-    model.save(out / "model.keras")
     kd.plots.loss(out / "loss.png", history)
 
     samples, x_t, x_0 = model.sample(64, seed=args.seed, return_trajectory=25, verbose=1)
