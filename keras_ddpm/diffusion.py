@@ -21,6 +21,7 @@ PREDICTIONS = {
     "epsilon": lambda alpha, sigma: (0.0, 1.0),
     "x0": lambda alpha, sigma: (1.0, 0.0),
     "v": lambda alpha, sigma: (-sigma, alpha),  # Salimans and Ho, 2022, appendix D
+    "flow": lambda alpha, sigma: (-1.0, 1.0),  # Lipman et al., 2023, Eq. 21: the velocity of the straight line
 }
 
 
@@ -56,7 +57,8 @@ class GaussianDiffusion:
 
     Args:
         schedule: a `schedules.Schedule`, or an array of betas; by default `schedules.linear(1000)`.
-        prediction: what the network predicts: "epsilon" (the noise), "x0" (the data) or "v" (velocity).
+        prediction: what the network predicts: "epsilon" (the noise), "x0" (the data), "v" (alpha ε − sigma x_0) or
+            "flow" (ε − x_0).
         clip_range: `(low, high)` of the data, to which `predict_x0` clips, or `None` for data without bounds.
 
     Raises:
@@ -86,7 +88,7 @@ class GaussianDiffusion:
         if lost.size:
             raise ValueError(
                 f"x_0 cannot be recovered from {prediction!r} at t = {lost[0] + 1}, where the schedule's signal is 0; "
-                "use prediction='v' or 'x0'."
+                "use a prediction that holds x_0: 'v', 'x0' or 'flow'."
             )
         from_x_t, from_y = np.ones_like(alpha), np.zeros_like(alpha)  # as it is at t = 0, for any type
         from_x_t[1:], from_y[1:] = b[1:] / determinant[1:], -sigma[1:] / determinant[1:]
@@ -136,6 +138,46 @@ class GaussianDiffusion:
         x_0, x_t = _float32(x_0), _float32(x_t)
         from_x_0, from_x_t, variance = posterior_coefficients(*self.scales(t, x_t), *self.scales(s, x_t))
         return from_x_0 * x_0 + from_x_t * x_t, variance
+
+    def min_snr_weight(self, gamma=5.0):
+        """Weights of the loss of x_0, min(SNR, γ), expressed for this prediction. [Hang et al., 2023, section 3.4]
+
+        Args:
+            gamma: the largest weight of the squared error of x_0.
+
+        Returns:
+            float64 array `(T + 1,)`, 0 at t = 0, for `DiffusionModel(loss_weight=...)`.
+
+        Raises:
+            ValueError: if `gamma` is not positive.
+        """
+        if not gamma > 0:
+            raise ValueError(f"`gamma` must be positive. Received: gamma={gamma}")
+        return np.minimum(self._snr(), gamma) * self._x0[:, 1] ** 2
+
+    def p2_weight(self, k=1.0, gamma=1.0):
+        """Weights of the loss of the noise, (k + SNR)^−γ, expressed for this prediction. [Choi et al., 2022, Eq. 8]
+
+        Args:
+            k: keeps the weights finite where there is no signal.
+            gamma: how strongly late steps of sampling, which clean up, are weighted down; 0 is the simple loss.
+
+        Returns:
+            float64 array `(T + 1,)`, 0 at t = 0, for `DiffusionModel(loss_weight=...)`.
+
+        Raises:
+            ValueError: if `k` is not positive or `gamma` negative.
+        """
+        if not (k > 0 and gamma >= 0):
+            raise ValueError(f"Expected k > 0 and gamma >= 0. Received: k={k}, gamma={gamma}")
+        snr = self._snr()
+        return snr * (k + snr) ** -gamma * self._x0[:, 1] ** 2
+
+    def _snr(self):
+        """The signal-to-noise ratio, at t = 0 that of t = 1 in place of ∞."""
+        snr = np.exp(self.schedule.log_snr)
+        snr[0] = snr[1]
+        return snr
 
     def _combine(self, table, t, x, y):
         x, y = _float32(x), _float32(y)

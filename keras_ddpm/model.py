@@ -11,9 +11,15 @@ import numpy as np
 from keras import ops
 
 from keras_ddpm import hardware
+from keras_ddpm import samplers
 from keras_ddpm.diffusion import GaussianDiffusion
-from keras_ddpm.samplers import DDIM
-from keras_ddpm.samplers import Sampler
+
+# From numbers u in [0, 1), one an example, and their indices 0..n − 1 in the batch to times in [0, 1).
+TIMESTEP_SAMPLINGS = {
+    "uniform": lambda u, index, n: u,
+    "batch": lambda u, index, n: ops.broadcast_to(u[:1], ops.shape(u)),
+    "stratified": lambda u, index, n: (index + u) / n,
+}
 
 
 @keras.saving.register_keras_serializable(package="keras_ddpm")
@@ -40,15 +46,31 @@ class DiffusionModel(keras.Model):
         network: a functional `keras.Model` from `[x_t, t]` to a tensor shaped like `x_t`; see `networks`.
         diffusion: a `GaussianDiffusion`; by default one with its own defaults.
         ema_decay: the largest decay of the average, in [0, 1).
+        loss_weight: array `(T + 1,)` of weights of the loss at t = 0..T, as `diffusion.min_snr_weight()` and
+            `diffusion.p2_weight()` return; `None` for 1.
+        timestep_sampling: how t is drawn, always uniform in 1..T: "uniform" for each example by itself, "batch" for
+            one t a batch, or "stratified" for one t from each of as many equal parts of 1..T as there are examples,
+            of which the loss varies least from batch to batch.
         seed: integer, of the t and the noise drawn in training. A saved model goes on from where it stopped.
 
     Raises:
-        ValueError: for a decay outside [0, 1) or a network whose output is not shaped like its input.
+        ValueError: for a decay outside [0, 1), a network whose output is not shaped like its input, weights that
+            are not positive at some t in 1..T or an unknown way to draw t.
 
     Reference: Ho et al., 2020, algorithm 1.
     """
 
-    def __init__(self, network, diffusion=None, ema_decay=0.999, *, seed=None, **kwargs):
+    def __init__(
+        self,
+        network,
+        diffusion=None,
+        ema_decay=0.999,
+        loss_weight=None,
+        timestep_sampling="stratified",
+        *,
+        seed=None,
+        **kwargs,
+    ):
         # Under mixed precision only the network computes in bfloat16: x_t, target and loss stay float32.
         super().__init__(**{**kwargs, "dtype": "float32"})
         if not 0 <= ema_decay < 1:
@@ -62,6 +84,12 @@ class DiffusionModel(keras.Model):
         self.network = network
         self.diffusion = GaussianDiffusion() if diffusion is None else diffusion
         self.ema_decay = ema_decay
+        self.loss_weight = None if loss_weight is None else _checked_weight(loss_weight, self.diffusion.timesteps)
+        if timestep_sampling not in TIMESTEP_SAMPLINGS:
+            raise ValueError(
+                f"`timestep_sampling` must be one of {list(TIMESTEP_SAMPLINGS)}. Received: {timestep_sampling!r}"
+            )
+        self.timestep_sampling = timestep_sampling
         self.seed = seed
         self.ema_weights = [
             self.add_weight(v.shape, dtype=v.dtype, trainable=False, name=f"ema_{index}")
@@ -71,7 +99,7 @@ class DiffusionModel(keras.Model):
             average.assign(ops.copy(v))
         self._fit_random = keras.random.SeedGenerator(seed)
         self._test_random = keras.random.SeedGenerator(0)
-        self._sampling = functools.lru_cache(maxsize=4)(functools.partial(_Sampling, self))
+        self._sampling = functools.cache(functools.partial(_Sampling, self))
         self.built = True
 
     @property
@@ -165,13 +193,28 @@ class DiffusionModel(keras.Model):
         return super().test_step(scope.state(), data)
 
     def _corrupt(self, data, generator):
-        """Clean data to Keras' `(x, y)`: x_t and t, and what the network is to predict."""
+        """Clean data to Keras' `(x, y, sample_weight)`: x_t and t, what the network is to predict, and loss weights."""
         x_0, _, _ = keras.utils.unpack_x_y_sample_weight(data)
         x_0 = ops.cast(x_0, "float32")
         shape = ops.shape(x_0)
-        t = keras.random.randint(shape[:1], 1, self.diffusion.timesteps + 1, seed=generator)
+        t = self._draw_timesteps(shape[0], generator)
         noise = keras.random.normal(shape, seed=generator)
-        return (self.diffusion.q_sample(x_0, t, noise), t), self.diffusion.target(x_0, t, noise)
+        return (self.diffusion.q_sample(x_0, t, noise), t), self.diffusion.target(x_0, t, noise), self._weight(t)
+
+    def _draw_timesteps(self, batch_size, generator):
+        """t in 1..T, `(batch,)`."""
+        u = keras.random.uniform((batch_size,), seed=generator)
+        index, number = ops.cast(ops.arange(batch_size), "float32"), ops.cast(batch_size, "float32")
+        steps = self.diffusion.timesteps
+        time = TIMESTEP_SAMPLINGS[self.timestep_sampling](u, index, number)
+        return ops.minimum(1 + ops.cast(time * steps, "int32"), steps)  # in float32, time may be rounded to 1
+
+    def _weight(self, t):
+        """The weights at t, shaped like the loss of each example, `(batch, 1, ..., 1)`; `None` for 1."""
+        if self.loss_weight is None:
+            return None
+        weight = ops.take(ops.convert_to_tensor(self.loss_weight, "float32"), t)
+        return ops.reshape(weight, (-1,) + (1,) * (len(self.data_shape) - 1))
 
     def _update_average(self, updates):
         """One step of the moving average, if the optimizer has made one since it had made `updates`."""
@@ -248,8 +291,9 @@ class DiffusionModel(keras.Model):
         Raises:
             ValueError: for a number or a seed that is none, or more steps than the schedule has.
         """
-        sampler = DDIM(min(50, self.diffusion.timesteps)) if sampler is None else sampler
-        if not isinstance(sampler, Sampler):
+        if sampler is None:
+            sampler = samplers.DDIM(min(50, self.diffusion.timesteps))
+        if not isinstance(sampler, samplers.Sampler):
             raise ValueError(f"`sampler` must be one of `keras_ddpm.samplers`. Received: sampler={sampler}")
         for name, value, optional in (
             ("num_samples", num_samples, False),
@@ -264,24 +308,31 @@ class DiffusionModel(keras.Model):
         num_batches = -(-num_samples // (batch_size or 256))
         batch_size = batch_size or -(-num_samples // num_batches)
 
-        program = self._sampling(sampler, bool(use_ema))
-        parts = return_trajectory or min(20 if verbose else 1, program.steps)
-        if parts > program.steps:
-            raise ValueError(f"{sampler} has {program.steps} steps. Received: return_trajectory={return_trajectory}")
-        cuts = np.linspace(0, program.steps, parts + 1).round().astype("int32")
-        progress = keras.utils.Progbar(num_batches * program.steps, verbose=verbose, unit_name="step")
+        table = sampler.table(self.diffusion.schedule)
+        parts = return_trajectory or min(20 if verbose else 1, len(table))
+        if parts > len(table):
+            raise ValueError(
+                f"{sampler} calls the network {len(table)} times. Received: return_trajectory={return_trajectory}"
+            )
+        cuts = np.linspace(0, len(table), parts + 1).round().astype("int32")
+        progress = keras.utils.Progbar(num_batches * len(table), verbose=verbose, unit_name="step")
+        program = self._sampling(bool(use_ema), bool(np.any(table[:, samplers.COLUMNS.index("std")])))
+        # Filled up, so that one program serves samplers of any number of steps.
+        rows = np.pad(table.astype("float32"), ((0, -len(table) % 1024), (0, 0)))
+        # The size of x_T: 1 for variance-preserving schedules.
+        scale = np.hypot(self.diffusion.schedule.alpha[-1], self.diffusion.schedule.sigma[-1]).astype("float32")
         batches = []
         for batch in range(num_batches):
             start = batch * batch_size
-            x = np.stack([_noise(self.data_shape, seed, index) for index in range(start, start + batch_size)])
+            x = scale * np.stack([_noise(self.data_shape, seed, index) for index in range(start, start + batch_size)])
             x_0 = np.zeros_like(x)
             # Keras on PyTorch adds seed and step as int32: leave room.
             batch_seed = np.random.SeedSequence([seed, start]).generate_state(1)[0] >> 2
             trajectory = []
             for first, last in itertools.pairwise(cuts):
-                x, x_0 = program.predict_on_batch((x, x_0, np.int32(batch_seed), first, last))
+                x, x_0 = program.predict_on_batch((x, x_0, rows, np.int32(batch_seed), first, last))
                 trajectory.append((x, x_0))
-                progress.update(batch * program.steps + last)
+                progress.update(batch * len(table) + last)
             batches.append(np.array(trajectory if return_trajectory else trajectory[-1:]))  # (part, 2, batch, ...)
         x_t, x_0 = np.concatenate(batches, axis=2)[:, :, :num_samples].swapaxes(0, 1)
         return (x_t[-1], x_t, x_0) if return_trajectory else x_t[-1]
@@ -294,6 +345,8 @@ class DiffusionModel(keras.Model):
             "network": keras.saving.serialize_keras_object(self.network),
             "diffusion": keras.saving.serialize_keras_object(self.diffusion),
             "ema_decay": self.ema_decay,
+            "loss_weight": None if self.loss_weight is None else self.loss_weight.tolist(),
+            "timestep_sampling": self.timestep_sampling,
             "seed": self.seed,
         }
 
@@ -312,46 +365,40 @@ class DiffusionModel(keras.Model):
 
 
 class _Sampling(keras.Model):
-    """A stretch of the steps of a sampler, as one compiled loop."""
+    """A stretch of the steps of any sampler, as one compiled loop."""
 
-    def __init__(self, model, sampler, use_ema):
+    def __init__(self, model, use_ema, stochastic):
         super().__init__(name="sampling", dtype="float32")
         self.model = model
-        self.sampler = sampler
         self.use_ema = use_ema
-        self.table = sampler.table(model.diffusion.schedule)
+        self.stochastic = stochastic
         self.random = keras.random.SeedGenerator(0)
         self.jit_compile = hardware.jit_compile()
         self.built = True
 
-    @property
-    def steps(self):
-        return len(self.table)
-
     def call(self, inputs):
-        """x_t and x_0 after the steps from `first` to before `last`, from those before."""
-        x, x_0, seed, first, last = inputs
+        """x and memory after the rows from `first` to before `last` of a sampler's table, from those before."""
+        x, memory, table, seed, first, last = inputs
         network = self.model.network
         # A scope hides the values of the scope around it, so that it needs those of all variables.
         values = [(v, v.value) for v in network.variables]
         if self.use_ema:
             values += [(v, average.value) for v, average in zip(network.weights, self.model.ema_weights)]
         scope = keras.StatelessScope(values)
-        table = ops.convert_to_tensor(self.table, "float32")
 
         def denoise(x, t):
-            t = ops.broadcast_to(t, ops.shape(x)[:1])
+            t = ops.broadcast_to(ops.cast(t, "int32"), ops.shape(x)[:1])
             with scope:
                 y = network([x, t], training=False)
             return self.model.diffusion.predict_x0(x, t, y)
 
         def step(index, state):
-            x, x_0 = state
+            x, memory = state
             row = ops.unstack(ops.take(table, index, axis=0))
-            noise = self._normal(ops.shape(x), seed, index) if self.sampler.stochastic else None
-            return self.sampler.step(row, denoise, x, noise, x_0)
+            noise = self._normal(ops.shape(x), seed, index) if self.stochastic else None
+            return samplers.step(row, denoise, x, noise, memory)
 
-        return ops.fori_loop(first, last, step, (x, x_0))
+        return ops.fori_loop(first, last, step, (x, memory))
 
     def _normal(self, shape, seed, index):
         """Noise that depends on the seed and the step alone, however the steps are cut into stretches."""
@@ -390,7 +437,8 @@ class _Watch(keras.callbacks.Callback):
         t = np.linspace(1, diffusion.timesteps, len(self.x_0)).round().astype("int32")
         noise = np.random.default_rng(0).standard_normal(self.x_0.shape)
         target = diffusion.target(self.x_0, t, noise)
-        self.trivial = float(self.model.compute_loss(y=target, y_pred=ops.zeros_like(target)))
+        weight = self.model._weight(t)
+        self.trivial = float(self.model.compute_loss(y=target, y_pred=ops.zeros_like(target), sample_weight=weight))
         self.start = int(self.model.optimizer.iterations)
 
     def on_epoch_end(self, epoch, logs=None):
@@ -406,6 +454,21 @@ class _Watch(keras.callbacks.Callback):
                 "The network has learned next to nothing: check the learning rate and the data.",
                 stacklevel=2,
             )
+
+
+def _checked_weight(loss_weight, timesteps):
+    """The weights as a float64 array `(T + 1,)`."""
+    weight = np.asarray(loss_weight, "float64")
+    if weight.shape != (timesteps + 1,):
+        raise ValueError(f"`loss_weight` must hold one for each t = 0..{timesteps}. Received: shape {weight.shape}")
+    wrong = np.flatnonzero(~((weight > 0) & np.isfinite(weight)))
+    if wrong[wrong > 0].size:
+        t = wrong[-1]
+        raise ValueError(
+            f"`loss_weight` must be positive at t = 1..{timesteps}. Received: {weight[t]} at t = {t}. (Without "
+            "signal min-SNR and P2 weights are 0, and the step that sampling starts from would never be trained.)"
+        )
+    return weight
 
 
 def _noise(shape, seed, index):

@@ -26,7 +26,9 @@ class Schedule:
 
     Attributes:
         alpha: float64 array `(T + 1,)`, scale of the signal; `alpha[0] == 1`.
-        sigma: float64 array `(T + 1,)`, scale of the noise; `sigma[0] == 0`, growing with t.
+        sigma: float64 array `(T + 1,)`, scale of the noise; `sigma[0] == 0`.
+
+    alpha / sigma falls at every step; it may end at 0.
 
     Raises:
         ValueError: if the arrays are no schedule.
@@ -49,13 +51,20 @@ class Schedule:
                 "A schedule starts at clean data, with alpha[0] = 1 and sigma[0] = 0. "
                 f"Received: alpha[0]={self.alpha[0]}, sigma[0]={self.sigma[0]}"
             )
-        if not (np.all(np.diff(self.sigma) > 0) and np.all(self.alpha >= 0) and np.all(np.isfinite(self.alpha))):
-            raise ValueError("In a schedule sigma grows at every step and alpha is finite and never negative.")
+        finite = np.all(np.isfinite([self.alpha, self.sigma])) and np.all(self.alpha >= 0)
+        if not finite or np.any(self.alpha[1:] * self.sigma[:-1] >= self.alpha[:-1] * self.sigma[1:]):
+            raise ValueError("In a schedule alpha / sigma falls at every step, and both are finite and never negative.")
 
     @property
     def timesteps(self):
         """T, the number of steps."""
         return len(self.alpha) - 1
+
+    @property
+    def log_snr(self):
+        """log(alpha_t² / sigma_t²), the log signal-to-noise ratio: ∞ at t = 0, −∞ where there is no signal."""
+        with np.errstate(divide="ignore"):
+            return 2 * (np.log(self.alpha) - np.log(self.sigma))
 
     def get_config(self):
         return {"alpha": self.alpha.tolist(), "sigma": self.sigma.tolist()}
@@ -129,8 +138,136 @@ def cosine(timesteps=1000, offset=0.008):
     """
     _check_timesteps(timesteps)
     time = np.linspace(0, 1, timesteps + 1)
-    alphas_cumprod = np.cos((time + offset) / (1 + offset) * np.pi / 2) ** 2
+    return _from_alphas_cumprod(np.cos((time + offset) / (1 + offset) * np.pi / 2) ** 2)
+
+
+def sigmoid(timesteps=1000, start=-3.0, end=3.0, tau=1.0):
+    """ᾱ_t falls as a sigmoid, steeper in the middle than `cosine`; betas are capped at 0.999.
+
+    Args:
+        timesteps: T.
+        start: where on the sigmoid t = 0 lies.
+        end: where t = T lies.
+        tau: temperature; the smaller, the steeper.
+
+    Returns:
+        A `Schedule`.
+
+    Raises:
+        ValueError: if `timesteps` is not a positive integer, `end` not above `start` or `tau` not above 0.
+
+    Reference: Jabri et al., 2022; Chen, 2023, algorithm 1.
+    """
+    _check_timesteps(timesteps)
+    if not start < end or not tau > 0:
+        raise ValueError(f"Expected start < end and tau > 0. Received: start={start}, end={end}, tau={tau}")
+    values = 1 / (1 + np.exp(np.linspace(start, end, timesteps + 1) / tau))
+    return _from_alphas_cumprod((values - values[-1]) / (values[0] - values[-1]))
+
+
+def straight(timesteps=1000):
+    """The straight line from data to noise, alpha_t = 1 − t/T and sigma_t = t/T, of rectified flows.
+
+    Its signal is 0 at T. The target that belongs to it is `prediction="flow"`, the velocity ε − x_0.
+
+    Args:
+        timesteps: T.
+
+    Returns:
+        A `Schedule`.
+
+    Raises:
+        ValueError: if `timesteps` is not a positive integer.
+
+    Reference: Liu et al., 2022, Eq. 1; Lipman et al., 2023, Eq. 20.
+    """
+    _check_timesteps(timesteps)
+    time = np.linspace(0, 1, timesteps + 1)
+    return Schedule(1 - time, time)
+
+
+def input_scaled(schedule, scale):
+    """The schedule of data multiplied by `scale`: the log-SNR is shifted by 2 log(scale) at every t.
+
+    x_t keeps its size (alpha_t² + sigma_t², or alpha_t + sigma_t, stays 1), so that data stay in [-1, 1].
+
+    Args:
+        schedule: a variance-preserving or a straight `Schedule`.
+        scale: below 1 for more noise, above 1 for less.
+
+    Returns:
+        A `Schedule`.
+
+    Raises:
+        ValueError: if the scale is not positive or the schedule of another kind.
+
+    Reference: Chen, 2023, strategy 2; equal to it for data of variance 1, where x_t is divided by its deviation.
+    """
+    if not scale > 0:
+        raise ValueError(f"The scale must be positive. Received: {scale}")
+    alpha, sigma = scale * schedule.alpha, schedule.sigma
+    if np.allclose(schedule.alpha + schedule.sigma, 1):
+        norm = alpha + sigma
+    else:
+        _check_variance_preserving(schedule)
+        norm = np.hypot(alpha, sigma)
+    return Schedule(alpha / norm, sigma / norm)
+
+
+def shifted(schedule, image_size, reference_size=64):
+    """The schedule for images of another size, at which the same noise would hide less: `input_scaled`, by sizes.
+
+    The log-SNR is shifted by 2 log(reference_size / image_size).
+
+    Args:
+        schedule: a `Schedule` made for images of `reference_size`.
+        image_size: side of the images in pixels.
+        reference_size: side of the images for which the schedule was made.
+
+    Returns:
+        A `Schedule`.
+
+    Raises:
+        ValueError: as `input_scaled`.
+
+    Reference: Hoogeboom et al., 2023 ("simple diffusion"), section 3.1; for the straight line Esser et al., 2024,
+        Eq. 23.
+    """
+    return input_scaled(schedule, reference_size / image_size)
+
+
+def zero_terminal_snr(schedule):
+    """The schedule shifted and scaled in alpha so that x_T is nothing but noise; alpha_1 stays.
+
+    Needs a target that holds x_0: `prediction="v"` or "x0".
+
+    Args:
+        schedule: a variance-preserving `Schedule` of two steps or more.
+
+    Returns:
+        A `Schedule`.
+
+    Raises:
+        ValueError: if the schedule is of another kind.
+
+    Reference: Lin et al., 2024, algorithm 1.
+    """
+    _check_variance_preserving(schedule)
+    if schedule.timesteps < 2:
+        raise ValueError("A schedule of one step cannot be rescaled to end in noise.")
+    alpha = schedule.alpha.copy()
+    alpha[1:] = alpha[1] * (alpha[1:] - alpha[-1]) / (alpha[1] - alpha[-1])
+    alpha[1] = schedule.alpha[1]
+    return Schedule(alpha, np.sqrt((1 - alpha) * (1 + alpha)))
+
+
+def _from_alphas_cumprod(alphas_cumprod):
     return from_betas(np.minimum(1 - alphas_cumprod[1:] / alphas_cumprod[:-1], 0.999))
+
+
+def _check_variance_preserving(schedule):
+    if not np.allclose(schedule.alpha**2 + schedule.sigma**2, 1):
+        raise ValueError("This needs a variance-preserving schedule, with alpha² + sigma² = 1.")
 
 
 def _check_timesteps(timesteps):

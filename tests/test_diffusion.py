@@ -9,7 +9,7 @@ from keras_ddpm import GaussianDiffusion
 from keras_ddpm import schedules
 
 SCHEDULES = {"linear": schedules.linear(1000), "cosine": schedules.cosine(1000)}
-PREDICTIONS = ["epsilon", "x0", "v"]
+PREDICTIONS = ["epsilon", "x0", "v", "flow"]
 
 
 @pytest.fixture(params=SCHEDULES)
@@ -84,10 +84,47 @@ def test_targets():
     x_0, noise = draw(1001)
     t = np.arange(1001)
     alpha, sigma = (table[:, None, None] for table in (diffusion["v"].schedule.alpha, diffusion["v"].schedule.sigma))
-    expected = {"epsilon": noise, "x0": x_0, "v": alpha * noise - sigma * x_0}
+    expected = {"epsilon": noise, "x0": x_0, "v": alpha * noise - sigma * x_0, "flow": noise - x_0}
     for prediction in PREDICTIONS:
         got = ops.convert_to_numpy(diffusion[prediction].target(x_0, t, noise))
         np.testing.assert_allclose(got, expected[prediction], atol=1e-6)
+
+
+def test_flow_is_the_velocity_of_the_straight_line():
+    diffusion = GaussianDiffusion(schedules.straight(100), "flow")
+    x_0, noise = draw(100)
+    t = np.arange(100)
+    velocity = 100 * (diffusion.q_sample(x_0, t + 1, noise) - diffusion.q_sample(x_0, t, noise))
+    got = ops.convert_to_numpy(diffusion.target(x_0, t, noise))
+    np.testing.assert_allclose(got, ops.convert_to_numpy(velocity), atol=1e-4)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_loss_weights_are_those_of_the_data_and_of_the_noise(prediction, schedule):
+    """By their definitions: what an error of 1 in y does to x_0 [Hang et al., 2023] and to ε [Choi et al., 2022]."""
+    diffusion = GaussianDiffusion(schedule, prediction, clip_range=None)
+    t = np.arange(1, 1001)
+    zeros = np.zeros((1000, 1))
+    error_of_x_0 = diffusion.predict_x0(zeros, t, zeros + 1)
+    error_of_noise = np.ravel(ops.convert_to_numpy(diffusion.predict_noise(zeros, t, error_of_x_0))).astype("float64")
+    error_of_x_0 = np.ravel(ops.convert_to_numpy(error_of_x_0)).astype("float64")
+    snr = schedule.alpha[1:] ** 2 / schedule.sigma[1:] ** 2
+    for gamma in (1.0, 5.0):
+        weight = diffusion.min_snr_weight(gamma)
+        assert weight[0] == 0
+        np.testing.assert_allclose(weight[1:], np.minimum(snr, gamma) * error_of_x_0**2, rtol=1e-5)
+    for k, gamma in ((1.0, 1.0), (0.5, 0.7), (1.0, 0.0)):
+        weight = diffusion.p2_weight(k, gamma)
+        assert weight[0] == 0
+        np.testing.assert_allclose(weight[1:], (k + snr) ** -gamma * error_of_noise**2, rtol=1e-5)
+
+
+def test_published_loss_weights():
+    """min(SNR, γ) / SNR for the noise, min(SNR, γ) / (SNR + 1) for v; P2 with γ = 0 is the simple loss."""
+    snr = np.exp(schedules.linear().log_snr[1:])
+    np.testing.assert_allclose(GaussianDiffusion().min_snr_weight()[1:], np.minimum(snr, 5) / snr)
+    np.testing.assert_allclose(GaussianDiffusion(prediction="v").min_snr_weight()[1:], np.minimum(snr, 5) / (snr + 1))
+    np.testing.assert_allclose(GaussianDiffusion().p2_weight(gamma=0)[1:], 1)
 
 
 def test_predict_x0_clips():
@@ -109,7 +146,7 @@ def test_no_signal_at_the_end_needs_a_target_that_holds_the_data():
     schedule = schedules.Schedule([1.0, 0.6, 0.0], [0.0, 0.8, 1.0])
     with pytest.raises(ValueError, match="'epsilon' at t = 2"):
         GaussianDiffusion(schedule)
-    for prediction in ("x0", "v"):
+    for prediction in ("x0", "v", "flow"):
         diffusion = GaussianDiffusion(schedule, prediction)
         x_0, noise = draw(3)
         t = np.arange(3)
@@ -129,3 +166,12 @@ def test_no_signal_at_the_end_needs_a_target_that_holds_the_data():
 def test_bad_input(arguments, message):
     with pytest.raises(ValueError, match=message):
         GaussianDiffusion(**arguments)
+
+
+def test_bad_loss_weights():
+    diffusion = GaussianDiffusion()
+    for weight in (diffusion.min_snr_weight, diffusion.p2_weight):
+        with pytest.raises(ValueError, match="gamma=-1"):
+            weight(gamma=-1)
+    with pytest.raises(ValueError, match="k=0"):
+        diffusion.p2_weight(k=0)

@@ -19,8 +19,12 @@ TINY = [*SHORT, *"--image-size 16 --width 8 --width-multipliers 1 2".split()]
 
 
 def flowers(*arguments, **environment):
-    """Runs examples/flowers.py; returns exit status and output."""
-    command = [sys.executable, str(ROOT / "examples/flowers.py"), *map(str, arguments)]
+    return example("flowers.py", *arguments, **environment)
+
+
+def example(name, *arguments, **environment):
+    """Runs a script; returns exit status and output."""
+    command = [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)]
     run = subprocess.run(
         command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -110,3 +114,15 @@ def test_the_readmes_code(tmp_path, monkeypatch):
     np.savez("pictures.npz", x=kd.images.to_uint8(flowers))
     monkeypatch.setattr(kd.datasets, "from_tfds", lambda name, batch_size, data_dir: None)
     exec(own_data, {})
+
+
+def test_samplers(tmp_path, data_dir):
+    arguments = "--epochs 1 --steps-per-epoch 2 --num-samples 8 --evaluations 6".split()
+    status, text = example("samplers.py", *arguments, "--data-dir", data_dir, "--output", tmp_path)
+    assert status == 0 and "right on" in text and "Distance of as many photographs" in text, text
+    header, *rows = (tmp_path / "distances.csv").read_text().splitlines()
+    assert header == "sampler,spacing,network calls,distance" and len(rows) == 8 * 3
+    assert {int(row.split(",")[-2]) for row in rows} == {5, 6}  # Heun calls an odd number
+    for name in ("distances.png", "samples.png"):
+        with Image.open(tmp_path / name) as picture:
+            picture.load()

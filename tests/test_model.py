@@ -1,11 +1,15 @@
+import gc
 import os
 import subprocess
 import sys
 import warnings
+import weakref
 
 import keras
 import numpy as np
 import pytest
+from closed_form import TWO
+from closed_form import Mixture
 from keras import ops
 
 import keras_ddpm as kd
@@ -41,25 +45,81 @@ def test_a_fresh_unet_has_loss_one():
     assert abs(small_unet().evaluate(images, verbose=0) - 1) < 5 * np.sqrt(2 / images.size)
 
 
-def test_fit_reports_the_true_loss(points):
-    """Of weights that do not move: the loss of the batches by hand, with the t and noise that the step drew."""
-    model = kd.DiffusionModel(kd.networks.mlp(2, 16, 1), seed=3)
-    model.network.set_weights(
-        [np.random.default_rng(0).normal(0, 0.3, w.shape) for w in weights(model.network.weights)]
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("timestep_sampling", ["uniform", "batch", "stratified"])
+def test_fit_reports_the_true_loss(timestep_sampling, weighted):
+    """Of weights that do not move: the loss of the batches by hand, with the t and noise that the step drew.
+
+    Batch, height and width are of one size, so that a weight of the wrong shape would go unnoticed.
+    """
+    random = np.random.default_rng(0)
+    images = random.uniform(-1, 1, (16, 8, 8, 1)).astype("float32")
+    loss_weight = random.uniform(0.1, 2, 1001) if weighted else np.ones(1001)
+    network = kd.networks.unet((8, 8, 1), 8, (1,), 1, ())
+    model = kd.DiffusionModel(
+        network,
+        loss_weight=loss_weight if weighted else None,
+        timestep_sampling=timestep_sampling,
+        seed=3,
     )
+    model.network.set_weights([random.normal(0, 0.3, w.shape) for w in weights(model.network.weights)])
     model.compile(loss="mse", metrics=["mae"], optimizer=keras.optimizers.SGD(0.0))
-    history = model.fit(points, batch_size=128, shuffle=False, epochs=1, verbose=0).history
+    history = model.fit(images, batch_size=8, shuffle=False, epochs=1, verbose=0).history
     generator = keras.random.SeedGenerator(3)
     losses, errors = [], []
-    for x_0 in (points[:128], points[128:]):
-        t = ops.convert_to_numpy(keras.random.randint((128,), 1, 1001, seed=generator))
-        noise = ops.convert_to_numpy(keras.random.normal((128, 2), seed=generator)).astype("float64")
-        alpha, sigma = model.diffusion.schedule.alpha[t, None], model.diffusion.schedule.sigma[t, None]
+    for x_0 in (images[:8], images[8:]):
+        t = ops.convert_to_numpy(model._draw_timesteps(8, generator))
+        noise = ops.convert_to_numpy(keras.random.normal(x_0.shape, seed=generator)).astype("float64")
+        schedule = model.diffusion.schedule
+        alpha, sigma = (table[t][:, None, None, None] for table in (schedule.alpha, schedule.sigma))
         y = ops.convert_to_numpy(model.network([(alpha * x_0 + sigma * noise).astype("float32"), t]))
-        losses.append(np.mean((y - noise) ** 2))
+        losses.append(np.mean(loss_weight[t] * np.mean((y - noise) ** 2, axis=(1, 2, 3))))
         errors.append(np.mean(np.abs(y - noise)))
     assert history["loss"][0] == pytest.approx(np.mean(losses), rel=1e-4)
     assert history["mae"][0] == pytest.approx(np.mean(errors), rel=1e-4)
+
+
+def draw_timesteps(kind, batches, batch_size, timesteps=10):
+    diffusion = kd.GaussianDiffusion(kd.schedules.cosine(timesteps))
+    model = kd.DiffusionModel(kd.networks.mlp(2, 8, 1), diffusion, timestep_sampling=kind)
+    generator = keras.random.SeedGenerator(0)
+    return np.array([ops.convert_to_numpy(model._draw_timesteps(batch_size, generator)) for _ in range(batches)])
+
+
+@pytest.mark.parametrize("kind", ["uniform", "batch", "stratified"])
+def test_timesteps_are_uniform(kind):
+    t = draw_timesteps(kind, 2000, 3)
+    counts = np.bincount((t[:, 0] if kind == "batch" else t).ravel(), minlength=11)
+    assert t.dtype == "int32" and counts[0] == 0 and len(counts) == 11
+    expected = counts.sum() / 10
+    # Stratified counts vary less than independent ones, whose chi² of 9 degrees of freedom is below 27.9 (p = 0.001).
+    assert np.sum((counts[1:] - expected) ** 2 / expected) < 27.9
+
+
+def test_timesteps_of_a_batch():
+    assert np.all(np.ptp(draw_timesteps("batch", 20, 8), axis=1) == 0)
+    assert np.array_equal(draw_timesteps("stratified", 20, 10), np.tile(np.arange(1, 11), (20, 1)))
+    assert np.all(np.diff(draw_timesteps("stratified", 20, 50), axis=1) >= 0)
+    assert np.any(np.diff(draw_timesteps("uniform", 20, 10), axis=1) < 0)
+
+
+def test_stratified_timesteps_lower_the_variance_of_the_loss():
+    """Without bias, here for a perfect network, whose loss falls with t."""
+    schedule = kd.schedules.linear(100)
+    losses = {}
+    for kind in ("uniform", "stratified"):
+        model = TWO.model(schedule)
+        model = kd.DiffusionModel(model.network, model.diffusion, timestep_sampling=kind)
+        generator, random = keras.random.SeedGenerator(0), np.random.default_rng(0)
+        batches = []
+        for _ in range(500):
+            x_0 = (random.choice(TWO.means, 32, p=TWO.weights) + TWO.std * random.standard_normal(32))[:, None]
+            inputs, target, _ = model._corrupt((x_0.astype("float32"),), generator)
+            batches.append(float(ops.mean((model.network(inputs) - target) ** 2)))
+        losses[kind] = batches
+    assert np.var(losses["stratified"]) < 0.85 * np.var(losses["uniform"])
+    means, errors = zip(*[(np.mean(batches), np.std(batches) / 500**0.5) for batches in losses.values()])
+    assert abs(means[0] - means[1]) < 4 * np.hypot(*errors)
 
 
 def test_learns(model, points):
@@ -177,10 +237,12 @@ def test_trajectory(model):
     assert np.array_equal(x_t[-1], samples)
     np.testing.assert_allclose(x_0[-1], samples, atol=1e-6)  # the last step is the prediction
     np.testing.assert_allclose(model.sample(5, sampler, seed=1, batch_size=3), samples, atol=1e-6)
-    # A step by hand, from the first state to the second where there is no noise.
-    _, x_t, x_0 = model.sample(5, kd.samplers.DDIM(10), seed=1, return_trajectory=10)
-    row = kd.samplers.DDIM(10).table(model.diffusion.schedule)[1]
-    np.testing.assert_allclose(row[1] * x_0[1] + row[2] * x_t[0], x_t[1], atol=1e-5)
+    # Steps by hand, from one state to the next where there is no noise.
+    sampler = kd.samplers.DPMSolver(10)
+    _, x_t, x_0 = model.sample(5, sampler, seed=1, return_trajectory=10)
+    for index, row in enumerate(sampler.table(model.diffusion.schedule)[1:], start=1):
+        expected, _ = kd.samplers.step(row, lambda x, t: x_0[index], x_t[index - 1], None, x_0[index - 1])
+        np.testing.assert_allclose(expected, x_t[index], atol=1e-5)
 
 
 def test_sample_reads_the_chosen_weights(model, points):
@@ -193,13 +255,33 @@ def test_sample_reads_the_chosen_weights(model, points):
 
 
 def test_programs_are_reused_and_freed(model):
-    for sampler in (kd.samplers.DDIM(3), kd.samplers.DDIM(3), kd.samplers.DDIM(4)):
-        model.sample(2, sampler)
-    info = model._sampling.cache_info()
-    assert (info.hits, info.misses) == (1, 2)
-    for num_steps in range(5, 10):
-        model.sample(2, kd.samplers.DDIM(num_steps))
-    assert model._sampling.cache_info().currsize == 4
+    """One serves all samplers without noise, one all with."""
+    calls = []
+    predict_x0 = model.diffusion.predict_x0
+    model.diffusion.predict_x0 = lambda *args: calls.append(args) or predict_x0(*args)
+    for num_steps in range(3, 50, 4):
+        for sampler in (kd.samplers.DDIM, kd.samplers.DPMSolver, kd.samplers.Heun, kd.samplers.DDPM):
+            model.sample(2, sampler(num_steps))
+    if keras.backend.backend() != "torch":  # whose loop is not compiled
+        assert len(calls) == 2
+    assert model._sampling.cache_info().currsize == 2
+
+
+def test_programs_go_with_their_model():
+    model = kd.DiffusionModel(kd.networks.mlp(2, 8, 1))
+    model.sample(2, kd.samplers.DDIM(2))
+    references = weakref.ref(model), weakref.ref(model._sampling(True, False))
+    del model
+    gc.collect()
+    assert [reference() for reference in references] == [None, None]
+
+
+def test_the_noise_has_the_size_of_x_T():
+    """Data of any schedule: here alpha_T = 1 and sigma_T = 7, of data N(0, 0.01)."""
+    schedule = kd.schedules.Schedule(np.ones(51), np.append(0, np.geomspace(0.01, 7, 50)))
+    data = Mixture((1.0,), (0.0,), 0.1)
+    x = data.model(schedule).sample(5000, kd.samplers.Heun(50), seed=0)
+    assert abs(x.std() / 0.1 - 1) < 0.05
 
 
 def test_progress_bar(model, capsys):
@@ -259,9 +341,10 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(tmp_path, points):
 
 def test_config():
     diffusion = kd.GaussianDiffusion(kd.schedules.cosine(20), "v", None)
-    model = kd.DiffusionModel(kd.networks.mlp(2, 16, 1), diffusion, ema_decay=0.9, seed=5)
+    model = kd.DiffusionModel(kd.networks.mlp(2, 16, 1), diffusion, 0.9, diffusion.min_snr_weight(), "batch", seed=5)
     copy = kd.DiffusionModel.from_config(model.get_config())
     assert copy.get_config() == model.get_config()
+    assert np.array_equal(copy.loss_weight, model.loss_weight) and copy.timestep_sampling == "batch"
     copy.set_weights(model.get_weights())
     assert np.array_equal(copy.sample(2, kd.samplers.DDIM(3), seed=0), model.sample(2, kd.samplers.DDIM(3), seed=0))
 
@@ -402,7 +485,7 @@ def test_a_model_that_learns_nothing_says_so(points):
         ({"num_samples": 2, "seed": -1}, "seed=-1"),
         ({"num_samples": 2, "sampler": "ddim"}, "sampler=ddim"),
         ({"num_samples": 2, "sampler": kd.samplers.DDIM(51)}, "num_steps=51"),
-        ({"num_samples": 2, "return_trajectory": 51}, "50 steps.*return_trajectory=51"),
+        ({"num_samples": 2, "return_trajectory": 51}, "50 times.*return_trajectory=51"),
     ],
 )
 def test_bad_sampling(model, arguments, message):
@@ -414,6 +497,16 @@ def test_bad_construction():
     network = kd.networks.mlp(2, 16, 1)
     with pytest.raises(ValueError, match="ema_decay=1.0"):
         kd.DiffusionModel(network, ema_decay=1.0)
+    with pytest.raises(ValueError, match="uniform.*batch.*stratified.*'per image'"):
+        kd.DiffusionModel(network, timestep_sampling="per image")
+    with pytest.raises(ValueError, match=r"each t = 0..1000. Received: shape \(1000,\)"):
+        kd.DiffusionModel(network, loss_weight=np.ones(1000))
+    diffusion = kd.GaussianDiffusion(kd.schedules.straight(), "flow")
+    for weight in (diffusion.min_snr_weight(), diffusion.p2_weight()):
+        with pytest.raises(ValueError, match="0.0 at t = 1000.*never be trained"):
+            kd.DiffusionModel(network, diffusion, loss_weight=weight)
+    with pytest.raises(ValueError, match="nan at t = 3"):
+        kd.DiffusionModel(network, loss_weight=np.where(np.arange(1001) == 3, np.nan, 1.0))
     x, t, free = keras.Input((2,)), keras.Input(()), keras.Input((None, 2))
     wider = keras.Model([x, t], ops.concatenate([x, t[:, None]], axis=1))
     for network in (keras.Model([x], 2 * x), wider, keras.Model([free, t], free * t[:, None, None]), keras.Model()):

@@ -36,6 +36,67 @@ def test_cosine():
     check(schedules.cosine(1000), [min(1 - f(t + 1) / f(t), 0.999) for t in range(1000)])
 
 
+def test_sigmoid():
+    def f(t):
+        def logistic(x):
+            return 1 / (1 + math.exp(-x))
+
+        low, high = logistic(-3 / 0.7), logistic(3 / 0.7)
+        return (high - logistic((-3 + 6 * t / 100) / 0.7)) / (high - low)
+
+    check(schedules.sigmoid(100, tau=0.7), [min(1 - f(t + 1) / f(t), 0.999) for t in range(100)])
+
+
+def test_straight():
+    schedule = schedules.straight(4)
+    assert schedule.alpha.tolist() == [1, 0.75, 0.5, 0.25, 0] and schedule.sigma.tolist() == [0, 0.25, 0.5, 0.75, 1]
+    assert schedule.log_snr[0] == np.inf and schedule.log_snr[-1] == -np.inf
+    np.testing.assert_allclose(schedule.log_snr[1:-1], [math.log(9), 0, -math.log(9)], atol=1e-15)
+
+
+@pytest.mark.parametrize("schedule", [schedules.linear(), schedules.cosine(), schedules.straight()])
+@pytest.mark.parametrize("image_size", [32, 64, 256])
+def test_shifted_moves_the_log_snr_alone(schedule, image_size):
+    """By 2 log(64/d) [Hoogeboom et al., 2023]; signal and noise keep adding up to 1 as they did."""
+    shifted = schedules.shifted(schedule, image_size)
+    inner = slice(1, -1)
+    np.testing.assert_allclose(
+        shifted.log_snr[inner], schedule.log_snr[inner] + 2 * math.log(64 / image_size), rtol=1e-12, atol=1e-9
+    )
+    power = 1 if schedule.alpha[-1] == 0 else 2
+    np.testing.assert_allclose(shifted.alpha**power + shifted.sigma**power, 1, rtol=1e-12)
+    assert (shifted.alpha[-1] == 0) == (schedule.alpha[-1] == 0)
+
+
+def test_the_shifted_straight_line_is_the_published_one():
+    """t' = m t / (1 + (m - 1) t) with m = d / 64 [Esser et al., 2024, Eq. 23]."""
+    time = np.linspace(0, 1, 101)
+    shifted = schedules.shifted(schedules.straight(100), 192)
+    np.testing.assert_allclose(shifted.sigma, 3 * time / (1 + 2 * time), rtol=1e-12)
+
+
+def test_input_scaling_is_that_of_the_data():
+    """x_t of scaled data, divided by its deviation for data of variance 1."""
+    schedule = schedules.cosine(50)
+    scaled = schedules.input_scaled(schedule, 0.5)
+    x_0, noise = 0.8, -1.1
+    expected = schedule.alpha * 0.5 * x_0 + schedule.sigma * noise
+    expected /= np.sqrt(0.25 * schedule.alpha**2 + schedule.sigma**2)
+    np.testing.assert_allclose(scaled.alpha * x_0 + scaled.sigma * noise, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", [schedules.linear(), schedules.cosine(), schedules.straight(10)])
+def test_zero_terminal_snr(schedule):
+    if schedule.alpha[-1] == 0:
+        schedule = schedules.Schedule(schedule.alpha, np.sqrt(1 - schedule.alpha**2))
+    rescaled = schedules.zero_terminal_snr(schedule)
+    assert rescaled.alpha[-1] == 0 and rescaled.sigma[-1] == 1 and rescaled.alpha[1] == schedule.alpha[1]
+    np.testing.assert_allclose(rescaled.alpha**2 + rescaled.sigma**2, 1, rtol=1e-14)
+    # An affine function of the old ones [Lin et al., 2024, algorithm 1].
+    slope, offset = np.polyfit(schedule.alpha[1:], rescaled.alpha[1:], 1)
+    np.testing.assert_allclose(rescaled.alpha[1:], slope * schedule.alpha[1:] + offset, atol=1e-12)
+
+
 def test_from_betas():
     betas = np.random.default_rng(0).uniform(0.001, 0.5, 20)
     check(schedules.from_betas(betas), betas)
@@ -68,7 +129,17 @@ def test_config_keeps_every_digit():
         (lambda: schedules.from_betas([]), "alpha and sigma"),
         (lambda: schedules.Schedule([1, 0.5], [0.0, 0.5, 1.0]), r"\(2,\) and \(3,\)"),
         (lambda: schedules.Schedule([0.9, 0.5], [0.0, 0.5]), r"alpha\[0\]=0.9"),
-        (lambda: schedules.Schedule([1.0, 0.5, 0.4], [0.0, 0.5, 0.5]), "grows at every step"),
+        (lambda: schedules.Schedule([1.0, 0.5, 0.5], [0.0, 0.5, 0.5]), "falls at every step"),
+        (lambda: schedules.Schedule([1.0, 0.0, 0.0], [0.0, 0.5, 1.0]), "falls at every step"),
+        (lambda: schedules.Schedule([1.0, 0.5], [0.0, np.inf]), "finite"),
+        (lambda: schedules.Schedule([1.0, -0.5], [0.0, 0.5]), "negative"),
+        (lambda: schedules.straight(0), "timesteps=0"),
+        (lambda: schedules.sigmoid(10, start=3), "start=3"),
+        (lambda: schedules.sigmoid(10, tau=0), "tau=0"),
+        (lambda: schedules.shifted(schedules.linear(), -64), "positive"),
+        (lambda: schedules.shifted(schedules.Schedule([1.0, 1.0], [0.0, 5.0]), 32), "variance-preserving"),
+        (lambda: schedules.zero_terminal_snr(schedules.straight()), "variance-preserving"),
+        (lambda: schedules.zero_terminal_snr(schedules.cosine(1)), "one step"),
     ],
 )
 def test_bad_input(make, message):

@@ -1,0 +1,64 @@
+"""A model without anything to learn: data whose best prediction is known in closed form.
+
+The data are a mixture of Gaussians in one dimension, Σ w_k N(m_k, s²), so that x_t is Σ w_k N(alpha m_k, v) with
+v = alpha² s² + sigma², and the mean of x_0 given x_t is Σ r_k (m_k + alpha s² / v (x_t − alpha m_k)) with the
+responsibilities r_k of the components.
+"""
+
+import dataclasses
+
+import keras
+import numpy as np
+from keras import ops
+from scipy.special import ndtr
+
+import keras_ddpm as kd
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    weights: tuple
+    means: tuple
+    std: float
+
+    def cdf(self, x, alpha=1.0, sigma=0.0):
+        """The distribution function of x_t at points `(n,)`."""
+        scale = np.hypot(alpha * self.std, sigma)
+        return ndtr((x[:, None] - alpha * np.array(self.means)) / scale) @ np.array(self.weights)
+
+    def quantile(self, u):
+        """The inverse of the distribution function of x_0, by bisection."""
+        low, high = np.full_like(u, -9.0), np.full_like(u, 9.0)
+        for _ in range(60):
+            middle = (low + high) / 2
+            below = self.cdf(middle) < u
+            low, high = np.where(below, middle, low), np.where(below, high, middle)
+        return low
+
+    def model(self, schedule):
+        """A `DiffusionModel` that samples it."""
+        x_t, t = keras.Input((1,)), keras.Input((), dtype="int32")
+        network = keras.Model([x_t, t], _Denoiser(self, schedule)(x_t, t))
+        return kd.DiffusionModel(network, kd.GaussianDiffusion(schedule, "x0", clip_range=None))
+
+
+class _Denoiser(keras.layers.Layer):
+    def __init__(self, data, schedule):
+        super().__init__()
+        self.data = data
+        self.schedule = schedule
+
+    def call(self, x_t, t):
+        tables = self.schedule.alpha, self.schedule.sigma
+        alpha, sigma = (ops.take(ops.convert_to_tensor(table, "float32"), t)[:, None] for table in tables)
+        means = ops.convert_to_tensor(self.data.means, "float32")
+        variance = alpha**2 * self.data.std**2 + sigma**2
+        residual = x_t - alpha * means
+        logits = ops.log(ops.convert_to_tensor(self.data.weights, "float32")) - residual**2 / (2 * variance)
+        mean = means + alpha * self.data.std**2 / variance * residual
+        responsibilities = ops.exp(logits - ops.logsumexp(logits, axis=1, keepdims=True))
+        return ops.sum(responsibilities * mean, axis=1, keepdims=True)
+
+
+GAUSSIAN = Mixture((1.0,), (0.3,), 0.2)
+TWO = Mixture((0.4, 0.6), (-0.5, 0.5), 0.15)
