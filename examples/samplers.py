@@ -3,9 +3,9 @@
     python examples/samplers.py                                                    # trains on Fashion-MNIST first
     python examples/samplers.py --model runs/samplers/model.keras --evaluations 10 20  # the trained model again
 
-Each sampler starts from the same noise. The distance of its samples to held-out photographs is the kernel distance
+Each sampler starts from the same noise. The distance of its samples to held-out images is the kernel distance
 (KID: unbiased squared MMD of the kernel (x·y / d + 1)³, Bińkowski et al., 2018, here times 1000) in the features of a
-small classifier, which is trained first; its accuracy is printed. The distance of as many photographs of the training
+small classifier, which is trained first; its accuracy is printed. The distance of as many images of the training
 data is printed too: that is what perfect samples would get.
 
 Everything goes to --output:
@@ -100,7 +100,7 @@ def plot(path, rows, floor):
     for name in SAMPLERS:
         points = [row[2:] for row in rows if row[:2] == [name, "uniform"]]
         axes.plot(*zip(*points), marker=".", label=name)
-    axes.axhline(floor, color="grey", linestyle="--", label="photographs")
+    axes.axhline(floor, color="grey", linestyle="--", label="real images")
     axes.set(xlabel="network calls", ylabel="kernel distance × 1000", xscale="log", yscale="log")
     ticks = sorted({row[2] for row in rows if row[0] == "DDIM"})
     axes.set_xticks(ticks, ticks)
@@ -153,7 +153,7 @@ def main(arguments=None):
     draws = np.random.default_rng(args.seed).permutation(len(data.x))[: 10 * args.num_samples].reshape(10, -1)
     floors = [distance(extract(kd.images.from_uint8(data.x[draw]))) for draw in draws]
     print(
-        f"{args.num_samples} samples a row against {len(test.x)} held-out photographs. Distance of as many photographs: "
+        f"{args.num_samples} samples a row against {len(test.x)} held-out images. Distance of as many real images: "
         f"{np.mean(floors):.2f} ± {np.std(floors):.2f} over 10 draws.",
         flush=True,
     )

@@ -6,13 +6,15 @@ responsibilities r_k of the components.
 """
 
 import dataclasses
+import math
 
 import keras
 import numpy as np
 from keras import ops
-from scipy.special import ndtr
 
 import keras_ddpm as kd
+
+erf = np.vectorize(math.erf)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +26,8 @@ class Mixture:
     def cdf(self, x, alpha=1.0, sigma=0.0):
         """The distribution function of x_t at points `(n,)`."""
         scale = np.hypot(alpha * self.std, sigma)
-        return ndtr((x[:, None] - alpha * np.array(self.means)) / scale) @ np.array(self.weights)
+        below = (1 + erf((x[:, None] - alpha * np.array(self.means)) / (np.sqrt(2) * scale))) / 2
+        return below @ np.array(self.weights)
 
     def quantile(self, u):
         """The inverse of the distribution function of x_0, by bisection."""

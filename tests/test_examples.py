@@ -119,7 +119,7 @@ def test_the_readmes_code(tmp_path, monkeypatch):
 def test_samplers(tmp_path, data_dir):
     arguments = "--epochs 1 --steps-per-epoch 2 --num-samples 8 --evaluations 6".split()
     status, text = example("samplers.py", *arguments, "--data-dir", data_dir, "--output", tmp_path)
-    assert status == 0 and "right on" in text and "Distance of as many photographs" in text, text
+    assert status == 0 and "right on" in text and "Distance of as many real images" in text, text
     header, *rows = (tmp_path / "distances.csv").read_text().splitlines()
     assert header == "sampler,spacing,network calls,distance" and len(rows) == 8 * 3
     assert {int(row.split(",")[-2]) for row in rows} == {5, 6}  # Heun calls an odd number
