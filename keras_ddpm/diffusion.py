@@ -15,6 +15,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_ddpm import checks
 from keras_ddpm import schedules
 
 PREDICTIONS = {
@@ -73,7 +74,7 @@ class GaussianDiffusion:
             raise ValueError(f"`schedule` must be a `Schedule` or an array of betas. Received: schedule={schedule!r}")
         elif not isinstance(schedule, schedules.Schedule):
             schedule = schedules.from_betas(schedule)
-        if prediction not in PREDICTIONS:
+        if prediction not in list(PREDICTIONS):
             raise ValueError(f"`prediction` must be one of {sorted(PREDICTIONS)}. Received: prediction={prediction!r}")
         if clip_range is not None and not (len(clip_range) == 2 and clip_range[0] < clip_range[1]):
             raise ValueError(f"`clip_range` must be (low, high) or None. Received: clip_range={clip_range}")
@@ -151,8 +152,8 @@ class GaussianDiffusion:
         Raises:
             ValueError: if `gamma` is not positive.
         """
-        if not gamma > 0:
-            raise ValueError(f"`gamma` must be positive. Received: gamma={gamma}")
+        if not checks.is_positive(gamma):
+            raise ValueError(f"`gamma` must be positive. Received: gamma={gamma!r}")
         return np.minimum(self._snr(), gamma) * self._x0[:, 1] ** 2
 
     def p2_weight(self, k=1.0, gamma=1.0):
@@ -168,8 +169,8 @@ class GaussianDiffusion:
         Raises:
             ValueError: if `k` is not positive or `gamma` negative.
         """
-        if not (k > 0 and gamma >= 0):
-            raise ValueError(f"Expected k > 0 and gamma >= 0. Received: k={k}, gamma={gamma}")
+        if not (checks.is_positive(k) and checks.is_between(gamma, 0, np.inf)):
+            raise ValueError(f"Expected k > 0 and gamma >= 0. Received: k={k!r}, gamma={gamma!r}")
         snr = self._snr()
         return snr * (k + snr) ** -gamma * self._x0[:, 1] ** 2
 

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_ddpm import checks
 from keras_ddpm import hardware
 from keras_ddpm import samplers
 from keras_ddpm.diffusion import GaussianDiffusion
@@ -18,7 +19,7 @@ from keras_ddpm.diffusion import GaussianDiffusion
 TIMESTEP_SAMPLINGS = {
     "uniform": lambda u, index, n: u,
     "batch": lambda u, index, n: ops.broadcast_to(u[:1], ops.shape(u)),
-    "stratified": lambda u, index, n: (index + u) / n,
+    "stratified": lambda u, index, n: (index / n + u[:1]) % 1.0,  # Kingma et al., 2021, appendix I.1
 }
 
 
@@ -49,8 +50,8 @@ class DiffusionModel(keras.Model):
         loss_weight: array `(T + 1,)` of weights of the loss at t = 0..T, as `diffusion.min_snr_weight()` and
             `diffusion.p2_weight()` return; `None` for 1.
         timestep_sampling: how t is drawn, always uniform in 1..T: "uniform" for each example by itself, "batch" for
-            one t a batch, or "stratified" for one t from each of as many equal parts of 1..T as there are examples,
-            of which the loss varies least from batch to batch.
+            one t a batch, or "stratified" for times that are spread evenly over 1..T in each batch, so that the
+            loss varies less from batch to batch.
         seed: integer, of the t and the noise drawn in training. A saved model goes on from where it stopped.
 
     Raises:
@@ -82,10 +83,12 @@ class DiffusionModel(keras.Model):
                 f"Received: network={network} with inputs {shapes}"
             )
         self.network = network
-        self.diffusion = GaussianDiffusion() if diffusion is None else diffusion
+        if not isinstance(diffusion, (GaussianDiffusion, type(None))):
+            raise ValueError(f"`diffusion` must be a `GaussianDiffusion`. Received: diffusion={diffusion!r}")
+        self.diffusion = diffusion or GaussianDiffusion()
         self.ema_decay = ema_decay
         self.loss_weight = None if loss_weight is None else _checked_weight(loss_weight, self.diffusion.timesteps)
-        if timestep_sampling not in TIMESTEP_SAMPLINGS:
+        if timestep_sampling not in list(TIMESTEP_SAMPLINGS):
             raise ValueError(
                 f"`timestep_sampling` must be one of {list(TIMESTEP_SAMPLINGS)}. Received: {timestep_sampling!r}"
             )
@@ -272,7 +275,8 @@ class DiffusionModel(keras.Model):
 
         The starting noise depends on the seed and the index of a sample alone. So do the samples of a
         deterministic sampler, whatever `num_samples` and `batch_size` (up to rounding, as the network computes
-        batches of other sizes in another order); those of a stochastic one do for the same `batch_size`.
+        batches of other sizes in another order); those of a stochastic one do for the same `batch_size`, given
+        explicitly. The program serves all samplers; it is compiled again for another size of the batch.
 
         Args:
             num_samples: how many.
@@ -280,8 +284,8 @@ class DiffusionModel(keras.Model):
             seed: non-negative integer; `None` draws one (from Python's `random`).
             use_ema: whether to use the averaged weights rather than the raw ones.
             batch_size: how many at a time, the last batch filled up; `None` for at most 256.
-            return_trajectory: number k of intermediate states to return, evenly spaced over the steps, the last
-                being the samples.
+            return_trajectory: number k of intermediate states to return, at the ends of steps that are evenly
+                spaced, the last being the samples.
             verbose: 1 for a progress bar.
 
         Returns:
@@ -289,32 +293,32 @@ class DiffusionModel(keras.Model):
             arrays `(k, num_samples, ...)`, of x_t and of the predicted x_0.
 
         Raises:
-            ValueError: for a number or a seed that is none, or more steps than the schedule has.
+            ValueError: for an invalid number or seed, or more steps than the schedule has.
         """
         if sampler is None:
             sampler = samplers.DDIM(min(50, self.diffusion.timesteps))
         if not isinstance(sampler, samplers.Sampler):
-            raise ValueError(f"`sampler` must be one of `keras_ddpm.samplers`. Received: sampler={sampler}")
+            raise ValueError(f"`sampler` must be one of `keras_ddpm.samplers`. Received: sampler={sampler!r}")
         for name, value, optional in (
             ("num_samples", num_samples, False),
             ("batch_size", batch_size, True),
             ("return_trajectory", return_trajectory, True),
         ):
-            if not (optional and value is None) and (not isinstance(value, (int, np.integer)) or value < 1):
-                raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value}")
+            if not (optional and value is None) and not checks.is_count(value):
+                raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
         seed = random.randrange(2**31) if seed is None else seed
-        if not isinstance(seed, (int, np.integer)) or seed < 0:
-            raise ValueError(f"`seed` must be a non-negative integer. Received: seed={seed}")
+        if not checks.is_count(seed, low=0):
+            raise ValueError(f"`seed` must be a non-negative integer. Received: seed={seed!r}")
         num_batches = -(-num_samples // (batch_size or 256))
         batch_size = batch_size or -(-num_samples // num_batches)
 
-        table = sampler.table(self.diffusion.schedule)
-        parts = return_trajectory or min(20 if verbose else 1, len(table))
-        if parts > len(table):
-            raise ValueError(
-                f"{sampler} calls the network {len(table)} times. Received: return_trajectory={return_trajectory}"
-            )
-        cuts = np.linspace(0, len(table), parts + 1).round().astype("int32")
+        steps = sampler.steps(self.diffusion.schedule)
+        table = np.concatenate(steps)
+        parts = return_trajectory or min(20 if verbose else 1, len(steps))
+        if parts > len(steps):
+            raise ValueError(f"{sampler} has {len(steps)} steps. Received: return_trajectory={return_trajectory}")
+        ends = np.cumsum([0, *map(len, steps)], dtype="int32")
+        cuts = ends[np.linspace(0, len(steps), parts + 1).round().astype("int32")]
         progress = keras.utils.Progbar(num_batches * len(table), verbose=verbose, unit_name="step")
         program = self._sampling(bool(use_ema), bool(np.any(table[:, samplers.COLUMNS.index("std")])))
         # Filled up, so that one program serves samplers of any number of steps.
@@ -458,15 +462,21 @@ class _Watch(keras.callbacks.Callback):
 
 def _checked_weight(loss_weight, timesteps):
     """The weights as a float64 array `(T + 1,)`."""
-    weight = np.asarray(loss_weight, "float64")
+    try:
+        weight = np.asarray(loss_weight, "float64")
+    except (TypeError, ValueError):
+        weight = np.empty(0)
     if weight.shape != (timesteps + 1,):
-        raise ValueError(f"`loss_weight` must hold one for each t = 0..{timesteps}. Received: shape {weight.shape}")
+        raise ValueError(
+            f"`loss_weight` must be an array of {timesteps + 1} numbers, for t = 0..{timesteps}. "
+            f"Received: loss_weight={loss_weight!r}"
+        )
     wrong = np.flatnonzero(~((weight > 0) & np.isfinite(weight)))
     if wrong[wrong > 0].size:
         t = wrong[-1]
+        reason = " There the step that sampling starts from would never be trained." if weight[t] == 0 else ""
         raise ValueError(
-            f"`loss_weight` must be positive at t = 1..{timesteps}. Received: {weight[t]} at t = {t}. (Without "
-            "signal min-SNR and P2 weights are 0, and the step that sampling starts from would never be trained.)"
+            f"`loss_weight` must be positive at t = 1..{timesteps}. Received: {weight[t]} at t = {t}.{reason}"
         )
     return weight
 

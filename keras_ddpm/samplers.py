@@ -6,19 +6,20 @@ sampler sees the network, one network call leads to
     x ← from_x x + from_x_0 x_0 + from_memory memory + std noise
     memory ← x_0 + keep (memory − x_0)
 
-so that a sampler is a table of such numbers, one row a call, made on the host in float64 from a
-`schedules.Schedule`. One compiled loop, `step`, runs any of them. `memory` is what multi-step methods need: the
-x_0 of the call before. With λ = log(alpha / sigma) the table is where the mathematics is.
+where `memory` is what multi-step methods need, the x_0 of the call before. So a sampler is a table of these numbers,
+one row a call, made on the host in float64 from a `schedules.Schedule`, and `step`, which applies a row, is the body
+of the one compiled loop that runs any of them. For DDIM from t to s, which keeps the noise ε = (x − alpha_t x_0) /
+sigma_t, the row is from_x = sigma_s / sigma_t, from_x_0 = alpha_s − alpha_t sigma_s / sigma_t, and zeros.
 
 To add a sampler, subclass `Sampler` and write `coefficients` (a step of one call) or `steps` (of several).
 """
 
 import dataclasses
 import itertools
-import numbers
 
 import numpy as np
 
+from keras_ddpm import checks
 from keras_ddpm.diffusion import posterior_coefficients
 
 COLUMNS = ("t", "from_x", "from_x_0", "from_memory", "std", "keep")
@@ -53,14 +54,17 @@ class Sampler:
     spacing: str = dataclasses.field(default="uniform", kw_only=True)
 
     def __post_init__(self):
-        if self.num_steps is not None and not _is_count(self.num_steps):
-            raise ValueError(f"`num_steps` must be a positive integer or None. Received: num_steps={self.num_steps}")
-        if self.spacing != "uniform" and self.spacing not in SPACINGS:
+        if self.num_steps is not None and not checks.is_count(self.num_steps):
+            raise ValueError(f"`num_steps` must be a positive integer or None. Received: num_steps={self.num_steps!r}")
+        if self.spacing not in ["uniform", *SPACINGS]:
             raise ValueError(f"`spacing` must be one of {['uniform', *SPACINGS]}. Received: spacing={self.spacing!r}")
 
     @property
     def evaluations(self):
-        """How often a run calls the network; `None` where that depends on T."""
+        """How often a run calls the network; `None` where that depends on T.
+
+        `Heun` and `Langevin` call it less often where a schedule has no signal at T.
+        """
         return self.num_steps
 
     def timesteps(self, schedule):
@@ -94,17 +98,15 @@ class Sampler:
         with np.errstate(divide="ignore"):
             columns = self.coefficients(alpha_t, sigma_t, alpha_s, sigma_s)
         table = np.stack([np.broadcast_to(column, t.shape) for column in (t, *columns, 0.0)], axis=1)
+        table[-1, 4] = 0.0  # data hold no noise
         if alpha_t[0] == 0:
             # Without signal in x_T every sampler keeps its noise, whose log-SNR is not finite.
             table[0, 1:] = sigma_s[0] / sigma_t[0], alpha_s[0], 0.0, 0.0, 0.0
         return list(table[:, None])
 
     def coefficients(self, alpha_t, sigma_t, alpha_s, sigma_s):
-        """The columns from_x, from_x_0, from_memory and std of steps from t to s, of float64 arrays `(steps,)`.
-
-        The last std must be 0.
-        """
-        raise NotImplementedError
+        """The columns from_x, from_x_0, from_memory and std of steps from t to s, of float64 arrays `(steps,)`."""
+        raise NotImplementedError("A sampler needs `coefficients` or `steps`.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +120,7 @@ class DDPM(Sampler):
         spacing: "uniform", "logsnr" or "karras", as in `Sampler`.
 
     Raises:
-        ValueError: for a number of steps, a variance or a spacing that is none.
+        ValueError: for an invalid number of steps, variance or spacing.
 
     Reference: Ho et al., 2020, algorithm 2 and section 3.2; Nichol and Dhariwal, 2021, Eq. 15.
     """
@@ -127,7 +129,7 @@ class DDPM(Sampler):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.variance not in ("small", "large") and not _is_between(self.variance, 0, 1):
+        if self.variance not in ["small", "large"] and not checks.is_between(self.variance, 0, 1):
             raise ValueError(
                 f"`variance` must be 'small', 'large' or a number in [0, 1]. Received: variance={self.variance!r}"
             )
@@ -136,9 +138,7 @@ class DDPM(Sampler):
         from_x_0, from_x_t, small = posterior_coefficients(alpha_t, sigma_t, alpha_s, sigma_s)
         large = sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2
         fraction = {"small": 0.0, "large": 1.0}.get(self.variance, self.variance)
-        variance = small ** (1 - fraction) * large**fraction
-        variance[-1] = 0.0  # the last step ends at the mean, whatever the variance
-        return from_x_t, from_x_0, 0.0, np.sqrt(variance)
+        return from_x_t, from_x_0, 0.0, np.sqrt(small ** (1 - fraction) * large**fraction)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +153,7 @@ class DDIM(Sampler):
         spacing: "uniform", "logsnr" or "karras", as in `Sampler`.
 
     Raises:
-        ValueError: for a number of steps or a spacing that is none, or an eta outside [0, 1].
+        ValueError: for an invalid number of steps or spacing, or an eta outside [0, 1].
 
     Reference: Song et al., 2021, Eq. 12 and 16.
     """
@@ -163,8 +163,8 @@ class DDIM(Sampler):
 
     def __post_init__(self):
         super().__post_init__()
-        if not _is_between(self.eta, 0, 1):
-            raise ValueError(f"`eta` must be in [0, 1]. Received: eta={self.eta}")
+        if not checks.is_between(self.eta, 0, 1):
+            raise ValueError(f"`eta` must be in [0, 1]. Received: eta={self.eta!r}")
 
     def coefficients(self, alpha_t, sigma_t, alpha_s, sigma_s):
         *_, variance = posterior_coefficients(alpha_t, sigma_t, alpha_s, sigma_s)
@@ -183,7 +183,7 @@ class DPMSolver(DDIM):
         spacing: "uniform", "logsnr" or "karras", as in `Sampler`.
 
     Raises:
-        ValueError: for a number of steps or a spacing that is none, or an eta outside [0, 1].
+        ValueError: for an invalid number of steps or spacing, or an eta outside [0, 1].
 
     Reference: Lu et al., 2022 ("DPM-Solver++"), algorithm 2 and, with eta = 1, SDE-DPM-Solver++(2M).
     """
@@ -202,16 +202,19 @@ class DPMSolver(DDIM):
 class Heun(Sampler):
     """Heun's second-order method in sigma/alpha: a step of DDIM, corrected with the x_0 predicted at its end.
 
-    A step calls the network twice, the last once; so does the first on a schedule without signal at T.
+    A step calls the network twice; only the last step, and on a schedule without signal at T the first, calls it
+    once. Where sigma/alpha at T is in the thousands (`cosine`) few steps uniform in t are too long at first: take
+    "logsnr".
 
     Args:
         num_steps: how many steps; `None` for all T.
         churn: noise added before each step but the first, in EDM's S_churn: sigma/alpha grows by the factor
-            1 + min(churn / num_steps, √2 − 1), rounded to the schedule's times; 0 for a deterministic sampler.
+            1 + min(churn / num_steps, √2 − 1), rounded to the schedule's times, which may leave the last few steps
+            without; 0 for a deterministic sampler.
         spacing: "uniform", "logsnr" or "karras", as in `Sampler`.
 
     Raises:
-        ValueError: for a number of steps or a spacing that is none, or a negative churn.
+        ValueError: for an invalid number of steps or spacing, or a negative churn.
 
     Reference: Karras et al., 2022, algorithm 1 and, with churn, 2.
     """
@@ -221,8 +224,8 @@ class Heun(Sampler):
 
     def __post_init__(self):
         super().__post_init__()
-        if not _is_between(self.churn, 0, np.inf):
-            raise ValueError(f"`churn` must be 0 or more. Received: churn={self.churn}")
+        if not checks.is_between(self.churn, 0, np.inf):
+            raise ValueError(f"`churn` must be 0 or more. Received: churn={self.churn!r}")
 
     @property
     def evaluations(self):
@@ -266,18 +269,19 @@ class Langevin(Sampler):
         x ← x + step_size sigma_t² s + √(2 step_size) sigma_t noise
 
     and its samples are right as step_size tends to 0 and the number of updates to infinity: for a step of 0.1 the
-    variance at one noise level is at most 5 % too large. Alone, x/alpha stays what it is from one level to the
+    variance at one noise level is at most 5.3 % too large. Alone, x/alpha stays what it is from one level to the
     next, and the run ends with the x_0 predicted at the last.
 
     Args:
         num_steps: number of noise levels; `None` for all T, or for those of the predictor.
         step_size: in units of sigma_t², in (0, 1].
         num_updates: updates at each level.
-        predictor: the sampler whose steps are corrected, at all times that it visits between T and 0.
+        predictor: the sampler whose steps are corrected, at all times that it visits between T and 0, itself no
+            `Langevin`.
         spacing: "uniform", "logsnr" or "karras", as in `Sampler`; that of the predictor, where there is one.
 
     Raises:
-        ValueError: for a number, a step size or a spacing that is none, or steps beside a predictor's own.
+        ValueError: for an invalid number, step size, spacing or predictor, or steps beside the predictor's own.
 
     Reference: Song and Ermon, 2019, algorithm 1; as a corrector, Song et al., 2021 ("Score-based generative
         modeling through SDEs"), algorithm 1.
@@ -289,15 +293,18 @@ class Langevin(Sampler):
 
     def __post_init__(self):
         super().__post_init__()
-        if not _is_between(self.step_size, 0, 1) or self.step_size == 0:
-            raise ValueError(f"`step_size` must be in (0, 1]. Received: step_size={self.step_size}")
-        if not _is_count(self.num_updates):
-            raise ValueError(f"`num_updates` must be a positive integer. Received: num_updates={self.num_updates}")
+        if not checks.is_between(self.step_size, 0, 1) or self.step_size == 0:
+            raise ValueError(f"`step_size` must be in (0, 1]. Received: step_size={self.step_size!r}")
+        if not checks.is_count(self.num_updates):
+            raise ValueError(f"`num_updates` must be a positive integer. Received: num_updates={self.num_updates!r}")
         if self.predictor is not None and not (
-            isinstance(self.predictor, Sampler) and self.num_steps is None and self.spacing == "uniform"
+            isinstance(self.predictor, Sampler)
+            and not isinstance(self.predictor, Langevin)
+            and self.num_steps is None
+            and self.spacing == "uniform"
         ):
             raise ValueError(
-                "`predictor` must be a sampler, which brings `num_steps` and `spacing`. Received: "
+                "`predictor` must be another sampler, which brings `num_steps` and `spacing`. Received: "
                 f"predictor={self.predictor}, num_steps={self.num_steps}, spacing={self.spacing!r}"
             )
 
@@ -306,7 +313,10 @@ class Langevin(Sampler):
         if self.predictor is None:
             return self.num_steps and self.num_steps * self.num_updates + 1
         calls, steps = self.predictor.evaluations, self.predictor.num_steps
-        return steps and calls + (steps - 1) * self.num_updates
+        return calls and calls + (steps - 1) * self.num_updates
+
+    def timesteps(self, schedule):
+        return super().timesteps(schedule) if self.predictor is None else self.predictor.timesteps(schedule)
 
     def steps(self, schedule):
         if self.predictor is not None:
@@ -331,11 +341,3 @@ class Langevin(Sampler):
         alpha, sigma = schedule.alpha[int(t)], schedule.sigma[int(t)]
         row = [t, 1 - self.step_size, self.step_size * alpha, 0.0, np.sqrt(2 * self.step_size) * sigma, keep]
         return np.array([row] * self.num_updates)
-
-
-def _is_count(number):
-    return isinstance(number, (int, np.integer)) and number >= 1
-
-
-def _is_between(number, low, high):
-    return isinstance(number, numbers.Real) and low <= number <= high

@@ -18,6 +18,8 @@ import dataclasses
 import keras
 import numpy as np
 
+from keras_ddpm import checks
+
 
 @keras.saving.register_keras_serializable(package="keras_ddpm")
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -132,11 +134,13 @@ def cosine(timesteps=1000, offset=0.008):
         A `Schedule`.
 
     Raises:
-        ValueError: if `timesteps` is not a positive integer.
+        ValueError: if `timesteps` is not a positive integer or `offset` negative.
 
     Reference: Nichol and Dhariwal, 2021, Eq. 17.
     """
     _check_timesteps(timesteps)
+    if not checks.is_between(offset, 0, np.inf):
+        raise ValueError(f"`offset` must be 0 or more. Received: offset={offset!r}")
     time = np.linspace(0, 1, timesteps + 1)
     return _from_alphas_cumprod(np.cos((time + offset) / (1 + offset) * np.pi / 2) ** 2)
 
@@ -159,8 +163,8 @@ def sigmoid(timesteps=1000, start=-3.0, end=3.0, tau=1.0):
     Reference: Jabri et al., 2022; Chen, 2023, algorithm 1.
     """
     _check_timesteps(timesteps)
-    if not start < end or not tau > 0:
-        raise ValueError(f"Expected start < end and tau > 0. Received: start={start}, end={end}, tau={tau}")
+    if not (checks.is_between(start, -np.inf, end) and start < end and checks.is_positive(tau)):
+        raise ValueError(f"Expected start < end and tau > 0. Received: start={start!r}, end={end!r}, tau={tau!r}")
     values = 1 / (1 + np.exp(np.linspace(start, end, timesteps + 1) / tau))
     return _from_alphas_cumprod((values - values[-1]) / (values[0] - values[-1]))
 
@@ -203,8 +207,8 @@ def input_scaled(schedule, scale):
 
     Reference: Chen, 2023, strategy 2; equal to it for data of variance 1, where x_t is divided by its deviation.
     """
-    if not scale > 0:
-        raise ValueError(f"The scale must be positive. Received: {scale}")
+    if not isinstance(schedule, Schedule) or not checks.is_positive(scale):
+        raise ValueError(f"Expected a `Schedule` and a positive number. Received: {schedule!r} and {scale!r}")
     alpha, sigma = scale * schedule.alpha, schedule.sigma
     if np.allclose(schedule.alpha + schedule.sigma, 1):
         norm = alpha + sigma
@@ -233,6 +237,10 @@ def shifted(schedule, image_size, reference_size=64):
     Reference: Hoogeboom et al., 2023 ("simple diffusion"), section 3.1; for the straight line Esser et al., 2024,
         Eq. 23.
     """
+    if not (checks.is_positive(image_size) and checks.is_positive(reference_size)):
+        raise ValueError(
+            f"Sizes must be positive. Received: image_size={image_size!r}, reference_size={reference_size!r}"
+        )
     return input_scaled(schedule, reference_size / image_size)
 
 
@@ -262,14 +270,16 @@ def zero_terminal_snr(schedule):
 
 
 def _from_alphas_cumprod(alphas_cumprod):
+    if not np.all(np.diff(alphas_cumprod) < 0):
+        raise ValueError("With these arguments the signal does not fall at every step: make the schedule less steep.")
     return from_betas(np.minimum(1 - alphas_cumprod[1:] / alphas_cumprod[:-1], 0.999))
 
 
 def _check_variance_preserving(schedule):
-    if not np.allclose(schedule.alpha**2 + schedule.sigma**2, 1):
-        raise ValueError("This needs a variance-preserving schedule, with alpha² + sigma² = 1.")
+    if not isinstance(schedule, Schedule) or not np.allclose(schedule.alpha**2 + schedule.sigma**2, 1):
+        raise ValueError(f"Expected a variance-preserving `Schedule`, alpha² + sigma² = 1. Received: {schedule!r}")
 
 
 def _check_timesteps(timesteps):
-    if not isinstance(timesteps, (int, np.integer)) or timesteps < 1:
-        raise ValueError(f"`timesteps` must be a positive integer. Received: timesteps={timesteps}")
+    if not checks.is_count(timesteps):
+        raise ValueError(f"`timesteps` must be a positive integer. Received: timesteps={timesteps!r}")

@@ -158,6 +158,7 @@ def test_no_signal_at_the_end_needs_a_target_that_holds_the_data():
     ("arguments", "message"),
     [
         ({"prediction": "eps"}, "epsilon.*Received: prediction='eps'"),
+        ({"prediction": ["v"]}, "epsilon.*Received: prediction="),
         ({"clip_range": (1, -1)}, r"clip_range=\(1, -1\)"),
         ({"schedule": [0.1, -0.1]}, "-0.1"),
         ({"schedule": "cosine"}, "schedule='cosine'"),
@@ -175,3 +176,7 @@ def test_bad_loss_weights():
             weight(gamma=-1)
     with pytest.raises(ValueError, match="k=0"):
         diffusion.p2_weight(k=0)
+    with pytest.raises(ValueError, match="gamma='5'"):
+        diffusion.min_snr_weight("5")
+    with pytest.raises(ValueError, match="gamma=inf"):
+        diffusion.p2_weight(gamma=np.inf)

@@ -87,27 +87,27 @@ def draw_timesteps(kind, batches, batch_size, timesteps=10):
 
 @pytest.mark.parametrize("kind", ["uniform", "batch", "stratified"])
 def test_timesteps_are_uniform(kind):
+    """At each place in the batch, as data may come in a fixed order."""
     t = draw_timesteps(kind, 2000, 3)
-    counts = np.bincount((t[:, 0] if kind == "batch" else t).ravel(), minlength=11)
-    assert t.dtype == "int32" and counts[0] == 0 and len(counts) == 11
-    expected = counts.sum() / 10
-    # Stratified counts vary less than independent ones, whose chi² of 9 degrees of freedom is below 27.9 (p = 0.001).
-    assert np.sum((counts[1:] - expected) ** 2 / expected) < 27.9
+    for place in range(3):
+        counts = np.bincount(t[:, place], minlength=11)
+        assert t.dtype == "int32" and counts[0] == 0 and len(counts) == 11
+        assert np.sum((counts[1:] - 200) ** 2 / 200) < 27.9  # chi² of 9 degrees of freedom, p = 0.001
 
 
 def test_timesteps_of_a_batch():
     assert np.all(np.ptp(draw_timesteps("batch", 20, 8), axis=1) == 0)
-    assert np.array_equal(draw_timesteps("stratified", 20, 10), np.tile(np.arange(1, 11), (20, 1)))
-    assert np.all(np.diff(draw_timesteps("stratified", 20, 50), axis=1) >= 0)
-    assert np.any(np.diff(draw_timesteps("uniform", 20, 10), axis=1) < 0)
+    for t, repeats in ((draw_timesteps("stratified", 20, 10), 1), (draw_timesteps("stratified", 20, 50), 5)):
+        assert np.array_equal(np.sort(t, axis=1), np.tile(np.repeat(np.arange(1, 11), repeats), (20, 1)))
+    assert np.any(np.diff(np.sort(draw_timesteps("uniform", 20, 10), axis=1), axis=1) == 0)
 
 
 def test_stratified_timesteps_lower_the_variance_of_a_mean_over_t():
-    """Without bias: of the mean of (t/T)² over a batch, a hundredfold here."""
+    """Without bias: of the mean of (t/T)² over a batch, more than tenfold here."""
     means = {
         kind: np.mean((draw_timesteps(kind, 300, 32, 1000) / 1000) ** 2, axis=1) for kind in ("uniform", "stratified")
     }
-    assert np.var(means["stratified"]) < 0.01 * np.var(means["uniform"])
+    assert np.var(means["stratified"]) < 0.1 * np.var(means["uniform"])
     exact = np.mean((np.arange(1, 1001) / 1000) ** 2)
     for values in means.values():
         assert abs(np.mean(values) - exact) < 4 * np.std(values) / 300**0.5
@@ -234,6 +234,14 @@ def test_trajectory(model):
     for index, row in enumerate(sampler.table(model.diffusion.schedule)[1:], start=1):
         expected, _ = kd.samplers.step(row, lambda x, t: x_0[index], x_t[index - 1], None, x_0[index - 1])
         np.testing.assert_allclose(expected, x_t[index], atol=1e-5)
+    # Where steps call the network more than once, states are those at their ends.
+    heun = kd.samplers.Heun(10)
+    _, x_t, _ = model.sample(5, heun, seed=1, return_trajectory=5)
+    _, all_x_t, _ = model.sample(5, heun, seed=1, return_trajectory=10)
+    assert np.array_equal(x_t, all_x_t[1::2])
+    for part, t in enumerate(heun.timesteps(model.diffusion.schedule)[1:-1]):
+        rows = np.concatenate(heun.steps(model.diffusion.schedule)[part + 1 :])
+        assert rows[0, 0] == t
 
 
 def test_sample_reads_the_chosen_weights(model, points):
@@ -474,9 +482,11 @@ def test_a_model_that_learns_nothing_says_so(points):
         ({"num_samples": 2, "batch_size": 0}, "batch_size=0"),
         ({"num_samples": 2, "seed": 1.5}, "seed=1.5"),
         ({"num_samples": 2, "seed": -1}, "seed=-1"),
-        ({"num_samples": 2, "sampler": "ddim"}, "sampler=ddim"),
+        ({"num_samples": 2, "seed": "3"}, "seed='3'"),
+        ({"num_samples": True}, "num_samples=True"),
+        ({"num_samples": 2, "sampler": "ddim"}, "sampler='ddim'"),
         ({"num_samples": 2, "sampler": kd.samplers.DDIM(51)}, "num_steps=51"),
-        ({"num_samples": 2, "return_trajectory": 51}, "50 times.*return_trajectory=51"),
+        ({"num_samples": 2, "return_trajectory": 51}, "50 steps.*return_trajectory=51"),
     ],
 )
 def test_bad_sampling(model, arguments, message):
@@ -490,8 +500,13 @@ def test_bad_construction():
         kd.DiffusionModel(network, ema_decay=1.0)
     with pytest.raises(ValueError, match="uniform.*batch.*stratified.*'per image'"):
         kd.DiffusionModel(network, timestep_sampling="per image")
-    with pytest.raises(ValueError, match=r"each t = 0..1000. Received: shape \(1000,\)"):
-        kd.DiffusionModel(network, loss_weight=np.ones(1000))
+    with pytest.raises(ValueError, match="timestep_sampling.*uniform"):
+        kd.DiffusionModel(network, timestep_sampling=["uniform"])
+    for loss_weight in (np.ones(1000), "min_snr", kd.GaussianDiffusion().min_snr_weight):
+        with pytest.raises(ValueError, match="an array of 1001 numbers, for t = 0..1000"):
+            kd.DiffusionModel(network, loss_weight=loss_weight)
+    with pytest.raises(ValueError, match="must be a `GaussianDiffusion`"):
+        kd.DiffusionModel(network, kd.schedules.linear())
     diffusion = kd.GaussianDiffusion(kd.schedules.straight(), "flow")
     for weight in (diffusion.min_snr_weight(), diffusion.p2_weight()):
         with pytest.raises(ValueError, match="0.0 at t = 1000.*never be trained"):

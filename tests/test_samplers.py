@@ -45,7 +45,7 @@ ALL = [
     (samplers.DDIM(50, spacing="logsnr"), 0.08),
     (samplers.DDIM(100, eta=1.0), 0.14),
     (DPM(50, spacing="logsnr"), 0.01),
-    (DPM(50, spacing="karras"), 0.05),
+    (DPM(50, spacing="karras"), 0.06),
     (DPM(100, eta=1.0, spacing="logsnr"), 0.02),
     (samplers.Heun(50, spacing="logsnr"), 0.02),
     (samplers.Heun(50, churn=10, spacing="karras"), 0.1),
@@ -56,6 +56,7 @@ ALL = [
 ]
 SCHEDULES = {
     "linear": LINEAR,
+    "cosine": schedules.cosine(1000),
     "straight": schedules.straight(1000),
     "zero terminal": schedules.zero_terminal_snr(LINEAR),
 }
@@ -289,6 +290,16 @@ def test_evaluations():
     assert samplers.Langevin(10, num_updates=3).evaluations == 31
     assert samplers.Langevin(predictor=samplers.Heun(20)).evaluations == 39 + 19
     assert samplers.Langevin(predictor=samplers.DDPM()).evaluations is None
+    # Without signal at T Heun and Langevin take a single step of one call there.
+    straight = schedules.straight(100)
+    assert len(samplers.Heun(20).table(straight)) == 38
+    assert len(samplers.Langevin(10, num_updates=3).table(straight)) == 31 - 2
+
+
+def test_a_corrector_visits_the_times_of_its_predictor():
+    predictor = samplers.DDIM(10, spacing="karras")
+    visited = samplers.Langevin(predictor=predictor).timesteps(LINEAR)
+    assert np.array_equal(visited, predictor.timesteps(LINEAR))
 
 
 @pytest.mark.parametrize("schedule", [schedules.straight(100), schedules.zero_terminal_snr(schedules.linear(100))])
@@ -303,12 +314,23 @@ def test_without_signal_at_the_start_every_first_step_is_ddims(schedule, spacing
         DPM(10, eta=1.0, spacing=spacing),
         samplers.Heun(10, spacing=spacing),
         samplers.Langevin(10, spacing=spacing),
+        samplers.Langevin(10, num_updates=3, spacing=spacing),
         samplers.Langevin(predictor=samplers.Heun(10, spacing=spacing)),
     ):
         table = sampler.table(schedule)
         assert np.array_equal(table[0], expected) and np.all(np.isfinite(table))
         if spacing != "uniform":
             assert sampler.steps(schedule)[1][0, 0] == 99 and sampler.steps(schedule)[-1][0, 0] == 1
+
+
+def test_a_custom_sampler_ends_without_noise():
+    class Noisy(samplers.Sampler):
+        def coefficients(self, alpha_t, sigma_t, alpha_s, sigma_s):
+            return 0.0, alpha_s, 0.0, np.ones_like(alpha_s)
+
+    assert Noisy(5).table(LINEAR)[:, 4].tolist() == [1, 1, 1, 1, 0]
+    with pytest.raises(NotImplementedError, match="coefficients"):
+        samplers.Sampler(5).table(LINEAR)
 
 
 def test_samplers_are_values():
@@ -325,12 +347,16 @@ def test_samplers_are_values():
         (lambda: samplers.DDPM(variance=1.5), "variance=1.5"),
         (lambda: samplers.DDIM(eta=-0.1), "eta=-0.1"),
         (lambda: DPM(eta=2), "eta=2"),
-        (lambda: DPM(eta="all"), "eta=all"),
+        (lambda: DPM(eta="0.5"), "eta='0.5'"),
+        (lambda: DPM(eta=True), "eta=True"),
+        (lambda: DPM(spacing=["uniform"]), "spacing="),
+        (lambda: samplers.DDPM(variance=["small"]), "variance="),
+        (lambda: samplers.Langevin(predictor=samplers.Langevin(10)), "another sampler"),
         (lambda: DPM(spacing="log-snr"), "uniform.*logsnr.*karras.*spacing='log-snr'"),
         (lambda: samplers.Heun(churn=-1), "churn=-1"),
         (lambda: samplers.Langevin(step_size=0), "step_size=0"),
         (lambda: samplers.Langevin(num_updates=0), "num_updates=0"),
-        (lambda: samplers.Langevin(predictor="ddim"), "predictor=ddim"),
+        (lambda: samplers.Langevin(predictor="ddim"), "another sampler.*predictor=ddim"),
         (lambda: samplers.Langevin(10, predictor=DPM(10)), "num_steps=10"),
         (lambda: samplers.DDIM(1001).table(LINEAR), "1000 steps.*num_steps=1001"),
         (lambda: samplers.Langevin(predictor=samplers.Heun(1001)).table(LINEAR), "1000 steps.*num_steps=1001"),
