@@ -191,7 +191,7 @@ def main(arguments=None):
     ).history
     kd.plots.loss(out / "loss.png", history)
 
-    samples, x_t, x_0 = model.sample(64, seed=args.seed, return_trajectory=25, verbose=1)
+    samples, x_t, x_0 = model.sample(64, seed=args.seed, return_trajectory=20, verbose=1)
     kd.images.save(out / "samples.png", samples, scale)
     frames = [np.concatenate([kd.images.grid(x[:16]), kd.images.grid(y[:16])], axis=1) for x, y in zip(x_t, x_0)]
     kd.images.save_gif(out / "denoising.gif", frames, max(1, scale // 2))

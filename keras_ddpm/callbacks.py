@@ -5,7 +5,6 @@ import numpy as np
 from keras import ops
 
 from keras_ddpm import images
-from keras_ddpm.samplers import DDIM
 
 
 class SampleGrid(keras.callbacks.Callback):
@@ -16,7 +15,7 @@ class SampleGrid(keras.callbacks.Callback):
         every: epochs between grids.
         num_samples: images in a grid.
         seed: seed of the noise.
-        sampler: a `samplers.Sampler`; by default `DDIM(20)`, or fewer steps where the schedule has fewer.
+        sampler: a `samplers.Sampler`; by default that of `DiffusionModel.sample`.
         compare_raw: whether to draw the samples of the raw weights to the right of those of the average.
         scale: whole number by which every pixel is enlarged.
 
@@ -45,9 +44,8 @@ class SampleGrid(keras.callbacks.Callback):
             self.path.format(epoch=1)
         except (KeyError, IndexError) as error:
             raise ValueError(f"`path` may have {{epoch}} alone in braces. Received: path={self.path}") from error
-        if self.sampler is None:
-            self.sampler = DDIM(min(20, schedule.timesteps))
-        self.sampler.table(schedule)
+        if self.sampler is not None:
+            self.sampler.table(schedule)
 
     def on_epoch_end(self, epoch, logs=None):
         epoch += 1

@@ -280,7 +280,7 @@ class DiffusionModel(keras.Model):
 
         Args:
             num_samples: how many.
-            sampler: a `samplers.Sampler`; by default `DDIM(50)`, or fewer steps where the schedule has fewer.
+            sampler: a `samplers.Sampler`; by default `DPMSolver(20)`, or fewer steps where the schedule has fewer.
             seed: non-negative integer; `None` draws one (from Python's `random`).
             use_ema: whether to use the averaged weights rather than the raw ones.
             batch_size: how many at a time, the last batch filled up; `None` for at most 256.
@@ -296,7 +296,7 @@ class DiffusionModel(keras.Model):
             ValueError: for an invalid number or seed, or more steps than the schedule has.
         """
         if sampler is None:
-            sampler = samplers.DDIM(min(50, self.diffusion.timesteps))
+            sampler = samplers.DPMSolver(min(20, self.diffusion.timesteps))
         if not isinstance(sampler, samplers.Sampler):
             raise ValueError(f"`sampler` must be one of `keras_ddpm.samplers`. Received: sampler={sampler!r}")
         for name, value, optional in (
