@@ -2,6 +2,7 @@
 
 from keras_ddpm import callbacks
 from keras_ddpm import datasets
+from keras_ddpm import editing
 from keras_ddpm import hardware
 from keras_ddpm import images
 from keras_ddpm import networks
@@ -16,6 +17,7 @@ __all__ = [
     "GaussianDiffusion",
     "callbacks",
     "datasets",
+    "editing",
     "hardware",
     "images",
     "networks",

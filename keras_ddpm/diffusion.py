@@ -119,10 +119,23 @@ class GaussianDiffusion:
         """What the network is to predict at x_t = `q_sample(x_0, t, noise)`."""
         return self._combine(self._target, t, x_0, noise)
 
-    def predict_x0(self, x_t, t, y):
-        """The data that the network's output `y` at x_t stands for, clipped to `clip_range`."""
+    def predict_x0(self, x_t, t, y, dynamic_threshold=None, clip=True):
+        """The data that the network's output `y` at x_t stands for, clipped to `clip_range` unless `clip` is false.
+
+        With a `dynamic_threshold` p in (0, 1), the range is widened in each example until the share p of its values
+        lies inside, and the result is shrunk to `clip_range`. [Saharia et al., 2022, section 2.3]
+        """
         x_0 = self._combine(self._x0, t, x_t, y)
-        return x_0 if self.clip_range is None else ops.clip(x_0, *self.clip_range)
+        if self.clip_range is None or not clip:
+            return x_0
+        low, high = self.clip_range
+        if dynamic_threshold is None:
+            return ops.clip(x_0, low, high)
+        middle, half = (low + high) / 2, (high - low) / 2
+        x_0 = (x_0 - middle) / half
+        axes = tuple(range(1, len(x_0.shape)))
+        threshold = ops.maximum(ops.quantile(ops.abs(x_0), dynamic_threshold, axis=axes, keepdims=True), 1.0)
+        return middle + half * ops.clip(x_0, -threshold, threshold) / threshold
 
     def predict_noise(self, x_t, t, x_0):
         """ε = (x_t − alpha_t x_0) / sigma_t, for t >= 1 (at t = 0 there is none)."""

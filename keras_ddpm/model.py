@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import random
 import types
 import warnings
 
@@ -13,6 +12,7 @@ from keras import ops
 from keras_ddpm import checks
 from keras_ddpm import hardware
 from keras_ddpm import samplers
+from keras_ddpm import sampling
 from keras_ddpm.diffusion import GaussianDiffusion
 
 # From numbers u in [0, 1), one an example, and their indices 0..n − 1 in the batch to times in [0, 1).
@@ -27,10 +27,10 @@ TIMESTEP_SAMPLINGS = {
 class DiffusionModel(keras.Model):
     """A denoising diffusion probabilistic model.
 
-    `fit` and `evaluate` take batches of clean data x_0, `(batch, ...)`, or `(x_0, label)` tuples, of which the label
-    is ignored (sample and class weights are too). Each step draws t and noise and hands the regression problem
-    (x_t, t) -> target to Keras' own step, so that `compile` takes any Keras loss, metric and optimizer. `evaluate`
-    draws the same t and noise at each call.
+    `fit` and `evaluate` take batches of clean data x_0, `(batch, ...)`, or `(x_0, label)` tuples, of which a network
+    without condition ignores the label (sample and class weights are ignored too). Each step draws t and noise and
+    hands the regression problem (x_t, t) -> target to Keras' own step, so that `compile` takes any Keras loss, metric
+    and optimizer. `evaluate` draws the same t and noise at each call.
 
     The model keeps an exponential moving average (EMA) of the network's weights, updated after every optimizer
     update n = 0, 1, ... with decay min(ema_decay, 1 − (1 + n)^(−3/4)): the first update of an optimizer copies.
@@ -44,7 +44,8 @@ class DiffusionModel(keras.Model):
     >>> samples = model.sample(16, seed=0)
 
     Args:
-        network: a functional `keras.Model` from `[x_t, t]` to a tensor shaped like `x_t`; see `networks`.
+        network: a functional `keras.Model` from `[x_t, t]` or `[x_t, t, condition]` to a tensor shaped like `x_t`;
+            see `networks`.
         diffusion: a `GaussianDiffusion`; by default one with its own defaults.
         ema_decay: the largest decay of the average, in [0, 1).
         loss_weight: array `(T + 1,)` of weights of the loss at t = 0..T, as `diffusion.min_snr_weight()` and
@@ -52,11 +53,13 @@ class DiffusionModel(keras.Model):
         timestep_sampling: how t is drawn, always uniform in 1..T: "uniform" for each example by itself, "batch" for
             one t a batch, or "stratified" for times that are spread evenly over 1..T in each batch, so that the
             loss varies less from batch to batch.
+        label_dropout: the share of training examples whose condition is dropped, in [0, 1), so that the network
+            learns to do without, as guidance needs it; ignored by a network without condition.
         seed: integer, of the t and the noise drawn in training. A saved model goes on from where it stopped.
 
     Raises:
-        ValueError: for a decay outside [0, 1), a network whose output is not shaped like its input, weights that
-            are not positive at some t in 1..T or an unknown way to draw t.
+        ValueError: for a decay or a share outside [0, 1), a network whose output is not shaped like its input,
+            weights that are not positive at some t in 1..T or an unknown way to draw t.
 
     Reference: Ho et al., 2020, algorithm 1.
     """
@@ -68,6 +71,7 @@ class DiffusionModel(keras.Model):
         ema_decay=0.999,
         loss_weight=None,
         timestep_sampling="stratified",
+        label_dropout=0.1,
         *,
         seed=None,
         **kwargs,
@@ -76,12 +80,20 @@ class DiffusionModel(keras.Model):
         super().__init__(**{**kwargs, "dtype": "float32"})
         if not 0 <= ema_decay < 1:
             raise ValueError(f"`ema_decay` must be in [0, 1). Received: ema_decay={ema_decay}")
-        shapes = [tuple(tensor.shape) for tensor in getattr(network, "inputs", None) or []]
-        if len(shapes) != 2 or network.output.shape != shapes[0] or None in shapes[0][1:]:
+        inputs = getattr(network, "inputs", None) or []
+        shapes = [tuple(tensor.shape) for tensor in inputs]
+        if len(shapes) not in (2, 3) or network.output.shape != shapes[0] or None in shapes[0][1:]:
             raise ValueError(
-                "`network` must be a functional model of [x_t, t], of a fixed shape, whose output is shaped like x_t. "
-                f"Received: network={network} with inputs {shapes}"
+                "`network` must be a functional model of [x_t, t] or [x_t, t, condition], of a fixed shape, whose "
+                f"output is shaped like x_t. Received: network={network} with inputs {shapes}"
             )
+        if not checks.is_between(label_dropout, 0, 1) or label_dropout == 1:
+            raise ValueError(f"`label_dropout` must be in [0, 1). Received: label_dropout={label_dropout!r}")
+        self.label_dropout = label_dropout
+        self.conditional = len(shapes) == 3
+        self.num_classes = None
+        if self.conditional and "int" in inputs[2].dtype:
+            self.num_classes = network.get_layer("label_embedding").input_dim - 1
         self.network = network
         if not isinstance(diffusion, (GaussianDiffusion, type(None))):
             raise ValueError(f"`diffusion` must be a `GaussianDiffusion`. Received: diffusion={diffusion!r}")
@@ -102,7 +114,7 @@ class DiffusionModel(keras.Model):
             average.assign(ops.copy(v))
         self._fit_random = keras.random.SeedGenerator(seed)
         self._test_random = keras.random.SeedGenerator(0)
-        self._sampling = functools.cache(functools.partial(_Sampling, self))
+        self.programs = functools.lru_cache(maxsize=8)(functools.partial(sampling.Program, self))
         self.built = True
 
     @property
@@ -110,10 +122,14 @@ class DiffusionModel(keras.Model):
         """The shape of one example."""
         return tuple(self.network.output.shape[1:])
 
+    @property
+    def null(self):
+        """What stands for no condition: the label K, or zeros."""
+        return self.num_classes or 0
+
     def call(self, inputs, training=None):
-        """The network's output for `(x_t, t)`."""
-        x_t, t = inputs
-        return self.network([x_t, t], training=training)
+        """The network's output for `(x_t, t)` or `(x_t, t, condition)`."""
+        return self.network(list(inputs), training=training)
 
     # Training.
 
@@ -139,14 +155,15 @@ class DiffusionModel(keras.Model):
     def compile_from_config(self, config):
         self.compile(**keras.saving.deserialize_keras_object(config))
 
-    def fit(self, x=None, *args, callbacks=None, validation_data=None, **kwargs):
+    def fit(self, x=None, y=None, *args, callbacks=None, validation_data=None, **kwargs):
         """Keras' own, on clean data, after a look at the data.
 
         Raises:
             ValueError: if the data (arrays whole, streams on their first batch) have another shape than the
-                network's input, lie outside `clip_range` or hold NaN; if the loss of an epoch is not finite.
+                network's input, lie outside `clip_range` or hold NaN, or if the network is conditioned and they hold
+                no such condition; if the loss of an epoch is not finite.
         """
-        x, first = self._checked(x)
+        x, first = self._checked(x, y)
         if validation_data is not None:
             validation_data, _ = self._checked(validation_data)
         if callbacks is None:
@@ -155,19 +172,21 @@ class DiffusionModel(keras.Model):
             callbacks = [callbacks]
         # First, so that a checkpoint at the end of an epoch does not keep weights that are lost.
         callbacks = [_Watch(first), *callbacks]
-        return super().fit(x, *args, callbacks=callbacks, validation_data=validation_data, **kwargs)
+        return super().fit(x, y, *args, callbacks=callbacks, validation_data=validation_data, **kwargs)
 
-    def evaluate(self, x=None, *args, **kwargs):
+    def evaluate(self, x=None, y=None, *args, **kwargs):
         """Keras' own, with the same t and noise at each call."""
         self._test_random.state.assign([0, 0])
         if not kwargs.get("_use_cached_eval_dataset"):  # Keras' flag for the validation data that `fit` has checked
-            x, _ = self._checked(x)
-        return super().evaluate(x, *args, **kwargs)
+            x, _ = self._checked(x, y)
+        return super().evaluate(x, y, *args, **kwargs)
 
     def train_step(self, *args):
         """Keras' own on noisy data, then the moving average. Takes `(data)`, on JAX `(state, data)`."""
         if len(args) == 1:
-            data, updates = self._corrupt(*args, self._fit_random), ops.copy(self.optimizer.iterations)
+            data, updates = self._corrupt(*args, self._fit_random, self.label_dropout), ops.copy(
+                self.optimizer.iterations
+            )
             logs = super().train_step(data)
             self._update_average(updates)
             return logs
@@ -179,7 +198,9 @@ class DiffusionModel(keras.Model):
             self.metrics_variables,
         )
         with _Stateless(variables, state) as scope:
-            data, updates = self._corrupt(data, self._fit_random), ops.copy(self.optimizer.iterations)
+            data, updates = self._corrupt(data, self._fit_random, self.label_dropout), ops.copy(
+                self.optimizer.iterations
+            )
         logs, state = super().train_step(scope.state(), data)
         with _Stateless(variables, state) as scope:
             self._update_average(updates)
@@ -195,14 +216,20 @@ class DiffusionModel(keras.Model):
             data = self._corrupt(data, self._test_random)
         return super().test_step(scope.state(), data)
 
-    def _corrupt(self, data, generator):
-        """Clean data to Keras' `(x, y, sample_weight)`: x_t and t, what the network is to predict, and loss weights."""
-        x_0, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+    def _corrupt(self, data, generator, label_dropout=0.0):
+        """Clean data to Keras' `(x, y, sample_weight)`: the network's inputs, its target, and weights of the loss."""
+        x_0, condition, _ = keras.utils.unpack_x_y_sample_weight(data)
         x_0 = ops.cast(x_0, "float32")
         shape = ops.shape(x_0)
         t = self._draw_timesteps(shape[0], generator)
         noise = keras.random.normal(shape, seed=generator)
-        return (self.diffusion.q_sample(x_0, t, noise), t), self.diffusion.target(x_0, t, noise), self._weight(t)
+        inputs = (self.diffusion.q_sample(x_0, t, noise), t)
+        if self.conditional:
+            condition = ops.cast(condition, "int32" if self.num_classes else "float32")
+            kept = keras.random.uniform((shape[0],), seed=generator) >= label_dropout
+            kept = ops.reshape(kept, (-1,) + (1,) * (len(condition.shape) - 1))
+            inputs = (*inputs, ops.where(kept, condition, ops.full_like(condition, self.null)))
+        return inputs, self.diffusion.target(x_0, t, noise), self._weight(t)
 
     def _draw_timesteps(self, batch_size, generator):
         """t in 1..T, `(batch,)`."""
@@ -227,7 +254,7 @@ class DiffusionModel(keras.Model):
         for average, v in zip(self.ema_weights, self.network.weights):
             average.assign(v + decay * (average - v))
 
-    def _checked(self, data):
+    def _checked(self, data, labels=None):
         """The data unchanged (a generator is rebuilt around its first batch), and the part that was looked at."""
         if isinstance(data, types.GeneratorType):
             first = next(data, None)
@@ -238,12 +265,13 @@ class DiffusionModel(keras.Model):
         elif isinstance(data, keras.utils.PyDataset):
             first = data[0]
         elif isinstance(data, (list, tuple)) or hasattr(data, "shape"):
-            first = data
+            first = data if labels is None else (data, labels)
         else:
             first = next(iter(data), None)
         if first is None:
             raise ValueError(f"The data hold no batch. Received: {data}")
-        x_0 = ops.convert_to_numpy(keras.utils.unpack_x_y_sample_weight(first)[0])
+        x_0, condition, _ = keras.utils.unpack_x_y_sample_weight(first)
+        x_0 = ops.convert_to_numpy(x_0)
         if x_0.shape[1:] != self.data_shape or not len(x_0):
             expected = ("batch", *self.data_shape)
             raise ValueError(f"Expected data of shape {expected}, as the network's input. Received: {x_0.shape}")
@@ -256,9 +284,50 @@ class DiffusionModel(keras.Model):
                 f"Expected data in {list(clip_range)}, the `clip_range` of the diffusion; scale images with "
                 f"x / 127.5 - 1. Received: values in [{low}, {high}]"
             )
+        if self.conditional:
+            if condition is None:
+                raise ValueError("The network is conditioned: it needs `(x_0, label)` batches. Received: x_0 alone.")
+            self.conditions(ops.convert_to_numpy(condition), len(x_0))
         return data, x_0
 
+    def conditions(self, labels, num):
+        """Labels, or vectors, as the network takes them.
+
+        Args:
+            labels: one label or vector for all, or `num` of them; `None` for no condition.
+            num: how many examples.
+
+        Returns:
+            int32 array `(num,)` or float32 array `(num, context_dim)`; `None` for a network without condition.
+
+        Raises:
+            ValueError: if there are labels and no condition, or they have another shape or range.
+        """
+        if not self.conditional:
+            if labels is not None:
+                raise ValueError(f"The network is not conditioned and takes no labels. Received: labels={labels!r}")
+            return None
+        shape = (num, *self.network.inputs[2].shape[1:])
+        if labels is None:
+            return np.full(shape, self.null, "int32" if self.num_classes else "float32")
+        labels = np.asarray(labels)
+        if self.num_classes and not (
+            np.issubdtype(labels.dtype, np.integer) and np.all((labels >= 0) & (labels < self.num_classes))
+        ):
+            raise ValueError(f"Labels must be integers in 0..{self.num_classes - 1}. Received: labels={labels}")
+        if labels.shape not in (shape, shape[1:]) or not np.all(np.isfinite(labels)):
+            raise ValueError(
+                f"Expected finite conditions of shape {shape}, or one of shape {shape[1:]} for all. "
+                f"Received: shape {labels.shape}"
+            )
+        return np.broadcast_to(labels, shape).astype("int32" if self.num_classes else "float32")
+
     # Sampling.
+
+    @property
+    def default_sampler(self):
+        """The sampler of `sample`: `DPMSolver(20)`, or fewer steps where the schedule has fewer."""
+        return samplers.DPMSolver(min(20, self.diffusion.timesteps))
 
     def sample(
         self,
@@ -266,6 +335,11 @@ class DiffusionModel(keras.Model):
         sampler=None,
         seed=None,
         *,
+        labels=None,
+        guidance_scale=1.0,
+        guidance_rescale=0.0,
+        guidance_interval=None,
+        dynamic_threshold=None,
         use_ema=True,
         batch_size=None,
         return_trajectory=None,
@@ -280,8 +354,18 @@ class DiffusionModel(keras.Model):
 
         Args:
             num_samples: how many.
-            sampler: a `samplers.Sampler`; by default `DPMSolver(20)`, or fewer steps where the schedule has fewer.
+            sampler: a `samplers.Sampler`; by default `default_sampler`.
             seed: non-negative integer; `None` draws one (from Python's `random`).
+            labels: what a conditioned network is to make: a label or vector for all, or `num_samples` of them;
+                `None` for no condition.
+            guidance_scale: w of classifier-free guidance: the network's output is (1 − w) that without condition
+                plus w that with it. 0 and 1 are these two, and call the network once; any other w calls it on a
+                doubled batch. (w is 1 more than that of Ho and Salimans, 2022.)
+            guidance_rescale: in [0, 1], how far the deviation of the guided output is brought back to that of the
+                conditional one. [Lin et al., 2024, Eq. 15-16, φ]
+            guidance_interval: `(low, high)`, the t at which there is guidance; elsewhere w is 1. [Kynkäänniemi et
+                al., 2024]
+            dynamic_threshold: p of dynamic thresholding, in (0, 1), as in `GaussianDiffusion.predict_x0`.
             use_ema: whether to use the averaged weights rather than the raw ones.
             batch_size: how many at a time, the last batch filled up; `None` for at most 256.
             return_trajectory: number k of intermediate states to return, at the ends of steps that are evenly
@@ -293,53 +377,38 @@ class DiffusionModel(keras.Model):
             arrays `(k, num_samples, ...)`, of x_t and of the predicted x_0.
 
         Raises:
-            ValueError: for an invalid number or seed, or more steps than the schedule has.
+            ValueError: for an invalid number, seed or label, or more steps than the schedule has.
         """
-        if sampler is None:
-            sampler = samplers.DPMSolver(min(20, self.diffusion.timesteps))
+        if not checks.is_count(num_samples):
+            raise ValueError(f"`num_samples` must be a positive integer. Received: num_samples={num_samples!r}")
+        sampler = sampler or self.default_sampler
         if not isinstance(sampler, samplers.Sampler):
             raise ValueError(f"`sampler` must be one of `keras_ddpm.samplers`. Received: sampler={sampler!r}")
-        for name, value, optional in (
-            ("num_samples", num_samples, False),
-            ("batch_size", batch_size, True),
-            ("return_trajectory", return_trajectory, True),
-        ):
-            if not (optional and value is None) and not checks.is_count(value):
-                raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
-        seed = random.randrange(2**31) if seed is None else seed
-        if not checks.is_count(seed, low=0):
-            raise ValueError(f"`seed` must be a non-negative integer. Received: seed={seed!r}")
-        num_batches = -(-num_samples // (batch_size or 256))
-        batch_size = batch_size or -(-num_samples // num_batches)
-
         steps = sampler.steps(self.diffusion.schedule)
-        table = np.concatenate(steps)
-        parts = return_trajectory or min(20 if verbose else 1, len(steps))
-        if parts > len(steps):
+        if return_trajectory is not None and not checks.is_count(return_trajectory):
+            raise ValueError(
+                f"`return_trajectory` must be a positive integer. Received: return_trajectory={return_trajectory!r}"
+            )
+        if (return_trajectory or 1) > len(steps):
             raise ValueError(f"{sampler} has {len(steps)} steps. Received: return_trajectory={return_trajectory}")
-        ends = np.cumsum([0, *map(len, steps)], dtype="int32")
-        cuts = ends[np.linspace(0, len(steps), parts + 1).round().astype("int32")]
-        progress = keras.utils.Progbar(num_batches * len(table), verbose=verbose, unit_name="step")
-        program = self._sampling(bool(use_ema), bool(np.any(table[:, samplers.COLUMNS.index("std")])))
-        # Filled up, so that one program serves samplers of any number of steps.
-        rows = np.pad(table.astype("float32"), ((0, -len(table) % 1024), (0, 0)))
-        # The size of x_T: 1 for variance-preserving schedules.
-        scale = np.hypot(self.diffusion.schedule.alpha[-1], self.diffusion.schedule.sigma[-1]).astype("float32")
-        batches = []
-        for batch in range(num_batches):
-            start = batch * batch_size
-            x = scale * np.stack([_noise(self.data_shape, seed, index) for index in range(start, start + batch_size)])
-            x_0 = np.zeros_like(x)
-            # Keras on PyTorch adds seed and step as int32: leave room.
-            batch_seed = np.random.SeedSequence([seed, start]).generate_state(1)[0] >> 2
-            trajectory = []
-            for first, last in itertools.pairwise(cuts):
-                x, x_0 = program.predict_on_batch((x, x_0, rows, np.int32(batch_seed), first, last))
-                trajectory.append((x, x_0))
-                progress.update(batch * len(table) + last)
-            batches.append(np.array(trajectory if return_trajectory else trajectory[-1:]))  # (part, 2, batch, ...)
-        x_t, x_0 = np.concatenate(batches, axis=2)[:, :, :num_samples].swapaxes(0, 1)
-        return (x_t[-1], x_t, x_0) if return_trajectory else x_t[-1]
+        seed = sampling.checked_seed(seed)
+        trajectory = sampling.run(
+            self,
+            steps,
+            lambda indices: sampling.noise(self, seed, indices),
+            num_samples,
+            seed,
+            labels=labels,
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            guidance_interval=guidance_interval,
+            dynamic_threshold=dynamic_threshold,
+            use_ema=use_ema,
+            batch_size=batch_size,
+            verbose=verbose,
+            parts=return_trajectory or 1,
+        )
+        return (trajectory[0][-1], *trajectory) if return_trajectory else trajectory[0][-1]
 
     # Saving.
 
@@ -351,6 +420,7 @@ class DiffusionModel(keras.Model):
             "ema_decay": self.ema_decay,
             "loss_weight": None if self.loss_weight is None else self.loss_weight.tolist(),
             "timestep_sampling": self.timestep_sampling,
+            "label_dropout": self.label_dropout,
             "seed": self.seed,
         }
 
@@ -366,49 +436,6 @@ class DiffusionModel(keras.Model):
     def load_own_variables(self, store):
         self._fit_random.state.assign(store["fit_random"])
         super().load_own_variables({key: store[key] for key in store.keys() if key != "fit_random"})
-
-
-class _Sampling(keras.Model):
-    """A stretch of the steps of any sampler, as one compiled loop."""
-
-    def __init__(self, model, use_ema, stochastic):
-        super().__init__(name="sampling", dtype="float32")
-        self.model = model
-        self.use_ema = use_ema
-        self.stochastic = stochastic
-        self.random = keras.random.SeedGenerator(0)
-        self.jit_compile = hardware.jit_compile()
-        self.built = True
-
-    def call(self, inputs):
-        """x and memory after the rows from `first` to before `last` of a sampler's table, from those before."""
-        x, memory, table, seed, first, last = inputs
-        network = self.model.network
-        # A scope hides the values of the scope around it, so that it needs those of all variables.
-        values = [(v, v.value) for v in network.variables]
-        if self.use_ema:
-            values += [(v, average.value) for v, average in zip(network.weights, self.model.ema_weights)]
-        scope = keras.StatelessScope(values)
-
-        def denoise(x, t):
-            t = ops.broadcast_to(ops.cast(t, "int32"), ops.shape(x)[:1])
-            with scope:
-                y = network([x, t], training=False)
-            return self.model.diffusion.predict_x0(x, t, y)
-
-        def step(index, state):
-            x, memory = state
-            row = ops.unstack(ops.take(table, index, axis=0))
-            noise = self._normal(ops.shape(x), seed, index) if self.stochastic else None
-            return samplers.step(row, denoise, x, noise, memory)
-
-        return ops.fori_loop(first, last, step, (x, memory))
-
-    def _normal(self, shape, seed, index):
-        """Noise that depends on the seed and the step alone, however the steps are cut into stretches."""
-        state = ops.cast(ops.stack([seed, index]), self.random.state.dtype)
-        with keras.StatelessScope([(self.random.state, state)]):
-            return keras.random.normal(shape, seed=self.random)
 
 
 class _Stateless(keras.StatelessScope):
@@ -479,8 +506,3 @@ def _checked_weight(loss_weight, timesteps):
             f"`loss_weight` must be positive at t = 1..{timesteps}. Received: {weight[t]} at t = {t}.{reason}"
         )
     return weight
-
-
-def _noise(shape, seed, index):
-    """The starting noise of one sample."""
-    return np.random.default_rng([seed, index]).standard_normal(shape, "float32")

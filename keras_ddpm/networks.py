@@ -1,9 +1,11 @@
-"""Networks: functional models from `[x_t, t]` to a tensor shaped like `x_t`.
+"""Networks: functional models from `[x_t, t]`, or `[x_t, t, condition]`, to a tensor shaped like `x_t`.
 
 They know nothing of diffusion; any `keras.Model` with these inputs and this output serves as well. Each of them
-outputs zeros at initialisation.
+outputs zeros at initialisation. The condition is a label, embedded by a layer of the name "label_embedding" that has
+one more entry, the last, for no label; or a vector, of which zeros stand for no condition.
 
-To add one, write a function that returns a `keras.Model` and takes its time embedding from `_time_embedding`.
+To add one, write a function that returns a `keras.Model` and takes its embedding of time and condition from
+`_embedding`.
 """
 
 import warnings
@@ -24,6 +26,8 @@ def unet(
     attention_resolutions=(16,),
     groups=8,
     dropout=0.0,
+    num_classes=None,
+    context_dim=None,
 ):
     """The U-Net of Ho et al.: residual blocks with group normalisation, self-attention at low resolution.
 
@@ -43,13 +47,16 @@ def unet(
         attention_resolutions: levels whose longer side, after padding, is listed have self-attention.
         groups: groups of the normalisations; divides the channels of every level.
         dropout: rate of the dropout inside the residual blocks.
+        num_classes: number K of labels to condition on, 0..K − 1; the embedding is added to that of the time.
+        context_dim: size of vectors to condition on, instead of labels.
 
     Returns:
-        A functional `keras.Model` with inputs `x_t` `(batch, height, width, channels)` and `t` `(batch,)`, int32.
+        A functional `keras.Model` with inputs `x_t` `(batch, height, width, channels)`, `t` `(batch,)`, int32, and,
+        if conditioned, `label` `(batch,)`, int32, or `context` `(batch, context_dim)`.
 
     Raises:
-        ValueError: for a shape that is none, an image too small for the levels, or channels that the groups do
-            not divide.
+        ValueError: for a shape that is none, an image too small for the levels, channels that the groups do not
+            divide, or both labels and vectors.
 
     Reference: Ho et al., 2020, appendix B.
     """
@@ -105,8 +112,8 @@ def unet(
         return layers.Add(name=f"{name}_add")([x, h])
 
     x_t = keras.Input(tuple(image_shape), name="x_t")
-    t = keras.Input((), dtype="int32", name="t")
-    time = layers.Activation("swish", name="time_swish")(_time_embedding(t, width, 4 * width))
+    conditions, embedding = _embedding(width, 4 * width, num_classes, context_dim)
+    time = layers.Activation("swish", name="time_swish")(embedding)
 
     # Down.
     x = layers.ZeroPadding2D(padding, name="pad")(x_t)
@@ -142,24 +149,29 @@ def unet(
     x = layers.Activation("swish", name="swish_out")(normalize(x, "out"))
     x = _conv(image_shape[-1], zero=True, dtype="float32", name="conv_out")(x)
     x = layers.Cropping2D(padding, dtype="float32", name="crop")(x)
-    return keras.Model([x_t, t], x, name="unet")
+    return keras.Model([x_t, *conditions], x, name="unet")
 
 
-def mlp(dim=2, width=128, depth=3):
+def mlp(dim=2, width=128, depth=3, num_classes=None, context_dim=None):
     """A residual multi-layer perceptron, for points.
 
     Args:
         dim: numbers in a point.
         width: size of the hidden layers.
         depth: number of residual blocks.
+        num_classes: number K of labels to condition on, 0..K − 1; the embedding is added to that of the time.
+        context_dim: size of vectors to condition on, instead of labels.
 
     Returns:
-        A functional `keras.Model` with inputs `x_t` `(batch, dim)` and `t` `(batch,)`, int32.
+        A functional `keras.Model` with inputs `x_t` `(batch, dim)`, `t` `(batch,)`, int32, and, if conditioned,
+        `label` `(batch,)`, int32, or `context` `(batch, context_dim)`.
+
+    Raises:
+        ValueError: for both labels and vectors.
     """
     x_t = keras.Input((dim,), name="x_t")
-    t = keras.Input((), dtype="int32", name="t")
+    conditions, time = _embedding(width, width, num_classes, context_dim)
     x = layers.Dense(width, name="dense_in")(x_t)
-    time = _time_embedding(t, width, width)
     for block in range(depth):
         h = layers.Activation("swish", name=f"block_{block}_swish_1")(
             layers.Add(name=f"block_{block}_add_time")([x, time])
@@ -169,13 +181,29 @@ def mlp(dim=2, width=128, depth=3):
         x = layers.Add(name=f"block_{block}_add")([x, h])
     x = layers.Activation("swish", name="swish_out")(x)
     x = layers.Dense(dim, kernel_initializer="zeros", dtype="float32", name="dense_out")(x)
-    return keras.Model([x_t, t], x, name="mlp")
+    return keras.Model([x_t, *conditions], x, name="mlp")
 
 
-def _time_embedding(t, dim, width):
+def _embedding(dim, width, num_classes, context_dim):
+    """The inputs beside x_t, and the sum of their embeddings, `(batch, width)`."""
+    if num_classes is not None and context_dim is not None:
+        raise ValueError(
+            "A network is conditioned on labels or on vectors. "
+            f"Received: num_classes={num_classes}, context_dim={context_dim}"
+        )
+    t = keras.Input((), dtype="int32", name="t")
     x = TimestepEmbedding(dim, name="time_sinusoid")(t)
     x = layers.Dense(width, activation="swish", kernel_initializer=_initializer(), name="time_dense_1")(x)
-    return layers.Dense(width, kernel_initializer=_initializer(), name="time_dense_2")(x)
+    x = layers.Dense(width, kernel_initializer=_initializer(), name="time_dense_2")(x)
+    if num_classes is not None:
+        condition = keras.Input((), dtype="int32", name="label")
+        embedded = layers.Embedding(num_classes + 1, width, name="label_embedding")(condition)
+    elif context_dim is not None:
+        condition = keras.Input((context_dim,), name="context")
+        embedded = layers.Dense(width, kernel_initializer=_initializer(), name="context_embedding")(condition)
+    else:
+        return [t], x
+    return [t, condition], layers.Add(name="add_condition")([x, embedded])
 
 
 def _conv(channels, kernel_size=3, strides=1, zero=False, **kwargs):

@@ -39,6 +39,14 @@ def step(row, denoise, x, noise, memory):
     return (x if noise is None else x + std * noise), x_0 + keep * (memory - x_0)
 
 
+def renoised(row, schedule, s, t):
+    """The row that, having arrived at s, adds the noise that leads back to t > s."""
+    _, from_x, from_x_0, from_memory, std, keep = row
+    ratio = schedule.alpha[t] / schedule.alpha[s]
+    std = np.sqrt(schedule.sigma[t] ** 2 - ratio**2 * (schedule.sigma[s] ** 2 - std**2))
+    return [row[0], ratio * from_x, ratio * from_x_0, ratio * from_memory, std, keep]
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampler:
     """A sampler, as a value.
@@ -244,10 +252,7 @@ class Heun(Sampler):
                 gain = alpha[s] / 2 * (alpha[s] * sigma[t] / (sigma[s] * alpha[t]) - 1)
                 rows.append([s, 1.0, gain, -gain, 0.0, 0.0])
             if start > s:
-                ratio = alpha[start] / alpha[s]
-                *columns, _, keep = rows[-1]
-                std = np.sqrt(sigma[start] ** 2 - (ratio * sigma[s]) ** 2)
-                rows[-1] = [columns[0], *(ratio * column for column in columns[1:]), std, keep]
+                rows[-1] = renoised(rows[-1], schedule, s, start)
             steps.append(np.array(rows))
         return steps
 

@@ -68,6 +68,10 @@ class Schedule:
         with np.errstate(divide="ignore"):
             return 2 * (np.log(self.alpha) - np.log(self.sigma))
 
+    def until(self, t):
+        """The schedule of the steps 1..t alone."""
+        return Schedule(self.alpha[: t + 1], self.sigma[: t + 1])
+
     def get_config(self):
         return {"alpha": self.alpha.tolist(), "sigma": self.sigma.tolist()}
 

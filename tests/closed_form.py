@@ -38,26 +38,33 @@ class Mixture:
             low, high = np.where(below, middle, low), np.where(below, high, middle)
         return low
 
-    def model(self, schedule):
-        """A `DiffusionModel` that samples it."""
-        x_t, t = keras.Input((1,)), keras.Input((), dtype="int32")
-        network = keras.Model([x_t, t], _Denoiser(self, schedule)(x_t, t))
+    def model(self, schedule, conditional=False):
+        """A `DiffusionModel` that samples it, or, given a label, the component of that number."""
+        inputs = [keras.Input((1,)), keras.Input((), dtype="int32")]
+        if conditional:
+            inputs.append(keras.Input((), dtype="int32"))
+        network = keras.Model(inputs, _Denoiser(self, schedule, name="label_embedding")(*inputs))
         return kd.DiffusionModel(network, kd.GaussianDiffusion(schedule, "x0", clip_range=None))
 
 
 class _Denoiser(keras.layers.Layer):
-    def __init__(self, data, schedule):
-        super().__init__()
+    def __init__(self, data, schedule, **kwargs):
+        super().__init__(**kwargs)
         self.data = data
         self.schedule = schedule
+        self.input_dim = len(data.weights) + 1  # of labels, as a model asks the layer "label_embedding"
 
-    def call(self, x_t, t):
+    def call(self, x_t, t, label=None):
         tables = self.schedule.alpha, self.schedule.sigma
         alpha, sigma = (ops.take(ops.convert_to_tensor(table, "float32"), t)[:, None] for table in tables)
         means = ops.convert_to_tensor(self.data.means, "float32")
         variance = alpha**2 * self.data.std**2 + sigma**2
         residual = x_t - alpha * means
         logits = ops.log(ops.convert_to_tensor(self.data.weights, "float32")) - residual**2 / (2 * variance)
+        if label is not None:
+            components = ops.arange(len(self.data.weights))
+            chosen = ops.logical_or(components == label[:, None], label[:, None] == len(self.data.weights))
+            logits = ops.where(chosen, logits, -1e9)
         mean = means + alpha * self.data.std**2 / variance * residual
         responsibilities = ops.exp(logits - ops.logsumexp(logits, axis=1, keepdims=True))
         return ops.sum(responsibilities * mean, axis=1, keepdims=True)

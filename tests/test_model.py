@@ -12,6 +12,7 @@ from closed_form import Mixture
 from keras import ops
 
 import keras_ddpm as kd
+from keras_ddpm import sampling
 
 
 def weights(variables):
@@ -263,13 +264,20 @@ def test_programs_are_reused_and_freed(model):
             model.sample(2, sampler(num_steps))
     if keras.backend.backend() != "torch":  # whose loop is not compiled
         assert len(calls) == 2
-    assert model._sampling.cache_info().currsize == 2
+    assert model.programs.cache_info().currsize == 2
 
 
-def test_programs_go_with_their_model():
+def test_programs_go_with_their_model(monkeypatch):
     model = kd.DiffusionModel(kd.networks.mlp(2, 8, 1))
-    model.sample(2, kd.samplers.DDIM(2))
-    references = weakref.ref(model), weakref.ref(model._sampling(True, False))
+    references = [weakref.ref(model)]
+    make = sampling.Program.__init__
+
+    def spy(program, *args, **kwargs):
+        references.append(weakref.ref(program))
+        make(program, *args, **kwargs)
+
+    monkeypatch.setattr(sampling.Program, "__init__", spy)
+    model.sample(2, kd.samplers.DDPM(2))
     del model
     gc.collect()
     assert [reference() for reference in references] == [None, None]

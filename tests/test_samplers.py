@@ -14,8 +14,8 @@ from closed_form import GAUSSIAN
 from closed_form import TWO
 
 from keras_ddpm import samplers
+from keras_ddpm import sampling
 from keras_ddpm import schedules
-from keras_ddpm.model import _noise
 
 LINEAR = schedules.linear(1000)
 DPM = samplers.DPMSolver
@@ -131,7 +131,7 @@ def test_samples_of_a_mixture_are_distributed_as_it(sampler, schedule):
 def test_order_of_convergence_to_the_probability_flow(make, low, high, data):
     """Whose map keeps quantiles: a sample is the quantile of the data that its noise was of x_T."""
     model, num = model_of(data, "linear"), 500
-    noise = np.concatenate([_noise((1,), 0, index) for index in range(num)]).astype("float64")
+    noise = sampling.noise(model, 0, range(num))[:, 0].astype("float64")
     expected = data.quantile(data.cdf(noise, LINEAR.alpha[-1], LINEAR.sigma[-1]))
     steps = [20, 40, 80]
     errors = []

@@ -1,0 +1,247 @@
+"""Labels, vectors and guidance, against closed forms: the classes are the components of a mixture."""
+
+import keras
+import numpy as np
+import pytest
+from closed_form import TWO
+from keras import ops
+
+import keras_ddpm as kd
+from keras_ddpm import sampling
+
+LINEAR = kd.schedules.linear(1000)
+SAMPLER = kd.samplers.DPMSolver(60, spacing="logsnr")
+
+
+@pytest.fixture(scope="module")
+def mixture():
+    return TWO.model(LINEAR, conditional=True)
+
+
+def denoise(x, t, label=None):
+    """E[x_0 | x_t] in float64: of a component, or of the whole mixture."""
+    alpha, sigma = LINEAR.alpha[int(t)], LINEAR.sigma[int(t)]
+    variance = alpha**2 * TWO.std**2 + sigma**2
+    means = [mean + alpha * TWO.std**2 / variance * (x - alpha * mean) for mean in TWO.means]
+    if label is not None:
+        return means[label]
+    weights = [w * np.exp(-((x - alpha * m) ** 2) / (2 * variance)) for w, m in zip(TWO.weights, TWO.means)]
+    return sum(w * mean for w, mean in zip(weights, means)) / sum(weights)
+
+
+@pytest.mark.parametrize("sampler", [SAMPLER, kd.samplers.DDPM(300, spacing="logsnr")])
+def test_conditional_samples_fall_in_their_class(mixture, sampler):
+    labels = np.arange(4000) % 2
+    x = mixture.sample(4000, sampler, seed=0, labels=labels, batch_size=1000)[:, 0]
+    for label, mean in enumerate(TWO.means):
+        assert abs(x[labels == label].mean() - mean) < 5 * TWO.std / 2000**0.5
+        assert abs(x[labels == label].std() / TWO.std - 1) < 0.06
+    x = mixture.sample(4000, sampler, seed=0)[:, 0]  # no label: the whole mixture
+    assert abs(np.mean(x > 0) - 0.6) < 0.04
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0, 5.0])
+@pytest.mark.parametrize("sampler", [SAMPLER, kd.samplers.DDIM(50), kd.samplers.Heun(20)])
+def test_guidance_is_that_of_the_same_steps_in_float64(mixture, sampler, scale):
+    """(1 - w) times the prediction without a label plus w times that with it."""
+    labels = np.arange(200) % 2
+    x = sampling.noise(mixture, 0, range(200))[:, 0].astype("float64")
+    memory = np.zeros(200)
+
+    def guided(x, t):
+        given = np.where(labels == 0, denoise(x, t, 0), denoise(x, t, 1))
+        return (1 - scale) * denoise(x, t) + scale * given
+
+    for row in sampler.table(LINEAR):
+        x, memory = kd.samplers.step(row, guided, x, None, memory)
+    got = mixture.sample(200, sampler, seed=0, labels=labels, guidance_scale=scale)[:, 0]
+    np.testing.assert_allclose(got, x, atol=2e-3)
+
+
+def test_guidance_converges_to_its_own_differential_equation(mixture):
+    """Integrated in float64 by Heun's method over all 1000 steps."""
+    x = sampling.noise(mixture, 0, range(100))[:, 0].astype("float64")
+    memory = np.zeros(100)
+
+    def guided(x, t):
+        return -1.0 * denoise(x, t) + 2.0 * denoise(x, t, 1)
+
+    for row in kd.samplers.Heun(1000).table(LINEAR):
+        x, memory = kd.samplers.step(row, guided, x, None, memory)
+    got = mixture.sample(100, SAMPLER, seed=0, labels=1, guidance_scale=2.0)[:, 0]
+    np.testing.assert_allclose(got, x, atol=5e-3)
+
+
+def calls_of(model, **arguments):
+    """The sizes of the batches that the network was called with, and the samples."""
+    sizes = []
+    network = model.network
+
+    class Spy:
+        variables, weights = network.variables, network.weights
+        inputs, output = network.inputs, network.output
+
+        def __call__(self, tensors, training):
+            sizes.append(tensors[0].shape[0])
+            return network(tensors, training=training)
+
+    model.programs.cache_clear()
+    object.__setattr__(model, "network", Spy())
+    try:
+        x = model.sample(6, kd.samplers.DDPM(5), seed=0, **arguments)
+    finally:
+        object.__setattr__(model, "network", network)
+        model.programs.cache_clear()
+    return set(sizes), x
+
+
+def test_scales_0_and_1_call_the_network_once(mixture):
+    for arguments, same in (
+        ({"labels": 1, "guidance_scale": 1.0}, {"labels": 1}),
+        ({"labels": 1, "guidance_scale": 0.0}, {}),
+    ):
+        sizes, x = calls_of(mixture, **arguments)
+        assert sizes == {6}
+        assert np.array_equal(x, calls_of(mixture, **same)[1])
+    sizes, _ = calls_of(mixture, labels=1, guidance_scale=2.0)
+    assert sizes == {12}
+
+
+def test_guidance_interval(mixture):
+    """Outside it nothing is guided; the whole of 1..T is no restriction."""
+    sampler = kd.samplers.DPMSolver(10)
+    plain, guided = (mixture.sample(8, sampler, seed=0, labels=0, guidance_scale=w) for w in (1.0, 3.0))
+    sample = lambda *interval: mixture.sample(  # noqa: E731
+        8, sampler, seed=0, labels=0, guidance_scale=3.0, guidance_interval=interval
+    )
+    np.testing.assert_allclose(sample(1, 1000), guided, atol=1e-6)
+    np.testing.assert_allclose(sample(2000, 3000), plain, atol=1e-6)
+    some = sample(300, 700)
+    assert not np.allclose(some, plain, atol=1e-3) and not np.allclose(some, guided, atol=1e-3)
+
+
+def unet(**kwargs):
+    return kd.networks.unet((8, 8, 1), 8, (1, 2), 1, (), **kwargs)
+
+
+def randomize(network):
+    random = np.random.default_rng(0)
+    network.set_weights([0.3 * random.standard_normal(w.shape) for w in network.get_weights()])
+
+
+def test_rescale_keeps_the_deviation_of_the_conditional_output():
+    network = unet(num_classes=3)
+    randomize(network)
+    model = kd.DiffusionModel(network, kd.GaussianDiffusion(prediction="v", clip_range=None))
+    program = sampling.Program(model, False, False, True, 1.0, None)
+    x = ops.convert_to_tensor(np.random.default_rng(0).standard_normal((4, 8, 8, 1)), "float32")
+    t, label = ops.full((4,), 300, dtype="int32"), ops.convert_to_tensor([0, 1, 2, 0], "int32")
+    got = ops.convert_to_numpy(program._predict(x, t, [label], 4.0))
+    conditional, null = (ops.convert_to_numpy(network([x, t, v])) for v in (label, ops.full_like(label, 3)))
+    std = got.std(axis=(1, 2, 3))
+    np.testing.assert_allclose(std, conditional.std(axis=(1, 2, 3)), rtol=1e-4)
+    guided = 4 * conditional - 3 * null
+    np.testing.assert_allclose(
+        got / std[:, None, None, None], guided / guided.std(axis=(1, 2, 3), keepdims=True), rtol=1e-3, atol=1e-4
+    )
+
+
+def test_dynamic_threshold():
+    """The share p of each example ends inside the range, and nothing outside."""
+    diffusion = kd.GaussianDiffusion(prediction="x0", clip_range=(0.0, 1.0))
+    random = np.random.default_rng(0)
+    y = np.stack([random.normal(0.5, 3.0, 1000), random.normal(0.5, 0.05, 1000)]).astype("float32")
+    got = ops.convert_to_numpy(diffusion.predict_x0(y, np.array([5, 5]), y, dynamic_threshold=0.9))
+    assert abs(np.mean((got[0] > 1e-5) & (got[0] < 1 - 1e-5)) - 0.9) < 0.002 and got.min() >= 0 and got.max() <= 1
+    inside = (got[0] > 1e-5) & (got[0] < 1 - 1e-5)
+    ratio = (got[0] - 0.5)[inside] / (y[0] - 0.5)[inside]
+    assert np.ptp(ratio) < 1e-3  # shrunk, not cut
+    np.testing.assert_allclose(got[1], y[1], atol=1e-6)  # nothing to do
+
+
+@pytest.mark.parametrize("make", [lambda **k: kd.networks.mlp(2, 16, 1, **k), unet])
+@pytest.mark.parametrize("kind", [{"num_classes": 3}, {"context_dim": 5}])
+def test_networks_listen_to_their_condition(make, kind):
+    network = make(**kind)
+    assert np.all(ops.convert_to_numpy(network([np.zeros((2, *v.shape[1:])) for v in network.inputs])) == 0)
+    randomize(network)
+    x, t = np.ones((3, *network.inputs[0].shape[1:])), np.full(3, 10)
+    conditions = np.arange(3) if "num_classes" in kind else np.random.default_rng(0).normal(size=(3, 5))
+    y = ops.convert_to_numpy(network([x, t, conditions]))
+    assert not np.allclose(y[0], y[1], atol=1e-3) and not np.allclose(y[1], y[2], atol=1e-3)
+    with pytest.raises(ValueError, match="labels or on vectors"):
+        make(num_classes=3, context_dim=5)
+
+
+def points(num=512):
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 2, num)
+    return (np.where(labels == 0, -0.6, 0.6)[:, None] + 0.05 * random.standard_normal((num, 2))).astype(
+        "float32"
+    ), labels
+
+
+@pytest.mark.parametrize("vectors", [False, True])
+def test_learns_its_classes(vectors, tmp_path):
+    """A trained model samples the class asked for, also after it was saved."""
+    x, labels = points()
+    conditions = np.eye(2, dtype="float32")[labels] if vectors else labels
+    network = kd.networks.mlp(2, 32, 2, **({"context_dim": 2} if vectors else {"num_classes": 2}))
+    model = kd.DiffusionModel(network, kd.GaussianDiffusion(kd.schedules.linear(50), "v"), 0.9, seed=0)
+    model.compile(loss="mse", optimizer=keras.optimizers.Adam(5e-3))
+    model.fit(x, conditions, epochs=30, batch_size=64, verbose=0, validation_data=(x, conditions))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    for label, side in ((0, -1), (1, 1)):
+        condition = np.eye(2)[label] if vectors else label
+        samples = model.sample(50, seed=0, labels=condition)
+        assert np.mean(np.sign(samples) == side) > 0.95
+        assert np.array_equal(loaded.sample(50, seed=0, labels=condition), samples)
+        guided = model.sample(50, seed=0, labels=condition, guidance_scale=2.0)
+        assert not np.array_equal(guided, samples) and np.mean(np.sign(guided) == side) > 0.95
+    none = model.sample(200, seed=0)
+    assert 0.2 < np.mean(none[:, 0] > 0) < 0.8
+
+
+def test_the_share_of_labels_that_is_dropped():
+    x, labels = points(4096)
+    model = kd.DiffusionModel(kd.networks.mlp(2, 8, 1, num_classes=2), label_dropout=0.3)
+    (_, _, got), _, _ = model._corrupt((x, labels), model._fit_random, 0.3)
+    got = ops.convert_to_numpy(got)
+    assert abs(np.mean(got == 2) - 0.3) < 5 * (0.3 * 0.7 / 4096) ** 0.5
+    assert np.array_equal(got[got < 2], labels[got < 2])
+    (_, _, got), _, _ = model._corrupt((x, labels), model._test_random)  # none in evaluation
+    assert np.array_equal(ops.convert_to_numpy(got), labels)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"labels": 2}, r"integers in 0..1. Received: labels=2"),
+        ({"labels": -1}, "labels=-1"),
+        ({"labels": 0.5}, "labels=0.5"),
+        ({"labels": [0, 1]}, r"shape \(3,\), or one of shape \(\) for all. Received: shape \(2,\)"),
+        ({"labels": 0, "guidance_scale": -1}, "guidance_scale=-1"),
+        ({"labels": 0, "guidance_scale": "2"}, "guidance_scale='2'"),
+        ({"labels": 0, "guidance_rescale": 1.5}, "guidance_rescale=1.5"),
+        ({"labels": 0, "guidance_interval": (5, 3)}, r"guidance_interval.*\(5, 3\)"),
+        ({"labels": 0, "dynamic_threshold": 1.0}, "dynamic_threshold=1.0"),
+    ],
+)
+def test_bad_labels_and_guidance(mixture, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        mixture.sample(3, **arguments)
+
+
+def test_bad_conditions_in_training():
+    x, labels = points(32)
+    model = kd.DiffusionModel(kd.networks.mlp(2, 8, 1, num_classes=2))
+    model.compile(loss="mse")
+    with pytest.raises(ValueError, match="needs `.x_0, label.` batches"):
+        model.fit(x)
+    with pytest.raises(ValueError, match="integers in 0..1"):
+        model.fit(x, labels + 1)
+    with pytest.raises(ValueError, match="label_dropout=1"):
+        kd.DiffusionModel(kd.networks.mlp(2, 8, 1, num_classes=2), label_dropout=1)
+    with pytest.raises(ValueError, match="takes no labels. Received: labels=0"):
+        kd.DiffusionModel(kd.networks.mlp(2, 8, 1)).sample(2, labels=0)

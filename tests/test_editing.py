@@ -1,0 +1,240 @@
+"""Inpainting, variations, encoding and interpolation, against closed forms.
+
+The data are images of two pixels, x_0 ~ N(0, [[1, 0.8], [0.8, 1]]), whose best prediction is linear in x_t.
+"""
+
+import functools
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_ddpm as kd
+from keras_ddpm import editing
+from keras_ddpm import samplers
+
+COVARIANCE = np.array([[1.0, 0.8], [0.8, 1.0]])
+LINEAR = kd.schedules.linear(1000)
+
+
+def gain(schedule, t):
+    """The matrix that takes x_t to E[x_0 | x_t]."""
+    alpha, sigma = schedule.alpha[t], schedule.sigma[t]
+    return alpha * COVARIANCE @ np.linalg.inv(alpha**2 * COVARIANCE + sigma**2 * np.eye(2))
+
+
+class BestPrediction(keras.layers.Layer):
+    def __init__(self, schedule):
+        super().__init__()
+        self.gains = np.stack([gain(schedule, max(t, 1)) for t in range(schedule.timesteps + 1)])
+
+    def call(self, x_t, t):
+        pairs = ops.reshape(x_t, (-1, 1, 2))
+        gains = ops.take(ops.convert_to_tensor(self.gains, "float32"), t, axis=0)
+        return ops.reshape(ops.matmul(pairs, ops.transpose(gains, (0, 2, 1))), (-1, 1, 2, 1))
+
+
+@functools.cache
+def pixels(timesteps=1000):
+    schedule = kd.schedules.linear(timesteps)
+    x_t, t = keras.Input((1, 2, 1)), keras.Input((), dtype="int32")
+    network = keras.Model([x_t, t], BestPrediction(schedule)(x_t, t))
+    return kd.DiffusionModel(network, kd.GaussianDiffusion(schedule, "x0", clip_range=None))
+
+
+def draw(num, seed=0):
+    x = np.random.default_rng(seed).multivariate_normal(np.zeros(2), COVARIANCE, num)
+    return x.reshape(num, 1, 2, 1).astype("float32")
+
+
+def exact_inpainting(sampler, known, num_resamples, schedule=LINEAR):
+    """Mean and variance of the unknown pixel, by a recursion over all steps and resamplings in float64."""
+    times = sampler.timesteps(schedule)
+    mean, variance = 0.0, 1.0  # of the unknown pixel of x_t
+    alpha, sigma = schedule.alpha, schedule.sigma
+    # The known pixel of x_t is alpha_t known + sigma_t noise, fresh at each arrival.
+    for row, s in zip(sampler.table(schedule), times[1:]):
+        t = int(row[0])
+        _, from_x, from_x_0, _, std, _ = row
+        from_known, from_unknown = gain(schedule, t)[1]
+        for resample in range(num_resamples):
+            mean_s = (from_x + from_x_0 * from_unknown) * mean + from_x_0 * from_known * alpha[t] * known
+            variance_s = (from_x + from_x_0 * from_unknown) ** 2 * variance
+            variance_s += (from_x_0 * from_known * sigma[t]) ** 2 + std**2
+            if s == 0:
+                break
+            if resample < num_resamples - 1:
+                ratio = alpha[t] / alpha[s]
+                mean = ratio * mean_s
+                variance = ratio**2 * variance_s + sigma[t] ** 2 - ratio**2 * sigma[s] ** 2
+        mean, variance = mean_s, variance_s
+    return mean, variance
+
+
+LARGE, SMALL = samplers.DDPM(variance="large"), samplers.DDPM(variance="small")
+TRUE_VARIANCE = 1 - 0.8**2
+
+
+@pytest.mark.parametrize(("num_resamples", "tolerance"), [(20, 0.025), (100, 0.005)])
+def test_inpainting_tends_to_the_conditional_distribution(num_resamples, tolerance):
+    mean, variance = exact_inpainting(LARGE, 0.4, num_resamples)
+    assert abs(mean / (0.8 * 0.4) - 1) < tolerance and abs(variance / TRUE_VARIANCE - 1) < tolerance
+
+
+def test_inpainting_with_small_variance_varies_too_little():
+    _, variance = exact_inpainting(SMALL, 0.4, 100)
+    assert 0.88 < variance / TRUE_VARIANCE < 0.92
+
+
+@pytest.mark.parametrize("sampler", [samplers.DDPM(40, "large"), samplers.DDPM(40), samplers.DDIM(40)], ids=str)
+def test_inpainting_is_the_exact_recursion(sampler):
+    num = 4000
+    images = np.full((num, 1, 2, 1), 0.4, "float32")
+    mask = np.broadcast_to(np.array([1, 0]).reshape(1, 1, 2, 1), images.shape)
+    x = editing.inpaint(pixels(), images, mask, seed=0, sampler=sampler, num_resamples=4, batch_size=num)
+    assert np.array_equal(x[:, 0, 0], images[:, 0, 0])  # bit for bit
+    mean, variance = exact_inpainting(sampler, np.float32(0.4), 4)
+    unknown = x[:, 0, 1, 0]
+    assert abs(unknown.mean() - mean) < 5 * np.sqrt(variance / num)
+    assert abs(unknown.var() / variance - 1) < 5 * np.sqrt(2 / num)
+
+
+def test_inpainting_with_more_than_one_call_a_step():
+    """2M and Heun: known pixels stay, the others are near their conditional mean."""
+    images = np.full((500, 1, 2, 1), 0.4, "float32")
+    mask = np.broadcast_to(np.array([0, 1]).reshape(1, 1, 2, 1), images.shape)
+    for sampler in (samplers.DPMSolver(30), samplers.Heun(30), samplers.DPMSolver(30, eta=1.0)):
+        x = editing.inpaint(pixels(), images, mask, seed=0, sampler=sampler, num_resamples=5)
+        assert np.array_equal(x[:, 0, 1], images[:, 0, 1])
+        assert abs(x[:, 0, 0].mean() - 0.32) < 0.2
+
+
+def test_masks_of_all_and_of_nothing():
+    images = draw(500)
+    known = editing.inpaint(pixels(), images, np.ones_like(images), seed=0)
+    assert np.array_equal(known, images)
+    free = editing.inpaint(pixels(), images, np.zeros_like(images), seed=0, sampler=samplers.DDPM(200), num_resamples=1)
+    covariance = np.cov(free.reshape(-1, 2).T)
+    np.testing.assert_allclose(covariance, COVARIANCE, atol=0.2)
+    assert abs(np.corrcoef(free[:, 0, 0, 0], images[:, 0, 0, 0])[0, 1]) < 0.2
+
+
+def test_variations():
+    model, images = pixels(), draw(300)
+    sampler = samplers.DPMSolver(20)
+    assert np.array_equal(editing.variations(model, images, 0.0, seed=1), images)
+    assert np.array_equal(editing.variations(model, images, 1.0, seed=1), model.sample(300, seed=1))
+    for all_steps in (sampler, samplers.DDPM()):
+        full = editing.variations(model, images[:20], 1.0, seed=1, sampler=all_steps)
+        assert np.array_equal(full, model.sample(20, all_steps, seed=1))
+    # The stronger the further; all of them look like data.
+    distances = []
+    for strength in (0.1, 0.3, 0.6, 0.9):
+        x = editing.variations(model, images, strength, seed=1, sampler=sampler)
+        distances.append(np.mean((x - images) ** 2))
+        np.testing.assert_allclose(np.cov(x.reshape(-1, 2).T), COVARIANCE, atol=0.25)
+    assert np.all(np.diff(distances) > 0)
+
+
+def test_encoding_and_decoding():
+    """Noise is of unit variance, and the error falls with the number of steps."""
+    model, images = pixels(), draw(400)
+    errors = []
+    for num_steps in (25, 100, 400):
+        noise = editing.encode(model, images, num_steps=num_steps)
+        errors.append(np.sqrt(np.mean((editing.decode(model, noise, num_steps=num_steps) - images) ** 2)))
+    assert errors[0] > 2 * errors[1] > 4 * errors[2] and errors[2] < 0.01, errors
+    np.testing.assert_allclose(np.cov(noise.reshape(-1, 2).T), np.eye(2), atol=0.2)
+    # The probability-flow map of Gaussian data keeps x_t in units of its deviation.
+    values, vectors = np.linalg.eigh(COVARIANCE)
+    alpha, sigma = LINEAR.alpha[-1], LINEAR.sigma[-1]
+    scaled = images.reshape(-1, 2) @ vectors * np.sqrt((alpha**2 * values + sigma**2) / values)
+    np.testing.assert_allclose(noise.reshape(-1, 2) @ vectors, scaled, atol=0.05)
+
+
+def test_encoding_does_not_clip():
+    network = keras.Model(*(lambda x, t: ([x, t], 3.0 * x))(keras.Input((2,)), keras.Input((), dtype="int32")))
+    model = kd.DiffusionModel(network, kd.GaussianDiffusion(LINEAR, "x0"))
+    x = np.array([[0.9, -0.9]], "float32")
+    assert np.abs(editing.decode(model, 5 * x, num_steps=3)).max() > 1
+    noise = editing.encode(model, x, num_steps=1)
+    # One step from s = 0 to T: x_T = alpha_T x + sigma_T ε, ε = (x - alpha_T x_0) / sigma_T, x_0 = 3 x.
+    alpha = LINEAR.alpha[-1]
+    np.testing.assert_allclose(noise, alpha * x + (x - alpha * 3 * x), rtol=1e-5)
+
+
+def test_interpolation():
+    model, a, b = pixels(), draw(5), draw(5, seed=1)
+    x = editing.interpolate(model, a, b, 7, num_steps=100)
+    assert x.shape == (7, 5, 1, 2, 1) and x.dtype == "float32"
+    assert np.array_equal(x[0], a) and np.array_equal(x[-1], b)
+    steps = np.linalg.norm(np.diff(x, axis=0).reshape(6, 5, 2), axis=2)
+    whole = np.linalg.norm((b - a).reshape(5, 2), axis=1)
+    assert np.all(steps < whole + 0.1)
+    same = editing.interpolate(model, a, a, 3, num_steps=100)
+    np.testing.assert_allclose(same[1], a, atol=0.05)
+
+
+def test_slerp_keeps_the_length():
+    a, b = np.random.default_rng(0).standard_normal((2, 3, 100)).astype("float32")
+    for fraction in (0.25, 0.5):
+        assert np.linalg.norm(editing._slerp(a, b, fraction)) == pytest.approx(
+            (1 - fraction) * np.linalg.norm(a) + fraction * np.linalg.norm(b), rel=0.05
+        )
+    np.testing.assert_allclose(editing._slerp(a, a, 0.3), a, rtol=1e-6)
+    # [Shoemake, 1985]: equal angles for equal fractions.
+    a, b = np.array([[1.0, 0.0]], "float32"), np.array([[0.0, 1.0]], "float32")
+    np.testing.assert_allclose(editing._slerp(a, b, 1 / 3), [[np.cos(np.pi / 6), np.sin(np.pi / 6)]], rtol=1e-6)
+
+
+def test_labels_and_seeds():
+    network = kd.networks.unet((8, 8, 1), 8, (1,), 1, (), num_classes=2)
+    model = kd.DiffusionModel(network)
+    network.set_weights([np.random.default_rng(0).normal(0, 0.2, w.shape) for w in network.get_weights()])
+    for average, v in zip(model.ema_weights, network.weights):
+        average.assign(ops.copy(v))
+    images = np.random.default_rng(0).uniform(-1, 1, (3, 8, 8, 1)).astype("float32")
+    masks = np.zeros((3, 8, 8, 1))
+    masks[:, :4] = 1
+    for edit in (
+        lambda **k: editing.inpaint(model, images, masks, num_steps=3, num_resamples=2, **k),
+        lambda **k: editing.variations(model, images, 0.5, num_steps=4, **k),
+    ):
+        first = edit(seed=0, labels=1)
+        assert first.shape == images.shape and np.array_equal(first, edit(seed=0, labels=1))
+        assert not np.array_equal(first, edit(seed=1, labels=1))
+        assert not np.array_equal(first, edit(seed=0, labels=[0, 0, 0]))
+        assert not np.array_equal(first, edit(seed=0, labels=1, guidance_scale=3.0))
+        np.testing.assert_allclose(first[:2], edit(seed=0, labels=1, batch_size=3)[:2], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda m, x: editing.inpaint(m, x, np.ones((2, 1, 2))), r"shape \(2, 1, 2, 1\).*Received: shape \(2, 1, 2\)"),
+        (lambda m, x: editing.inpaint(m, x, np.full((2, 1, 2, 1), 0.5)), "hold 0 and 1.*other values"),
+        (lambda m, x: editing.inpaint(m, x, np.ones((2, 1, 2, 1)), num_resamples=0), "num_resamples=0"),
+        (lambda m, x: editing.inpaint(m, x[..., 0], np.ones((2, 1, 2, 1))), "`images` must have the shape"),
+        (lambda m, x: editing.variations(m, x, 1.5), "strength=1.5"),
+        (lambda m, x: editing.variations(m, x * np.nan, 0.5), "NaN"),
+        (lambda m, x: editing.variations(m, x, 0.5, sampler="ddim"), "sampler='ddim'"),
+        (lambda m, x: editing.variations(m, x, 0.5, sampler=samplers.DDIM(5), num_steps=5), "num_steps=5"),
+        (lambda m, x: editing.variations(m, x, 0.5, seed=-1), "seed=-1"),
+        (lambda m, x: editing.variations(m, x, 0.5, labels=1), "takes no labels"),
+        (lambda m, x: editing.interpolate(m, x, x[:1], 3), r"shapes \(2, 1, 2, 1\) and \(1, 1, 2, 1\)"),
+        (lambda m, x: editing.interpolate(m, x, np.zeros((2, 2, 2, 1)), 3), "`images_b` must have the shape"),
+        (lambda m, x: editing.interpolate(m, x, x, 1), "num=1"),
+        (lambda m, x: editing.decode(m, x[0]), "`noise` must have the shape"),
+        (lambda m, x: editing.encode(m, x, num_steps=1001), "num_steps=1001"),
+    ],
+)
+def test_bad_input(edit, message):
+    with pytest.raises(ValueError, match=message):
+        edit(pixels(), np.zeros((2, 1, 2, 1), "float32"))
+
+
+def test_images_outside_the_range():
+    model = kd.DiffusionModel(kd.networks.mlp(2, 8, 1))
+    with pytest.raises(ValueError, match=r"must lie in \[-1.0, 1.0\]"):
+        editing.variations(model, np.full((2, 2), 3.0), 0.5)
