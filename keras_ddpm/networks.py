@@ -14,6 +14,7 @@ import keras
 from keras import layers
 from keras import ops
 
+from keras_ddpm import checks
 from keras_ddpm.layers import GroupNormalization
 from keras_ddpm.layers import TimestepEmbedding
 
@@ -56,7 +57,7 @@ def unet(
 
     Raises:
         ValueError: for a shape that is none, an image too small for the levels, channels that the groups do not
-            divide, or both labels and vectors.
+            divide, or no positive number of labels or size of vectors, or both.
 
     Reference: Ho et al., 2020, appendix B.
     """
@@ -167,7 +168,7 @@ def mlp(dim=2, width=128, depth=3, num_classes=None, context_dim=None):
         `label` `(batch,)`, int32, or `context` `(batch, context_dim)`.
 
     Raises:
-        ValueError: for both labels and vectors.
+        ValueError: for no positive number of labels or size of vectors, or both.
     """
     x_t = keras.Input((dim,), name="x_t")
     conditions, time = _embedding(width, width, num_classes, context_dim)
@@ -186,10 +187,11 @@ def mlp(dim=2, width=128, depth=3, num_classes=None, context_dim=None):
 
 def _embedding(dim, width, num_classes, context_dim):
     """The inputs beside x_t, and the sum of their embeddings, `(batch, width)`."""
-    if num_classes is not None and context_dim is not None:
+    sizes = [size for size in (num_classes, context_dim) if size is not None]
+    if len(sizes) > 1 or not all(map(checks.is_count, sizes)):
         raise ValueError(
-            "A network is conditioned on labels or on vectors. "
-            f"Received: num_classes={num_classes}, context_dim={context_dim}"
+            "A network is conditioned on a number of labels or on vectors of a size. "
+            f"Received: num_classes={num_classes!r}, context_dim={context_dim!r}"
         )
     t = keras.Input((), dtype="int32", name="t")
     x = TimestepEmbedding(dim, name="time_sinusoid")(t)

@@ -97,7 +97,9 @@ def test_flowers_says_in_one_line_what_is_wrong(tmp_path, arguments, status, mes
 
 def test_the_readmes_code(tmp_path, monkeypatch):
     """As printed, but for the size of the job."""
-    fifteen_lines, own_data = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    fifteen_lines, own_data, conditional = re.findall(
+        r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+    )
     flowers, _ = kd.datasets.procedural_flowers(64, 16)
     batches = [kd.datasets.from_arrays(flowers, batch_size=8, steps_per_epoch=2)] * 2
     monkeypatch.setattr(kd.datasets, "oxford_flowers", lambda image_size, batch_size: batches)
@@ -115,6 +117,20 @@ def test_the_readmes_code(tmp_path, monkeypatch):
     np.savez("pictures.npz", x=kd.images.to_uint8(flowers))
     monkeypatch.setattr(kd.datasets, "from_tfds", lambda name, batch_size, data_dir: None)
     exec(own_data, {})
+
+    flowers, labels = kd.datasets.procedural_flowers(64, 16)
+    batches = kd.datasets.from_arrays(flowers, labels + 70, batch_size=8, steps_per_epoch=2)
+    monkeypatch.setattr(kd.datasets, "oxford_flowers", lambda image_size, batch_size, labels: (batches, None))
+    for old, new in [("64, 64, 3), ", "16, 16, 3), 8, (1, 2), "), ("16, 64, 64, 1", "2, 16, 16, 1"), ("32:", "8:")]:
+        assert old in conditional
+        conditional = conditional.replace(old, new)
+    names = {}
+    for old, new in [("epochs=800", "epochs=1"), ("sample(16", "sample(2"), ("[:8]", "[:1]"), ("[8:]", "[1:]")]:
+        assert old in conditional
+        conditional = conditional.replace(old, new)
+    exec(conditional, names)
+    assert names["between"].shape == (5, 1, 16, 16, 3) and names["similar"].shape == (2, 16, 16, 3)
+    assert np.array_equal(names["filled"][:, :, :8], names["roses"][:, :, :8])
 
 
 def test_samplers(tmp_path, data_dir):
