@@ -1,12 +1,10 @@
 """Editing images with a trained model, by running its sampler from another start, to another end, or on known pixels.
 
 All functions take float images `(batch, height, width, channels)` in the data's range (or data of any other shape
-that the model was made for) and return float32 arrays. They take the options of `DiffusionModel.sample`:
-
-    seed           non-negative integer; `None` draws one
-    sampler        a `samplers.Sampler`; `num_steps` changes the number of steps of the default one
-    labels         for a conditioned model, one for all or one for each image
-    guidance_scale and its companions; use_ema; batch_size; verbose
+that the model was made for) and return float32 arrays. `num_steps` is the number of steps of the default sampler, at
+most T; `**options` are those of `DiffusionModel.sample`: `labels` (one for all or one for each image),
+`guidance_scale` and its companions, `use_ema`, `batch_size` and `verbose`. A `seed` is a non-negative integer; `None`
+draws one.
 """
 
 import dataclasses
@@ -34,7 +32,7 @@ def inpaint(model, images, masks, seed=None, *, sampler=None, num_steps=None, nu
         images: `(batch, height, width, channels)`; what they hold where they are unknown does not matter.
         masks: `(batch, height, width, 1)`, 1 where the image is known and 0 where it is to be filled.
         seed: see above.
-        sampler: see above; by default `DDPM(50)`.
+        sampler: a `samplers.Sampler`; by default `DDPM(50)`.
         num_steps: see above.
         num_resamples: how often each step is made.
         **options: see above.
@@ -47,12 +45,14 @@ def inpaint(model, images, masks, seed=None, *, sampler=None, num_steps=None, nu
 
     Reference: Lugmayr et al., 2022 ("RePaint"), algorithm 1.
     """
-    images, masks = _images(model, images, "images"), np.asarray(masks)
-    if masks.shape != (*images.shape[:-1], 1) or not np.all((masks == 0) | (masks == 1)):
-        raise ValueError(
-            f"`masks` must have the shape {(*images.shape[:-1], 1)} and hold 0 and 1. Received: shape {masks.shape}"
-            + ("" if masks.shape != (*images.shape[:-1], 1) else ", other values")
-        )
+    images, masks = np.asarray(images, "float32"), np.asarray(masks)
+    if masks.shape == (*images.shape[:-1], 1):
+        images = np.where(masks == 0, np.float32(0), images)
+    images = _images(model, images, "images")
+    if masks.shape != (*images.shape[:-1], 1):
+        raise ValueError(f"`masks` must have the shape {(*images.shape[:-1], 1)}. Received: {masks.shape}")
+    if not np.all((masks == 0) | (masks == 1)):
+        raise ValueError("`masks` must hold nothing but 0 and 1.")
     if not checks.is_count(num_resamples):
         raise ValueError(f"`num_resamples` must be a positive integer. Received: num_resamples={num_resamples!r}")
     seed = sampling.checked_seed(seed)
@@ -62,8 +62,8 @@ def inpaint(model, images, masks, seed=None, *, sampler=None, num_steps=None, nu
     for rows, after in itertools.pairwise(steps):
         again = rows.copy()
         again[-1] = samplers.renoised(rows[-1], schedule, int(after[0, 0]), int(rows[0, 0]))
-        if len(rows) == 1:
-            again[:, 5] = 1.0  # the memory stays that of the step before
+        if not rows[1:, 3].any():
+            again[0, 5] = 1.0  # the memory stays that of the step before
         resampled += [again] * (num_resamples - 1) + [rows]
     resampled.append(steps[-1])
     mask = masks.astype(bool)
@@ -71,9 +71,9 @@ def inpaint(model, images, masks, seed=None, *, sampler=None, num_steps=None, nu
     def start(indices):
         noise = sampling.noise(model, seed, indices)
         known = schedule.alpha[-1] * images[indices] + schedule.sigma[-1] * noise
-        return np.where(mask[indices], known, noise).astype("float32")
+        return np.where(mask[indices], known, sampling.prior(model, seed, indices)).astype("float32")
 
-    return _run(model, resampled, start, images, seed, known=(images, masks), **options)
+    return _run(model, resampled, start, images, seed, options, known=(images, masks))
 
 
 def variations(model, images, strength, seed=None, *, sampler=None, num_steps=None, **options):
@@ -85,7 +85,7 @@ def variations(model, images, strength, seed=None, *, sampler=None, num_steps=No
         strength: the time as a share of T, in [0, 1]: 0 returns the images, 1 forgets them and returns what
             `model.sample` does.
         seed: see above.
-        sampler: see above; by default that of `model.sample`. Of its steps the share `strength` is made.
+        sampler: a `samplers.Sampler`; by default that of `model.sample`. Of its steps the share `strength` is made.
         num_steps: see above.
         **options: see above.
 
@@ -105,22 +105,20 @@ def variations(model, images, strength, seed=None, *, sampler=None, num_steps=No
     schedule = model.diffusion.schedule
     t = round(strength * schedule.timesteps)
     if t == 0:
-        return images
-    if t < schedule.timesteps:
-        sampler = dataclasses.replace(
-            sampler, num_steps=max(1, round(strength * (sampler.num_steps or schedule.timesteps)))
-        )
+        model.conditions(options.get("labels"), len(images))
+        return images.copy()
+    if t == schedule.timesteps:
+        return _run(model, sampler.steps(schedule), lambda i: sampling.prior(model, seed, i), images, seed, options)
+    steps = sampler.shortened(strength, schedule.timesteps).steps(schedule.until(t))
 
     def start(indices):
         noise = sampling.noise(model, seed, indices)
-        if t == schedule.timesteps:
-            return noise
         return (schedule.alpha[t] * images[indices] + schedule.sigma[t] * noise).astype("float32")
 
-    return _run(model, sampler.steps(schedule.until(t)), start, images, seed, **options)
+    return _run(model, steps, start, images, seed, options)
 
 
-def encode(model, images, *, num_steps=50, **options):
+def encode(model, images, *, num_steps=None, **options):
     """The noise from which DDIM makes these images: its steps, made backwards and without clipping.
 
     `decode(encode(images))` is an image again, with an error that falls with `num_steps`.
@@ -128,7 +126,7 @@ def encode(model, images, *, num_steps=50, **options):
     Args:
         model: a `DiffusionModel`.
         images: `(batch, height, width, channels)`.
-        num_steps: see above.
+        num_steps: see above; by default 50.
         **options: see above.
 
     Returns:
@@ -141,7 +139,7 @@ def encode(model, images, *, num_steps=50, **options):
     """
     images = _images(model, images, "images")
     schedule = model.diffusion.schedule
-    times = samplers.DDIM(num_steps).timesteps(schedule)[::-1]
+    times = _sampler(model, None, num_steps, samplers.DDIM(50)).timesteps(schedule)[::-1]
     s, t = times[:-1], times[1:]
     alpha_t, sigma_t = schedule.alpha[t], schedule.sigma[t]
     ratio = alpha_t / schedule.alpha[s]
@@ -149,10 +147,10 @@ def encode(model, images, *, num_steps=50, **options):
     from_noise = sigma_t - ratio * schedule.sigma[s]
     zeros = np.zeros(len(t))
     rows = np.stack([t, ratio + from_noise / sigma_t, -from_noise * alpha_t / sigma_t, zeros, zeros, zeros], axis=1)
-    return _run(model, list(rows[:, None]), lambda indices: images[indices], images, seed=0, clip=False, **options)
+    return _run(model, list(rows[:, None]), lambda indices: images[indices], images, 0, options, clip=False)
 
 
-def decode(model, noise, *, num_steps=50, **options):
+def decode(model, noise, *, num_steps=None, **options):
     """The images that DDIM makes from noise x_T, without clipping.
 
     Args:
@@ -170,11 +168,11 @@ def decode(model, noise, *, num_steps=50, **options):
     Reference: Song et al., 2021 ("DDIM"), Eq. 12 with σ = 0.
     """
     noise = _array(model, noise, "noise")
-    steps = samplers.DDIM(num_steps).steps(model.diffusion.schedule)
-    return _run(model, steps, lambda indices: noise[indices], noise, seed=0, clip=False, **options)
+    steps = _sampler(model, None, num_steps, samplers.DDIM(50)).steps(model.diffusion.schedule)
+    return _run(model, steps, lambda indices: noise[indices], noise, 0, options, clip=False)
 
 
-def interpolate(model, images_a, images_b, num, *, num_steps=50, **options):
+def interpolate(model, images_a, images_b, num, seed=None, *, num_steps=None, **options):
     """Images between pairs of images: their noises are mixed on a sphere and decoded.
 
     Args:
@@ -182,6 +180,7 @@ def interpolate(model, images_a, images_b, num, *, num_steps=50, **options):
         images_a: `(batch, height, width, channels)`.
         images_b: of the same shape.
         num: how many, the two ends among them.
+        seed: makes no difference, as nothing is drawn.
         num_steps: see above; of `encode` and of `decode`.
         **options: see above.
 
@@ -213,9 +212,10 @@ def _slerp(a, b, fraction):
     def dot(x, y):
         return np.sum(x * y, axis=axes, keepdims=True, dtype="float64")
 
-    angle = np.arccos(np.clip(dot(a, b) / np.sqrt(dot(a, a) * dot(b, b)), -1, 1))
-    sine = np.maximum(np.sin(angle), 1e-9)
-    near = angle < 1e-6  # where the sphere is flat
+    lengths = np.sqrt(dot(a, a) * dot(b, b))
+    angle = np.arccos(np.clip(dot(a, b) / np.maximum(lengths, 1e-30), -1, 1))
+    near = (np.sin(angle) < 1e-6) | (lengths == 0)  # the sphere is flat there, or there is no one shortest way
+    sine = np.where(near, 1, np.sin(angle))
     from_a = np.where(near, 1 - fraction, np.sin((1 - fraction) * angle) / sine)
     from_b = np.where(near, fraction, np.sin(fraction * angle) / sine)
     return (from_a * a + from_b * b).astype("float32")
@@ -241,7 +241,7 @@ def _images(model, x, name):
 
 def _sampler(model, sampler, num_steps, default):
     if sampler is None:
-        num_steps = num_steps or min(default.num_steps, model.diffusion.timesteps)
+        num_steps = min(default.num_steps, model.diffusion.timesteps) if num_steps is None else num_steps
         return dataclasses.replace(default, num_steps=num_steps)
     if num_steps is not None or not isinstance(sampler, samplers.Sampler):
         raise ValueError(
@@ -251,6 +251,6 @@ def _sampler(model, sampler, num_steps, default):
     return sampler
 
 
-def _run(model, steps, start, images, seed, **options):
-    x, _ = sampling.run(model, steps, start, len(images), seed, **options)
+def _run(model, steps, start, images, seed, options, *, clip=True, known=None):
+    x, _ = sampling.run(model, steps, start, len(images), seed, clip=clip, known=known, parts=1, **options)
     return x[-1]

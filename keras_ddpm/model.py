@@ -93,7 +93,12 @@ class DiffusionModel(keras.Model):
         self.conditional = len(shapes) == 3
         self.num_classes = None
         if self.conditional and "int" in inputs[2].dtype:
-            self.num_classes = network.get_layer("label_embedding").input_dim - 1
+            embeddings = [layer for layer in network.layers if layer.name == "label_embedding"]
+            if not embeddings:
+                raise ValueError(
+                    "A network of labels embeds them in a layer of the name 'label_embedding'; see `networks`."
+                )
+            self.num_classes = embeddings[0].input_dim - 1
         self.network = network
         if not isinstance(diffusion, (GaussianDiffusion, type(None))):
             raise ValueError(f"`diffusion` must be a `GaussianDiffusion`. Received: diffusion={diffusion!r}")
@@ -184,9 +189,8 @@ class DiffusionModel(keras.Model):
     def train_step(self, *args):
         """Keras' own on noisy data, then the moving average. Takes `(data)`, on JAX `(state, data)`."""
         if len(args) == 1:
-            data, updates = self._corrupt(*args, self._fit_random, self.label_dropout), ops.copy(
-                self.optimizer.iterations
-            )
+            data = self._corrupt(*args, self._fit_random, self.label_dropout)
+            updates = ops.copy(self.optimizer.iterations)
             logs = super().train_step(data)
             self._update_average(updates)
             return logs
@@ -198,9 +202,8 @@ class DiffusionModel(keras.Model):
             self.metrics_variables,
         )
         with _Stateless(variables, state) as scope:
-            data, updates = self._corrupt(data, self._fit_random, self.label_dropout), ops.copy(
-                self.optimizer.iterations
-            )
+            data = self._corrupt(data, self._fit_random, self.label_dropout)
+            updates = ops.copy(self.optimizer.iterations)
         logs, state = super().train_step(scope.state(), data)
         with _Stateless(variables, state) as scope:
             self._update_average(updates)
@@ -259,7 +262,8 @@ class DiffusionModel(keras.Model):
         if isinstance(data, types.GeneratorType):
             first = next(data, None)
             batches = itertools.chain([first], data)
-            data = (batch if isinstance(batch, tuple) else (batch,) for batch in batches)  # Keras wants tuples
+            # Keras wants tuples.
+            data = (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,) for batch in batches)
         elif data is None:
             first = None
         elif isinstance(data, keras.utils.PyDataset):
@@ -314,7 +318,8 @@ class DiffusionModel(keras.Model):
         if self.num_classes and not (
             np.issubdtype(labels.dtype, np.integer) and np.all((labels >= 0) & (labels < self.num_classes))
         ):
-            raise ValueError(f"Labels must be integers in 0..{self.num_classes - 1}. Received: labels={labels}")
+            shown = np.array2string(labels, threshold=8)
+            raise ValueError(f"Labels must be integers in 0..{self.num_classes - 1}. Received: labels={shown}")
         if labels.shape not in (shape, shape[1:]) or not np.all(np.isfinite(labels)):
             raise ValueError(
                 f"Expected finite conditions of shape {shape}, or one of shape {shape[1:]} for all. "
@@ -395,7 +400,7 @@ class DiffusionModel(keras.Model):
         trajectory = sampling.run(
             self,
             steps,
-            lambda indices: sampling.noise(self, seed, indices),
+            lambda indices: sampling.prior(self, seed, indices),
             num_samples,
             seed,
             labels=labels,

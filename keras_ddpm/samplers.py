@@ -75,6 +75,10 @@ class Sampler:
         """
         return self.num_steps
 
+    def shortened(self, share, timesteps):
+        """The sampler with the share of its steps that it makes of `timesteps`, at least one."""
+        return dataclasses.replace(self, num_steps=max(1, round(share * (self.num_steps or timesteps))))
+
     def timesteps(self, schedule):
         """The visited times, `(num_steps + 1,)` integers from T down to 0."""
         end = schedule.timesteps
@@ -319,6 +323,11 @@ class Langevin(Sampler):
             return self.num_steps and self.num_steps * self.num_updates + 1
         calls, steps = self.predictor.evaluations, self.predictor.num_steps
         return calls and calls + (steps - 1) * self.num_updates
+
+    def shortened(self, share, timesteps):
+        if self.predictor is None:
+            return super().shortened(share, timesteps)
+        return dataclasses.replace(self, predictor=self.predictor.shortened(share, timesteps))
 
     def timesteps(self, schedule):
         return super().timesteps(schedule) if self.predictor is None else self.predictor.timesteps(schedule)

@@ -31,8 +31,11 @@ class Guidance:
             raise ValueError(f"`guidance_scale` must be 0 or more. Received: guidance_scale={self.scale!r}")
         if not checks.is_between(self.rescale, 0, 1):
             raise ValueError(f"`guidance_rescale` must be in [0, 1]. Received: guidance_rescale={self.rescale!r}")
-        if self.interval is not None and not (len(self.interval) == 2 and self.interval[0] <= self.interval[1]):
-            raise ValueError(f"`guidance_interval` must be (low, high). Received: {self.interval!r}")
+        ends = self.interval
+        if ends is not None and not (
+            isinstance(ends, (tuple, list)) and len(ends) == 2 and checks.is_between(ends[0], -np.inf, ends[1])
+        ):
+            raise ValueError(f"`guidance_interval` must be (low, high). Received: {ends!r}")
         p = self.dynamic_threshold
         if p is not None and not (checks.is_positive(p) and p < 1):
             raise ValueError(f"`dynamic_threshold` must be in (0, 1). Received: dynamic_threshold={p!r}")
@@ -53,12 +56,16 @@ def checked_seed(seed):
 
 
 def noise(model, seed, indices):
-    """x_T of the samples `indices`, of a size that is 1 for variance-preserving schedules."""
-    schedule = model.diffusion.schedule
-    scale = np.hypot(schedule.alpha[-1], schedule.sigma[-1]).astype("float32")
-    return scale * np.stack(
+    """The noise of the samples `indices`."""
+    return np.stack(
         [np.random.default_rng([seed, index]).standard_normal(model.data_shape, "float32") for index in indices]
     )
+
+
+def prior(model, seed, indices):
+    """x_T of the samples `indices`: their noise, of a size that is 1 for variance-preserving schedules."""
+    schedule = model.diffusion.schedule
+    return np.hypot(schedule.alpha[-1], schedule.sigma[-1]).astype("float32") * noise(model, seed, indices)
 
 
 def run(
@@ -100,6 +107,10 @@ def run(
     Raises:
         ValueError: for an invalid option.
     """
+    if labels is None and guidance_scale != 1:
+        raise ValueError(f"Guidance needs labels. Received: guidance_scale={guidance_scale!r}, labels=None")
+    if dynamic_threshold is not None and (not clip or model.diffusion.clip_range is None):
+        raise ValueError(f"Nothing is clipped here. Received: dynamic_threshold={dynamic_threshold!r}")
     labels = model.conditions(labels, num)
     guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval, dynamic_threshold)
     if batch_size is not None and not checks.is_count(batch_size):
@@ -122,6 +133,8 @@ def run(
     cuts = ends[np.linspace(0, len(steps), parts + 1).round().astype("int32")]
     stops = ends[np.linspace(0, len(steps), min(20, len(steps)) + 1).round().astype("int32")] if verbose else []
     stops = np.unique([*cuts, *stops, *(np.flatnonzero(np.diff(guided)) + 1)]).astype("int32")
+    if known is not None:
+        known = [np.asarray(array, "float32") for array in known]
     progress = keras.utils.Progbar(num_batches * len(table), verbose=verbose, unit_name="step")
     batches = []
     for batch in range(num_batches):
@@ -131,7 +144,7 @@ def run(
         x_0 = np.zeros_like(x)
         extras = () if labels is None else (labels[indices],)
         if known is not None:
-            extras += tuple(np.asarray(array, "float32")[indices] for array in known)
+            extras += tuple(array[indices] for array in known)
         # Keras on PyTorch adds seed and step as int32: leave room.
         batch_seed = np.int32(np.random.SeedSequence([seed, batch * batch_size]).generate_state(1)[0] >> 2)
         states = []
@@ -140,7 +153,7 @@ def run(
                 use_ema=bool(use_ema),
                 stochastic=stochastic,
                 guided=bool(guided[first]),
-                rescale=guidance.rescale,
+                rescale=guidance.rescale if guided[first] else 0.0,
                 dynamic_threshold=guidance.dynamic_threshold,
                 clip=clip,
                 masked=known is not None,
@@ -215,7 +228,7 @@ class Program(keras.Model):
         if self.rescale:
             axes = tuple(range(1, len(y.shape)))
             std, std_condition = (ops.std(v, axis=axes, keepdims=True) for v in (y, y_condition))
-            y = y * (1 - self.rescale + self.rescale * std_condition / std)
+            y = y * (1 - self.rescale + self.rescale * ops.where(std > 0, std_condition / std, 1.0))
         return y
 
     def _normal(self, shape, seed, index):
@@ -223,7 +236,7 @@ class Program(keras.Model):
 
         It depends on the seed and the step alone, however the steps are cut into stretches.
         """
-        state = ops.cast(ops.stack([seed, index]), self.random.state.dtype)
+        state = ops.cast(ops.stack([seed, 2 * index]), self.random.state.dtype)  # a draw adds 1
         with keras.StatelessScope([(self.random.state, state)]):
             return [
                 keras.random.normal(shape, seed=self.random) if drawn else None

@@ -121,7 +121,7 @@ def test_guidance_interval(mixture):
 
 
 def unet(**kwargs):
-    return kd.networks.unet((8, 8, 1), 8, (1,), 1, (), **kwargs)
+    return kd.networks.unet((8, 8, 1), 8, (1, 2), 1, (), **kwargs)
 
 
 def randomize(network):
@@ -224,12 +224,38 @@ def test_the_share_of_labels_that_is_dropped():
         ({"labels": 0, "guidance_scale": "2"}, "guidance_scale='2'"),
         ({"labels": 0, "guidance_rescale": 1.5}, "guidance_rescale=1.5"),
         ({"labels": 0, "guidance_interval": (5, 3)}, r"guidance_interval.*\(5, 3\)"),
-        ({"labels": 0, "dynamic_threshold": 1.0}, "dynamic_threshold=1.0"),
+        ({"labels": 0, "guidance_interval": 5}, "guidance_interval.*5"),
+        ({"labels": 0, "guidance_interval": ("a", "b")}, "guidance_interval.*'a'"),
+        ({"labels": 0, "dynamic_threshold": 0.9}, "Nothing is clipped"),
+        ({"guidance_scale": 2.0}, "needs labels"),
     ],
 )
 def test_bad_labels_and_guidance(mixture, arguments, message):
     with pytest.raises(ValueError, match=message):
         mixture.sample(3, **arguments)
+
+
+def test_options_reach_the_network():
+    """And at initialisation, where the network outputs 0, a rescaled guidance is no 0/0."""
+    model = kd.DiffusionModel(unet(num_classes=3), kd.GaussianDiffusion(kd.schedules.cosine(50), "v"))
+
+    def sample(**options):
+        return model.sample(2, kd.samplers.DDIM(5), seed=0, labels=1, guidance_scale=4.0, use_ema=False, **options)
+
+    assert np.all(np.isfinite(sample(guidance_rescale=0.7)))
+    randomize(model.network)
+    plain = sample()
+    for options in ({"guidance_rescale": 0.7}, {"dynamic_threshold": 0.6}, {"guidance_interval": (10, 30)}):
+        assert not np.allclose(sample(**options), plain, atol=1e-3), options
+    with pytest.raises(ValueError, match="dynamic_threshold=1.0"):
+        sample(dynamic_threshold=1.0)
+
+
+def test_takes_generators_of_lists():
+    x, labels = points(32)
+    model = kd.DiffusionModel(kd.networks.mlp(2, 8, 1, num_classes=2))
+    model.compile(loss="mse")
+    model.fit(([x, labels] for _ in range(2)), steps_per_epoch=2, epochs=1, verbose=0, shuffle=False)
 
 
 def test_bad_conditions_in_training():
@@ -242,5 +268,8 @@ def test_bad_conditions_in_training():
         model.fit(x, labels + 1)
     with pytest.raises(ValueError, match="label_dropout=1"):
         kd.DiffusionModel(kd.networks.mlp(2, 8, 1, num_classes=2), label_dropout=1)
+    inputs = keras.Input((2,)), keras.Input(()), keras.Input((), dtype="int32")
+    with pytest.raises(ValueError, match="label_embedding"):
+        kd.DiffusionModel(keras.Model(inputs, inputs[0] * ops.cast(inputs[2], "float32")[:, None]))
     with pytest.raises(ValueError, match="takes no labels. Received: labels=0"):
         kd.DiffusionModel(kd.networks.mlp(2, 8, 1)).sample(2, labels=0)
