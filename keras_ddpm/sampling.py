@@ -122,10 +122,10 @@ def run(
     if labels is not None and np.all(scale == 0):
         labels, scale = np.full_like(labels, model.null), np.ones_like(scale)
     guided = scale != 1 if labels is not None else np.zeros(len(table), bool)
-    # Filled up, so that one program serves samplers of any number of steps.
     arrival = np.append(table[1:, 0], 0).astype("int64")
     scales = model.diffusion.schedule.alpha[arrival], model.diffusion.schedule.sigma[arrival]
     rows = np.column_stack([table, scale, *scales]).astype("float32")
+    # Filled up, so that one program serves samplers of any number of steps.
     rows = np.pad(rows, ((0, -len(table) % 1024), (0, 0)))
     stochastic = bool(np.any(table[:, samplers.COLUMNS.index("std")]))
 

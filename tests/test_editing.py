@@ -100,14 +100,14 @@ def test_inpainting_is_the_exact_recursion(sampler):
     assert abs(unknown.var() / variance - 1) < 5 * np.sqrt(2 / num)
 
 
-def test_inpainting_with_more_than_one_call_a_step():
-    """2M and Heun: known pixels stay, the others are near their conditional mean."""
+def test_inpainting_with_second_order_samplers():
+    """Resampling would make the extrapolation of 2M unstable: the variance would grow without bounds."""
     images = np.full((500, 1, 2, 1), 0.4, "float32")
     mask = np.broadcast_to(np.array([0, 1]).reshape(1, 1, 2, 1), images.shape)
     for sampler in (samplers.DPMSolver(30), samplers.Heun(30), samplers.DPMSolver(30, eta=1.0)):
-        x = editing.inpaint(pixels(), images, mask, seed=0, sampler=sampler, num_resamples=5)
+        x = editing.inpaint(pixels(), images, mask, seed=0, sampler=sampler)
         assert np.array_equal(x[:, 0, 1], images[:, 0, 1])
-        assert abs(x[:, 0, 0].mean() - 0.32) < 0.2
+        assert abs(x[:, 0, 0].mean() - 0.32) < 0.1 and abs(x[:, 0, 0].std() - 0.6) < 0.15
 
 
 def test_every_image_has_its_own_mask():
@@ -120,19 +120,22 @@ def test_every_image_has_its_own_mask():
     assert np.all(np.isfinite(x)) and not np.any(x[masks == 0] == images[masks == 0])
 
 
-def test_resampled_steps_keep_the_memory_of_the_step_before(monkeypatch):
+def test_resampled_steps(monkeypatch):
     tables = []
     monkeypatch.setattr(editing, "_run", lambda model, steps, *args, **kwargs: tables.append(steps))
     images, masks = draw(1), np.ones((1, 1, 2, 1))
-    for sampler in (samplers.DPMSolver(6), samplers.Langevin(predictor=samplers.DPMSolver(6)), samplers.Heun(6)):
+    for sampler in (samplers.DPMSolver(6), samplers.Heun(6), samplers.Langevin(predictor=samplers.DPMSolver(6))):
         editing.inpaint(pixels(), images, masks, sampler=sampler, num_resamples=3)
         steps = tables.pop()
         assert len(steps) == 5 * 3 + 1
         for index, rows in enumerate(steps[:-1]):
-            again = index % 3 < 2
-            assert rows[0, 5] == (again and not isinstance(sampler, samplers.Heun))
             # Where the rows end, the next ones begin.
-            assert steps[index + 1][0, 0] == (rows[0, 0] if again else steps[3 * (index // 3 + 1)][0, 0])
+            assert steps[index + 1][0, 0] == (rows[0, 0] if index % 3 < 2 else steps[3 * (index // 3 + 1)][0, 0])
+            assert rows[0, 3] == 0
+    editing.inpaint(pixels(), images, masks, sampler=samplers.DPMSolver(6), num_resamples=2)
+    np.testing.assert_allclose(np.concatenate(tables.pop()[1::2]), samplers.DDIM(6).table(LINEAR)[:-1], atol=1e-12)
+    editing.inpaint(pixels(), images, masks, sampler=samplers.DPMSolver(6), num_resamples=1)
+    assert np.array_equal(np.concatenate(tables.pop()), samplers.DPMSolver(6).table(LINEAR))
 
 
 def test_starts_on_schedules_whose_noise_is_not_1(monkeypatch):

@@ -494,7 +494,7 @@ def test_a_model_that_learns_nothing_says_so(points):
         ({"num_samples": True}, "num_samples=True"),
         ({"num_samples": 2, "sampler": "ddim"}, "sampler='ddim'"),
         ({"num_samples": 2, "sampler": kd.samplers.DDIM(51)}, "num_steps=51"),
-        ({"num_samples": 2, "return_trajectory": 51}, "50 steps.*return_trajectory=51"),
+        ({"num_samples": 2, "return_trajectory": 51}, "20 steps.*return_trajectory=51"),
     ],
 )
 def test_bad_sampling(model, arguments, message):
