@@ -25,8 +25,8 @@ def inpaint(model, images, masks, seed=None, *, sampler=None, num_steps=None, nu
 
     With `DDPM(variance="large")` the result tends to a sample of the conditional distribution as the number of steps
     and of resamplings grows; with "small" its variance stays too low (for two pixels of correlation 0.8 by a tenth
-    where their deviation is 1, by a quarter where it is 0.2). Deterministic samplers fill less well, and multi-step ones
-    are of first order where steps are resampled.
+    where their deviation is 1, by a quarter where it is 0.2). Deterministic samplers fill less well, and multi-step
+    ones are of first order where steps are resampled.
 
     Args:
         model: a `DiffusionModel`.

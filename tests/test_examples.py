@@ -133,6 +133,7 @@ def test_the_readmes_code(tmp_path, monkeypatch):
     assert np.array_equal(names["filled"][:, :, :8], names["roses"][:, :, :8])
 
 
+@pytest.mark.slow
 def test_samplers(tmp_path, data_dir):
     arguments = "--epochs 1 --steps-per-epoch 2 --num-samples 8 --evaluations 6".split()
     status, text = example("samplers.py", *arguments, "--data-dir", data_dir, "--output", tmp_path)
