@@ -15,6 +15,7 @@ from PIL import Image
 import keras_ddpm as kd
 
 ROOT = pathlib.Path(__file__).parent.parent
+README_CODE = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 SHORT = "--preset cpu --grid-every 1 --batch-size 8 --epochs 2 --steps-per-epoch 2".split()
 TINY = [*SHORT, *"--image-size 16 --width 8 --width-multipliers 1 2".split()]
 
@@ -97,9 +98,7 @@ def test_flowers_says_in_one_line_what_is_wrong(tmp_path, arguments, status, mes
 
 def test_the_readmes_code(tmp_path, monkeypatch):
     """As printed, but for the size of the job."""
-    fifteen_lines, own_data, conditional = re.findall(
-        r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
-    )
+    fifteen_lines, own_data, _ = README_CODE
     flowers, _ = kd.datasets.procedural_flowers(64, 16)
     batches = [kd.datasets.from_arrays(flowers, batch_size=8, steps_per_epoch=2)] * 2
     monkeypatch.setattr(kd.datasets, "oxford_flowers", lambda image_size, batch_size: batches)
@@ -118,6 +117,10 @@ def test_the_readmes_code(tmp_path, monkeypatch):
     monkeypatch.setattr(kd.datasets, "from_tfds", lambda name, batch_size, data_dir: None)
     exec(own_data, {})
 
+
+@pytest.mark.slow
+def test_the_readmes_conditions_and_editing(monkeypatch):
+    *_, conditional = README_CODE
     flowers, labels = kd.datasets.procedural_flowers(64, 16)
     batches = kd.datasets.from_arrays(flowers, labels + 70, batch_size=8, steps_per_epoch=2)
     monkeypatch.setattr(kd.datasets, "oxford_flowers", lambda image_size, batch_size, labels: (batches, None))
