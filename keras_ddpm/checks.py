@@ -20,3 +20,8 @@ def is_between(value, low, high):
 def is_positive(value):
     """Whether it is a finite number above 0."""
     return is_between(value, 0, np.inf) and value > 0
+
+
+def is_within(low, high, clip_range):
+    """Whether data from `low` to `high` lie in a `clip_range`, up to rounding; always in `None`."""
+    return clip_range is None or (low >= clip_range[0] - 1e-3 and high <= clip_range[1] + 1e-3)

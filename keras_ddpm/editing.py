@@ -237,7 +237,7 @@ def _array(model, x, name):
 def _images(model, x, name):
     x = _array(model, x, name)
     clip_range = model.diffusion.clip_range
-    if clip_range is not None and (x.min() < clip_range[0] - 1e-3 or x.max() > clip_range[1] + 1e-3):
+    if not checks.is_within(x.min(), x.max(), clip_range):
         raise ValueError(f"`{name}` must lie in {list(clip_range)}. Received: values in [{x.min()}, {x.max()}]")
     return x
 

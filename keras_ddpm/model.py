@@ -283,7 +283,7 @@ class DiffusionModel(keras.Model):
         if not np.isfinite(low) or not np.isfinite(high):
             raise ValueError(f"The data hold NaN or infinite values. Received: values in [{low}, {high}]")
         clip_range = self.diffusion.clip_range
-        if clip_range is not None and (low < clip_range[0] - 1e-3 or high > clip_range[1] + 1e-3):
+        if not checks.is_within(low, high, clip_range):
             raise ValueError(
                 f"Expected data in {list(clip_range)}, the `clip_range` of the diffusion; scale images with "
                 f"x / 127.5 - 1. Received: values in [{low}, {high}]"
