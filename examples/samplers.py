@@ -43,21 +43,23 @@ SAMPLERS = {
 SPACINGS = ["uniform", "logsnr", "karras"]
 
 
-def train(data, epochs, seed):
+def train(data, epochs, seed, num_classes=None, callbacks=None):
     """A small model of the images in `data`."""
-    network = kd.networks.unet(data.x.shape[1:], 16, (1, 2, 4), num_blocks=1, attention_resolutions=(7,))
+    network = kd.networks.unet(
+        data.x.shape[1:], 16, (1, 2, 4), num_blocks=1, attention_resolutions=(7,), num_classes=num_classes
+    )
     model = kd.DiffusionModel(network, kd.GaussianDiffusion(prediction="v"), seed=seed)
     print(f"Training: {network.count_params():,} parameters, {epochs} epochs of {len(data)} batches.", flush=True)
     learning_rate = keras.optimizers.schedules.CosineDecay(
         0.0, max(1, epochs * len(data) - 200), warmup_target=2e-3, warmup_steps=200
     )
     model.compile(loss="mse", optimizer=keras.optimizers.Adam(learning_rate, global_clipnorm=1.0))
-    model.fit(data, epochs=epochs, verbose=2)
+    model.fit(data, epochs=epochs, callbacks=callbacks, verbose=2)
     return model
 
 
-def train_extractor(data, test, steps_per_epoch):
-    """The features of a small classifier, from images to an array `(num, 128)`."""
+def train_classifier(data, test, steps_per_epoch):
+    """A small classifier of the images in `data`, from images to logits."""
     classifier = keras.Sequential(
         [
             keras.Input(data.x.shape[1:]),
@@ -75,7 +77,12 @@ def train_extractor(data, test, steps_per_epoch):
         kd.images.from_uint8(data.x), data.labels, batch_size=128, epochs=5, steps_per_epoch=steps_per_epoch, verbose=0
     )
     accuracy = classifier.evaluate(kd.images.from_uint8(test.x), test.labels, verbose=0, return_dict=True)["accuracy"]
-    print(f"Features: of a classifier that is right on {accuracy:.1%} of the held-out images.", flush=True)
+    print(f"The classifier is right on {accuracy:.1%} of {len(test.x)} held-out images.", flush=True)
+    return classifier
+
+
+def extractor(classifier):
+    """Its features, from images to an array `(num, 128)`."""
     features = keras.Model(classifier.inputs, classifier.layers[-2].output)
     return lambda images: features.predict(images, batch_size=256, verbose=0).astype("float64")
 
@@ -144,7 +151,7 @@ def main(arguments=None):
     )
     data = load(split="train", batch_size=32, steps_per_epoch=args.steps_per_epoch, seed=args.seed)
     test = load(split="test", batch_size=32)
-    extract = train_extractor(data, test, args.steps_per_epoch)
+    extract = extractor(train_classifier(data, test, args.steps_per_epoch))
     if args.model:
         model = keras.saving.load_model(args.model)
     else:

@@ -1,5 +1,7 @@
 """Callbacks for `DiffusionModel.fit`."""
 
+import functools
+
 import keras
 import numpy as np
 from keras import ops
@@ -18,13 +20,26 @@ class SampleGrid(keras.callbacks.Callback):
         sampler: a `samplers.Sampler`; by default that of `DiffusionModel.sample`.
         compare_raw: whether to draw the samples of the raw weights to the right of those of the average.
         scale: whole number by which every pixel is enlarged.
+        labels: what a conditioned network is to draw, and
+        guidance_scale: with how much guidance, as in `DiffusionModel.sample`.
 
     Raises:
-        ValueError: before training, for data that are no images, a path with other names in braces, or a sampler
-            with more steps than the schedule.
+        ValueError: before training, for data that are no images, a path with other names in braces, a sampler
+            with more steps than the schedule, or wrong labels.
     """
 
-    def __init__(self, path, every=1, num_samples=16, seed=0, sampler=None, compare_raw=False, scale=1):
+    def __init__(
+        self,
+        path,
+        every=1,
+        num_samples=16,
+        seed=0,
+        sampler=None,
+        compare_raw=False,
+        scale=1,
+        labels=None,
+        guidance_scale=1.0,
+    ):
         super().__init__()
         if every < 1:
             raise ValueError(f"`every` must be at least 1. Received: every={every}")
@@ -35,6 +50,8 @@ class SampleGrid(keras.callbacks.Callback):
         self.sampler = sampler
         self.compare_raw = compare_raw
         self.scale = scale
+        self.labels = labels
+        self.guidance_scale = guidance_scale
 
     def on_train_begin(self, logs=None):
         shape, schedule = self.model.data_shape, self.model.diffusion.schedule
@@ -46,15 +63,21 @@ class SampleGrid(keras.callbacks.Callback):
             raise ValueError(f"`path` may have {{epoch}} alone in braces. Received: path={self.path}") from error
         if self.sampler is not None:
             self.sampler.table(schedule)
+        self.model.conditions(self.labels, self.num_samples, self.guidance_scale)
 
     def on_epoch_end(self, epoch, logs=None):
         epoch += 1
         if epoch % self.every:
             return
-        grids = [
-            images.grid(self.model.sample(self.num_samples, self.sampler, seed=self.seed, use_ema=use_ema))
-            for use_ema in ((True, False) if self.compare_raw else (True,))
-        ]
+        sample = functools.partial(
+            self.model.sample,
+            self.num_samples,
+            self.sampler,
+            self.seed,
+            labels=self.labels,
+            guidance_scale=self.guidance_scale,
+        )
+        grids = [images.grid(sample(use_ema=use_ema)) for use_ema in ((True, False) if self.compare_raw else (True,))]
         images.save(self.path.format(epoch=epoch), np.concatenate(grids, axis=1), self.scale)
 
 

@@ -294,19 +294,23 @@ class DiffusionModel(keras.Model):
             self.conditions(ops.convert_to_numpy(condition), len(x_0))
         return data, x_0
 
-    def conditions(self, labels, num):
+    def conditions(self, labels, num, guidance_scale=1.0):
         """Labels, or vectors, as the network takes them.
 
         Args:
             labels: one label or vector for all, or `num` of them; `None` for no condition.
             num: how many examples.
+            guidance_scale: as in `sample`.
 
         Returns:
             int32 array `(num,)` or float32 array `(num, context_dim)`; `None` for a network without condition.
 
         Raises:
-            ValueError: if there are labels and no condition, or they have another shape or range.
+            ValueError: if there are labels and no condition, or they have another shape or range; for guidance
+                without labels.
         """
+        if labels is None and guidance_scale != 1:
+            raise ValueError(f"Guidance needs labels. Received: guidance_scale={guidance_scale!r}, labels=None")
         if not self.conditional:
             if labels is not None:
                 raise ValueError(f"The network is not conditioned and takes no labels. Received: labels={labels!r}")

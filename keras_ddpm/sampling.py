@@ -107,11 +107,9 @@ def run(
     Raises:
         ValueError: for an invalid option.
     """
-    if labels is None and guidance_scale != 1:
-        raise ValueError(f"Guidance needs labels. Received: guidance_scale={guidance_scale!r}, labels=None")
     if dynamic_threshold is not None and (not clip or model.diffusion.clip_range is None):
         raise ValueError(f"Nothing is clipped here. Received: dynamic_threshold={dynamic_threshold!r}")
-    labels = model.conditions(labels, num)
+    labels = model.conditions(labels, num, guidance_scale)
     guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval, dynamic_threshold)
     if batch_size is not None and not checks.is_count(batch_size):
         raise ValueError(f"`batch_size` must be a positive integer. Received: batch_size={batch_size!r}")

@@ -160,3 +160,15 @@ def test_kernel_distance_is_its_definition():
     expected = sum(kernel(x[i], x[j]) + kernel(y[i], y[j]) for i in range(5) for j in range(5) if i != j) / 20
     expected -= 2 * sum(kernel(a, b) for a in x for b in y) / 25
     assert script["kernel_distance_to"](y)(x) == pytest.approx(1000 * expected)
+
+
+@pytest.mark.slow
+def test_guidance(tmp_path, data_dir):
+    options = "--epochs 1 --steps-per-epoch 2 --num-samples 20 --scales 0 2".split()
+    status, text = example("guidance.py", *options, "--data-dir", data_dir, "--output", tmp_path)
+    assert status == 0 and "right on" in text and "Distance of as many real images" in text, text
+    header, *rows = (tmp_path / "guidance.csv").read_text().splitlines()
+    assert header == "guidance scale,share in class,distance" and [row.split(",")[0] for row in rows] == ["0.0", "2.0"]
+    for name in ("guidance.png", "samples/0001.png"):
+        with Image.open(tmp_path / name) as picture:
+            picture.load()
