@@ -172,3 +172,68 @@ def test_guidance(tmp_path, data_dir):
     for name in ("guidance.png", "samples/0001.png"):
         with Image.open(tmp_path / name) as picture:
             picture.load()
+
+
+@pytest.fixture
+def edit(tmp_path, monkeypatch, capsys):
+    """examples/edit.py on an untrained model of classes, in this process: from arguments to what it prints."""
+    model = kd.DiffusionModel(kd.networks.unet((8, 8, 3), 8, (1,), 1, (8,), num_classes=2), kd.GaussianDiffusion())
+    (tmp_path / "runs/flowers").mkdir(parents=True)
+    model.save(tmp_path / "runs/flowers/model.keras")
+    for name, colour in {"white": 1.0, "black": -1.0}.items():
+        kd.images.save(tmp_path / f"{name}.png", np.full((12, 12, 3), colour))
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        runpy.run_path(str(ROOT / "examples/edit.py"))["main"](arguments)
+        return capsys.readouterr().out
+
+    return run
+
+
+def read(path):
+    with Image.open(path) as picture:
+        return np.asarray(picture)
+
+
+@pytest.mark.slow
+def test_edit(edit):
+    edit("inpaint", "white.png", "black.png", "--num", "2", "--num-steps", "3", "--label", "1")
+    known = np.ones((8, 8), bool)
+    known[2:6, 2:6] = False
+    for row, colour in enumerate((255, 0)):
+        fillings = [read(f"runs/edit/inpaint/{row + 1}-{column}.png") for column in (3, 4)]
+        assert all(np.all(filling[known] == colour) for filling in fillings)
+        assert not np.array_equal(*fillings)
+    edit("inpaint", "white.png", "--mask", "white.png", "--num", "1", "--num-steps", "2")
+    assert np.all(read("runs/edit/inpaint/1-3.png") == 255)
+
+    edit("variations", "white.png", "--strengths", "0", "1", "--label", "0", "--guidance-scale", "2")
+    assert np.all(read("runs/edit/variations/1-2.png") == 255)
+    assert not np.all(read("runs/edit/variations/1-3.png") == 255)
+
+    edit("interpolate", "white.png", "black.png", "--num", "3", "--num-steps", "2")
+    assert np.all(read("runs/edit/interpolate/1-1.png") == 255) and np.all(read("runs/edit/interpolate/1-3.png") == 0)
+
+    text = edit("reconstruct", "--num-drawn", "2", "--num-steps", "2", "4")
+    assert [line.split()[0] for line in text.splitlines()[:2]] == ["2", "4"]
+    assert pathlib.Path("runs/edit/reconstruct/2-5.png").is_file()
+    for name in ("inpaint", "variations", "interpolate", "reconstruct"):
+        assert read(f"runs/edit/{name}.png").shape[2] == 4
+
+
+def test_edit_says_what_is_wrong(edit):
+    with pytest.raises(ValueError, match="There is no model nowhere.keras. `python examples/flowers.py` trains one."):
+        edit("inpaint", "white.png", "--model", "nowhere.keras")
+    with pytest.raises(ValueError, match="in pairs. Received: 1"):
+        edit("interpolate", "white.png")
+    with pytest.raises(ValueError, match=r"`strength` must be in \[0, 1\]. Received: strength=2.0"):
+        edit("variations", "white.png", "--strengths", "2")
+    with pytest.raises(ValueError, match="Labels must be integers in 0..1. Received: labels=2"):
+        edit("variations", "white.png", "--label", "2")
+    with pytest.raises(OSError, match="grey.png"):
+        edit("variations", "grey.png")
+    points = kd.DiffusionModel(kd.networks.mlp(2, 8), kd.GaussianDiffusion())
+    points.save("points.keras")
+    with pytest.raises(ValueError, match=r"Only models of images edit images. Received: points.keras"):
+        edit("variations", "white.png", "--model", "points.keras")

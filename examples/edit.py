@@ -1,0 +1,129 @@
+"""Edits images with a trained model.
+
+    python examples/edit.py inpaint photo.jpg --mask mask.png           # fills what is black in the mask
+    python examples/edit.py variations photo.jpg --strengths 0.3 0.6    # other images like it
+    python examples/edit.py interpolate first.jpg second.jpg            # what lies between two
+    python examples/edit.py reconstruct photo.jpg --num-steps 10 50     # to noise and back, and how exactly
+
+The model is that of examples/flowers.py, or any other (--model). Images are cropped and resized to what it was
+trained on. Without files, the package draws some flowers: new ones to a model that was trained on such.
+
+Writes all the images side by side to --output/COMMAND.png, and each by itself to --output/COMMAND/.
+"""
+
+import argparse
+import pathlib
+import sys
+
+import keras
+import numpy as np
+from matplotlib.figure import Figure
+
+import keras_ddpm as kd
+
+
+def inpaint(model, x, args, **options):
+    size = x.shape[1]
+    if args.mask:
+        mask = kd.images.load(args.mask, size, channels=1) > 127
+    else:
+        mask = np.ones((size, size, 1))
+        mask[size // 4 : -size // 4, size // 4 : -size // 4] = 0
+    masks = np.broadcast_to(mask, (*x.shape[:-1], 1))
+    columns = {"image": x, "known": np.where(masks, x, 0)}
+    for index in range(args.num):
+        seed = args.seed + index
+        columns[f"filled, seed {seed}"] = kd.editing.inpaint(
+            model, x, masks, seed, num_steps=args.num_steps, num_resamples=args.num_resamples, **options
+        )
+    return columns
+
+
+def variations(model, x, args, **options):
+    columns = {"image": x}
+    for strength in args.strengths:
+        columns[f"strength {strength:g}"] = kd.editing.variations(model, x, strength, args.seed, **options)
+    return columns
+
+
+def interpolate(model, x, args, **options):
+    if len(x) % 2:
+        raise ValueError(f"Images are taken in pairs. Received: {len(x)}")
+    between = kd.editing.interpolate(model, x[::2], x[1::2], args.num, num_steps=args.num_steps, **options)
+    return {f"{fraction:.0%}": images for fraction, images in zip(np.linspace(0, 1, args.num), between)}
+
+
+def reconstruct(model, x, args, **options):
+    columns = {"image": x}
+    for steps in args.num_steps:
+        noise = kd.editing.encode(model, x, num_steps=steps, **options)
+        again = kd.editing.decode(model, noise, num_steps=steps, **options)
+        error = np.sqrt(np.mean((again - x) ** 2))
+        print(f"{steps:5} steps: root of the mean squared error {error:.4f}, of pixels in [-1, 1]", flush=True)
+        columns |= {f"x_T after {steps} steps": noise / 3, f"{steps} steps, error {error:.3f}": again}
+    return columns
+
+
+def parse(arguments):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for edit in (inpaint, variations, interpolate, reconstruct):
+        command = commands.add_parser(edit.__name__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        command.set_defaults(edit=edit)
+        command.add_argument("images", nargs="*", help="files (default: drawn flowers)")
+        command.add_argument("--model", default="runs/flowers/model.keras", help="a trained .keras file")
+        command.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/edit"), help="folder")
+        command.add_argument("--num-drawn", type=int, default=4, help="number of drawn flowers")
+        command.add_argument("--label", type=int, help="class, for a model that knows classes")
+        command.add_argument("--guidance-scale", type=float, default=1.0, help="how much the class counts")
+        command.add_argument("--seed", type=int, default=0, help="of the noise")
+        if edit is inpaint:
+            command.add_argument("--mask", help="file: white is known, black to be filled (default: the middle)")
+            command.add_argument("--num", type=int, default=4, help="number of fillings")
+            command.add_argument("--num-steps", type=int, default=50, help="steps of DDPM")
+            command.add_argument("--num-resamples", type=int, default=10, help="how often each step is made")
+        if edit is variations:
+            command.add_argument("--strengths", type=float, nargs="+", default=[0.2, 0.4, 0.6, 0.8, 1.0], help="0..1")
+        if edit is interpolate:
+            command.add_argument("--num", type=int, default=7, help="number of images, ends and all")
+            command.add_argument("--num-steps", type=int, default=100, help="steps of DDIM, each way")
+        if edit is reconstruct:
+            command.add_argument("--num-steps", type=int, nargs="+", default=[25, 100, 400], help="steps, each way")
+    return parser.parse_args(arguments)
+
+
+def draw(path, columns):
+    figure = Figure(figsize=(1.3 * len(columns), 1.1 * len(next(iter(columns.values()))) + 0.3), layout="constrained")
+    for axes, (title, x) in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns.items()):
+        x = kd.images.to_uint8(kd.images.grid(x, columns=1))
+        axes.imshow(x, cmap="gray")
+        axes.set_title(title, fontsize="small")
+        axes.axis("off")
+    figure.savefig(path, dpi=100)
+
+
+def main(arguments=None):
+    args = parse(arguments)
+    if not pathlib.Path(args.model).is_file():
+        raise ValueError(f"There is no model {args.model}. `python examples/flowers.py` trains one.")
+    model = keras.saving.load_model(args.model)
+    if len(model.data_shape) != 3:
+        raise ValueError(f"Only models of images edit images. Received: {args.model}, of data {model.data_shape}")
+    size, _, channels = model.data_shape
+    if args.images:
+        x = kd.images.from_uint8(np.stack([kd.images.load(path, size, channels) for path in args.images]))
+    else:
+        x, _ = kd.datasets.procedural_flowers(args.num_drawn, size, seed=args.seed + 1)
+    columns = args.edit(model, x, args, labels=args.label, guidance_scale=args.guidance_scale)
+    for column, images in enumerate(columns.values()):
+        for row, image in enumerate(images):
+            kd.images.save(args.output / args.command / f"{row + 1}-{column + 1}.png", image)
+    draw(args.output / f"{args.command}.png", columns)
+    print(f"Wrote {args.output / args.command}.png and {args.output / args.command}/.")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"{pathlib.Path(sys.argv[0]).name}: {error}")
