@@ -22,6 +22,15 @@ def is_positive(value):
     return is_between(value, 0, np.inf) and value > 0
 
 
-def is_within(low, high, clip_range):
-    """Whether data from `low` to `high` lie in a `clip_range`, up to rounding; always in `None`."""
-    return clip_range is None or (low >= clip_range[0] - 1e-3 and high <= clip_range[1] + 1e-3)
+def check_data(x, shape, clip_range=None, name="data"):
+    """Raises ValueError unless `x` is a finite array `(batch, *shape)` in the range, but for rounding."""
+    if x.shape[1:] != tuple(shape) or not len(x):
+        raise ValueError(f"Expected `{name}` of shape {('batch', *shape)}, as the network's. Received: {x.shape}")
+    low, high = x.min(), x.max()
+    if not np.isfinite(low) or not np.isfinite(high):
+        raise ValueError(f"`{name}` hold NaN or infinite values. Received: values in [{low}, {high}]")
+    if clip_range is not None and (low < clip_range[0] - 1e-3 or high > clip_range[1] + 1e-3):
+        raise ValueError(
+            f"Expected `{name}` in {list(clip_range)}, the `clip_range` of the diffusion; scale images with "
+            f"x / 127.5 - 1. Received: values in [{low}, {high}]"
+        )

@@ -173,7 +173,8 @@ def decode(model, noise, *, num_steps=None, **options):
 
     Reference: Song et al., 2021 ("DDIM"), Eq. 12 with σ = 0.
     """
-    noise = _array(model, noise, "noise")
+    noise = np.asarray(noise, "float32")
+    checks.check_data(noise, model.data_shape, name="noise")
     steps = _sampler(model, None, num_steps, INVERTIBLE).steps(model.diffusion.schedule)
     return _run(model, steps, lambda indices: noise[indices], noise, 0, options, clip=False)
 
@@ -227,21 +228,9 @@ def _slerp(a, b, fraction):
     return (from_a * a + from_b * b).astype("float32")
 
 
-def _array(model, x, name):
-    x = np.asarray(x, "float32")
-    if x.shape[1:] != model.data_shape or not len(x):
-        expected = ("batch", *model.data_shape)
-        raise ValueError(f"`{name}` must have the shape {expected}, as the model's data. Received: {x.shape}")
-    if not np.all(np.isfinite(x)):
-        raise ValueError(f"`{name}` hold NaN or infinite values.")
-    return x
-
-
 def _images(model, x, name):
-    x = _array(model, x, name)
-    clip_range = model.diffusion.clip_range
-    if not checks.is_within(x.min(), x.max(), clip_range):
-        raise ValueError(f"`{name}` must lie in {list(clip_range)}. Received: values in [{x.min()}, {x.max()}]")
+    x = np.asarray(x, "float32")
+    checks.check_data(x, model.data_shape, model.diffusion.clip_range, name)
     return x
 
 

@@ -276,18 +276,7 @@ class DiffusionModel(keras.Model):
             raise ValueError(f"The data hold no batch. Received: {data}")
         x_0, condition, _ = keras.utils.unpack_x_y_sample_weight(first)
         x_0 = ops.convert_to_numpy(x_0)
-        if x_0.shape[1:] != self.data_shape or not len(x_0):
-            expected = ("batch", *self.data_shape)
-            raise ValueError(f"Expected data of shape {expected}, as the network's input. Received: {x_0.shape}")
-        low, high = x_0.min(), x_0.max()
-        if not np.isfinite(low) or not np.isfinite(high):
-            raise ValueError(f"The data hold NaN or infinite values. Received: values in [{low}, {high}]")
-        clip_range = self.diffusion.clip_range
-        if not checks.is_within(low, high, clip_range):
-            raise ValueError(
-                f"Expected data in {list(clip_range)}, the `clip_range` of the diffusion; scale images with "
-                f"x / 127.5 - 1. Received: values in [{low}, {high}]"
-            )
+        checks.check_data(x_0, self.data_shape, self.diffusion.clip_range)
         if self.conditional:
             if condition is None:
                 raise ValueError("The network is conditioned: it needs `(x_0, label)` batches. Received: x_0 alone.")

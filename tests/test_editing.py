@@ -269,7 +269,7 @@ def test_labels_and_seeds():
         (lambda m, x: editing.inpaint(m, x, np.ones((2, 1, 2))), r"shape \(2, 1, 2, 1\). Received: \(2, 1, 2\)"),
         (lambda m, x: editing.inpaint(m, x, np.full((2, 1, 2, 1), 0.5)), "nothing but 0 and 1"),
         (lambda m, x: editing.inpaint(m, x, np.ones((2, 1, 2, 1)), num_resamples=0), "num_resamples=0"),
-        (lambda m, x: editing.inpaint(m, x[..., 0], np.ones((2, 1, 2, 1))), "`images` must have the shape"),
+        (lambda m, x: editing.inpaint(m, x[..., 0], np.ones((2, 1, 2, 1))), "Expected `images` of shape"),
         (lambda m, x: editing.variations(m, x, 1.5), "strength=1.5"),
         (lambda m, x: editing.variations(m, x * np.nan, 0.5), "NaN"),
         (lambda m, x: editing.variations(m, x, 0.5, sampler="ddim"), "sampler='ddim'"),
@@ -281,9 +281,9 @@ def test_labels_and_seeds():
         (lambda m, x: editing.variations(m, x, 0.5, guidance_scale=2.0), "needs labels"),
         (lambda m, x: editing.decode(m, x, dynamic_threshold=0.9), "Nothing is clipped"),
         (lambda m, x: editing.interpolate(m, x, x[:1], 3), r"shapes \(2, 1, 2, 1\) and \(1, 1, 2, 1\)"),
-        (lambda m, x: editing.interpolate(m, x, np.zeros((2, 2, 2, 1)), 3), "`images_b` must have the shape"),
+        (lambda m, x: editing.interpolate(m, x, np.zeros((2, 2, 2, 1)), 3), "Expected `images_b` of shape"),
         (lambda m, x: editing.interpolate(m, x, x, 1), "num=1"),
-        (lambda m, x: editing.decode(m, x[0]), "`noise` must have the shape"),
+        (lambda m, x: editing.decode(m, x[0]), "Expected `noise` of shape"),
         (lambda m, x: editing.encode(m, x, num_steps=1001), "num_steps=1001"),
     ],
 )
@@ -294,5 +294,5 @@ def test_bad_input(edit, message):
 
 def test_images_outside_the_range():
     model = kd.DiffusionModel(kd.networks.mlp(2, 8, 1))
-    with pytest.raises(ValueError, match=r"must lie in \[-1.0, 1.0\]"):
+    with pytest.raises(ValueError, match=r"in \[-1.0, 1.0\]"):
         editing.variations(model, np.full((2, 2), 3.0), 0.5)
