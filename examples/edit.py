@@ -60,7 +60,7 @@ def reconstruct(model, x, args, **options):
         again = kd.editing.decode(model, noise, num_steps=steps, **options)
         error = np.sqrt(np.mean((again - x) ** 2))
         print(f"{steps:5} steps: root of the mean squared error {error:.4f}, of pixels in [-1, 1]", flush=True)
-        columns |= {f"x_T after {steps} steps": noise / 3, f"{steps} steps, error {error:.3f}": again}
+        columns |= {f"x_T,\n{steps} steps": noise / 3, f"{steps} steps,\nerror {error:.3f}": again}
     return columns
 
 

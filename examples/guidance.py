@@ -41,7 +41,7 @@ def draw(path, samples, columns):
         axes.set_ylabel(f"w = {scale:g}", rotation=0, ha="right", va="center")
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 def main(arguments=None):
