@@ -18,6 +18,7 @@ import keras
 import numpy as np
 from PIL import Image
 
+from keras_ddpm import checks
 from keras_ddpm import images
 
 
@@ -292,6 +293,34 @@ def _check_reachable(url, message, seconds=5):
     thread.join(seconds)
     if failures:
         raise ConnectionError(f"{message} from {url}: {failures[0]}")
+
+
+def moons(num, seed=0, noise=0.05):
+    """Points on two interleaving half circles, with Gaussian noise across.
+
+    Every point has an angle of its own, drawn uniformly; scikit-learn's function of the same name puts them on a
+    fixed grid. The half circles have radius 1 and centres (0, 0) and (1, 1/2) before all is moved and scaled by
+    1 / (3/2 + 5 noise), into the square [-1, 1]² (what lies more than five deviations outside is clipped).
+
+    Args:
+        num: how many points.
+        seed: seed of the drawing.
+        noise: standard deviation of the noise where the radius is 1.
+
+    Returns:
+        float32 points `(num, 2)` in [-1, 1], and int32 labels `(num,)`: 0 for the upper moon, 1 for the lower.
+
+    Raises:
+        ValueError: for a number that is not positive or noise below 0.
+    """
+    if not checks.is_count(num) or not checks.is_between(noise, 0, np.inf):
+        raise ValueError(f"`num` must be positive and `noise` 0 or more. Received: num={num!r}, noise={noise!r}")
+    random = np.random.default_rng(seed)
+    labels = random.integers(2, size=num, dtype="int32")
+    angle = random.uniform(0, np.pi, num) + np.pi * labels
+    x = np.column_stack([np.cos(angle) + labels, np.sin(angle) + labels / 2])
+    x += noise * random.standard_normal(x.shape)
+    return np.clip((x - [0.5, 0.25]) / (1.5 + 5 * noise), -1, 1).astype("float32"), labels
 
 
 FLOWER_KINDS = {

@@ -127,7 +127,8 @@ def variations(model, images, strength, seed=None, *, sampler=None, num_steps=No
 def encode(model, images, *, num_steps=None, **options):
     """The noise from which DDIM makes these images: its steps, made backwards and without clipping.
 
-    `decode(encode(images))` is an image again, with an error that falls with `num_steps`.
+    `decode(encode(images))` is an image again, with an error that falls with `num_steps`; `python examples/edit.py
+    reconstruct` prints it.
 
     Args:
         model: a `DiffusionModel`.

@@ -408,6 +408,27 @@ class DiffusionModel(keras.Model):
         )
         return (trajectory[0][-1], *trajectory) if return_trajectory else trajectory[0][-1]
 
+    def denoise(self, x_t, t, **options):
+        """The prediction of x_0 that samplers see, with a compiled program that `sample` shares.
+
+        Args:
+            x_t: noisy data, `(batch, ...)`.
+            t: their time, in 1..T, one for all.
+            **options: `labels`, guidance and those after it, of `sample`.
+
+        Returns:
+            float32 array `(batch, ...)`.
+
+        Raises:
+            ValueError: for data of another shape, a time outside 1..T or an invalid option.
+        """
+        x_t = np.asarray(x_t, "float32")
+        checks.check_data(x_t, self.data_shape, name="x_t")
+        if not checks.is_count(t) or t > self.diffusion.timesteps:
+            raise ValueError(f"`t` must be an integer in 1..{self.diffusion.timesteps}. Received: t={t!r}")
+        row = np.array([[t, 0.0, 1.0, 0.0, 0.0, 0.0]])
+        return sampling.run(self, [row], lambda indices: x_t[indices], len(x_t), 0, **options)[0][-1]
+
     # Saving.
 
     def get_config(self):

@@ -72,6 +72,20 @@ def test_guidance_converges_to_its_own_differential_equation(mixture):
     np.testing.assert_allclose(got, x, atol=5e-3)
 
 
+def test_denoise_is_what_samplers_see(mixture):
+    x = np.linspace(-2, 2, 9, dtype="float32")[:, None]
+    for t in (1, 40, mixture.diffusion.timesteps):
+        np.testing.assert_allclose(mixture.denoise(x, t), denoise(x, t), atol=1e-4)
+        for scale in (1.0, 3.0):
+            expected = (1 - scale) * denoise(x, t) + scale * denoise(x, t, 1)
+            np.testing.assert_allclose(mixture.denoise(x, t, labels=1, guidance_scale=scale), expected, atol=3e-4)
+    for t in (0, mixture.diffusion.timesteps + 1, 1.0):
+        with pytest.raises(ValueError, match=f"integer in 1..1000. Received: t={t}"):
+            mixture.denoise(x, t)
+    with pytest.raises(ValueError, match="Expected `x_t` of shape"):
+        mixture.denoise(x[:, 0], 1)
+
+
 def calls_of(model, **arguments):
     """The sizes of the batches that the network was called with, and the samples."""
     sizes = []

@@ -119,11 +119,37 @@ def test_folder(tmp_path):
         (lambda folder: datasets.from_arrays(np.arange(10), batch_size=2), "int64"),
         (lambda folder: datasets.from_arrays(ROWS, image_size=8), "float32"),
         (lambda folder: datasets.procedural_flowers(0), "num_images=0"),
+        (lambda folder: datasets.moons(0), "num=0"),
+        (lambda folder: datasets.moons(9, noise=-0.1), "noise=-0.1"),
     ],
 )
 def test_bad_input(tmp_path, make, message):
     with pytest.raises(ValueError, match=message):
         make(tmp_path)
+
+
+def test_moons():
+    """On both half circles, at angles that are uniform and no grid; noise moves points off them by its deviation."""
+    num = 10_000
+    for noise in (0.0, 0.05):
+        x, labels = datasets.moons(num, seed=1, noise=noise)
+        assert x.shape == (num, 2) and x.dtype == "float32" and labels.dtype == "int32"
+        assert set(labels.tolist()) == {0, 1} and abs(np.mean(labels) - 0.5) < 3 * 0.5 / np.sqrt(num)
+        assert -1 <= x.min() < -0.7 and 0.7 < x.max() <= 1
+        out = x * (1.5 + 5 * noise) + [0.5, 0.25] - np.stack([labels, labels / 2], axis=1)
+        radius = np.linalg.norm(out, axis=1)
+        np.testing.assert_allclose(radius, 1, atol=5 * noise + 1e-6)
+        assert abs(radius.std() - noise) < 0.001
+    x, labels = datasets.moons(num, seed=1, noise=0.0)
+    x = x * 1.5 + [0.5, 0.25] - np.stack([labels, labels / 2], axis=1)
+    for label, sign in [(0, 1), (1, -1)]:
+        angle = np.sort(np.arctan2(*(sign * x[labels == label]).T[::-1])) / np.pi
+        assert np.abs(angle - (np.arange(len(angle)) + 0.5) / len(angle)).max() < 2 / np.sqrt(len(angle))
+        gaps = np.diff(angle) * len(angle)  # of independent points they are exponential
+        assert abs(np.std(gaps) - 1) < 0.1
+    again, _ = datasets.moons(num, seed=1, noise=0.0)
+    other, _ = datasets.moons(num, seed=2, noise=0.0)
+    assert np.array_equal(again, datasets.moons(num, seed=1, noise=0.0)[0]) and not np.array_equal(again, other)
 
 
 def test_procedural_flowers():

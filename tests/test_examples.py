@@ -149,6 +149,29 @@ def test_samplers(tmp_path, data_dir):
             picture.load()
 
 
+@pytest.mark.slow
+def test_moons(tmp_path):
+    status, text = example("moons.py", "--output", tmp_path, *"--steps 40 --num-samples 100 --num-pairs 2".split())
+    assert status == 0 and text.count("large variance: ") == 2 and text.count("small variance: ") == 2, text
+    assert np.load(tmp_path / "samples.npy").shape == (100, 2)
+    for name in ("forward.png", "reverse.png", "score.png", "guidance.png"):
+        with Image.open(tmp_path / name) as picture:
+            picture.load()
+
+
+def test_moons_exact_denoiser_is_the_mean():
+    """Of x_0 given x_t, found by weighing a million points with their likelihood."""
+    schedule = kd.schedules.cosine(100)
+    model = runpy.run_path(str(ROOT / "examples/moons.py"))["best_model"](schedule)
+    x_0, _ = kd.datasets.moons(1_000_000)
+    for t in (20, 60, 95):
+        x_t = schedule.alpha[t] * x_0[:5] + schedule.sigma[t] * np.random.default_rng(t).standard_normal((5, 2))
+        for got, x in zip(model.denoise(x_t, t), x_t):
+            logits = -np.sum((x - schedule.alpha[t] * x_0) ** 2, axis=1) / (2 * schedule.sigma[t] ** 2)
+            weights = np.exp(logits - logits.max())
+            np.testing.assert_allclose(got, weights @ x_0 / weights.sum(), atol=0.01)
+
+
 def test_kernel_distance_is_its_definition():
     """The double sums of Bińkowski et al., 2018, Eq. 4."""
     script = runpy.run_path(str(ROOT / "examples/samplers.py"))
