@@ -32,9 +32,8 @@ class TimestepEmbedding(layers.Layer):
         self.max_period = max_period
 
     def call(self, t):
-        half = self.dim // 2
-        frequencies = np.exp(-np.log(self.max_period) * np.arange(half) / (half - 1))
-        angles = ops.cast(t, "float32")[:, None] * ops.convert_to_tensor(frequencies, "float32")
+        frequencies = ops.convert_to_tensor(_frequencies(self.dim, self.max_period), "float32")
+        angles = ops.cast(t, "float32")[:, None] * frequencies
         return ops.concatenate([ops.sin(angles), ops.cos(angles)], axis=-1)
 
     def compute_output_shape(self, input_shape):
@@ -42,6 +41,32 @@ class TimestepEmbedding(layers.Layer):
 
     def get_config(self):
         return {**super().get_config(), "dim": self.dim, "max_period": self.max_period}
+
+
+@keras.saving.register_keras_serializable(package="keras_ddpm")
+class PositionEmbedding(layers.Layer):
+    """Adds sinusoids of the position: of the row in the first half of the channels, of the column in the second.
+
+    Call arguments:
+        x: `(batch, height, width, channels)`, with channels a multiple of 4.
+
+    Returns:
+        The same shape.
+
+    Reference: Vaswani et al., 2017, section 3.5, in two dimensions as in Peebles and Xie, 2023.
+    """
+
+    def call(self, x):
+        height, width, channels = x.shape[1:]
+        rows, columns = np.indices((height, width))[..., None] * _frequencies(channels // 2)
+        positions = np.concatenate([np.sin(rows), np.cos(rows), np.sin(columns), np.cos(columns)], axis=-1)
+        return x + ops.convert_to_tensor(positions, x.dtype)
+
+
+def _frequencies(dim, max_period=10_000):
+    """Those of `dim / 2` sines and as many cosines, from 1 to 1 / max_period."""
+    half = dim // 2
+    return np.exp(-np.log(max_period) * np.arange(half) / (half - 1))
 
 
 @keras.saving.register_keras_serializable(package="keras_ddpm")

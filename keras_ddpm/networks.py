@@ -16,6 +16,7 @@ from keras import ops
 
 from keras_ddpm import checks
 from keras_ddpm.layers import GroupNormalization
+from keras_ddpm.layers import PositionEmbedding
 from keras_ddpm.layers import TimestepEmbedding
 
 
@@ -61,9 +62,8 @@ def unet(
 
     Reference: Ho et al., 2020, appendix B.
     """
-    if len(image_shape) != 3 or not all(isinstance(size, int) and size > 0 for size in image_shape):
-        raise ValueError(f"`image_shape` must be (height, width, channels). Received: image_shape={image_shape}")
     stride = 2 ** (len(width_multipliers) - 1)
+    padding = _padding(image_shape, stride)
     if min(image_shape[:2]) < stride:
         raise ValueError(
             f"{len(width_multipliers)} levels need images of at least {stride}x{stride}. "
@@ -75,8 +75,6 @@ def unet(
                 f"The channels of every level must be multiples of groups={groups}. "
                 f"Received: width={width}, width_multipliers={width_multipliers}"
             )
-    height_padding, width_padding = ((-size % stride // 2, (-size % stride + 1) // 2) for size in image_shape[:2])
-    padding = (height_padding, width_padding)
     longer_side = max(size + sum(sides) for size, sides in zip(image_shape, padding))
     resolutions = [longer_side >> level for level in range(len(width_multipliers))]
     for missed in sorted(set(attention_resolutions) - set(resolutions)):
@@ -153,6 +151,73 @@ def unet(
     return keras.Model([x_t, *conditions], x, name="unet")
 
 
+def dit(image_shape, patch_size=2, width=384, depth=12, num_heads=6, num_classes=None, context_dim=None):
+    """The diffusion transformer of Peebles and Xie: patches, and adaptive layer normalisation with gates at zero.
+
+    The defaults are their DiT-S/2. Images whose sides are no multiples of the patch are padded with zeros at the input
+    and the result is cropped. The output is float32, also under a mixed dtype policy.
+
+    Args:
+        image_shape: `(height, width, channels)`.
+        patch_size: side of the square patches, each a token.
+        width: size of the tokens, a multiple of 4 and of `num_heads`.
+        depth: number of blocks.
+        num_heads: heads of the attention.
+        num_classes: number K of labels to condition on, 0..K − 1; the embedding is added to that of the time.
+        context_dim: size of vectors to condition on, instead of labels.
+
+    Returns:
+        A functional `keras.Model` with the inputs and the output of `unet`.
+
+    Raises:
+        ValueError: for a shape that is none, a width that is no such multiple, a size that is no positive integer,
+            or no positive number of labels or size of vectors, or both.
+
+    Reference: Peebles and Xie, 2023, section 3.2, "adaLN-Zero".
+    """
+    sizes = {"patch_size": patch_size, "width": width, "depth": depth, "num_heads": num_heads}
+    if not all(map(checks.is_count, sizes.values())) or width % 4 or width % num_heads:
+        raise ValueError(
+            f"Sizes must be positive integers, the width a multiple of 4 and of the number of heads. Received: {sizes}"
+        )
+    padding = _padding(image_shape, patch_size)
+    x_t = keras.Input(tuple(image_shape), name="x_t")
+    conditions, embedding = _embedding(256, width, num_classes, context_dim)
+    condition = layers.Activation("swish", name="condition_swish")(embedding)
+
+    def modulation(num, name):
+        """`num` vectors that depend on the condition, zeros at first, each `(batch, 1, width)`."""
+        vectors = layers.Dense(num * width, kernel_initializer="zeros", name=f"{name}_modulation")(condition)
+        return ops.split(layers.Reshape((1, num * width), name=f"{name}_reshape")(vectors), num, axis=-1)
+
+    def normalize(x, shift, scale, name):
+        x = layers.LayerNormalization(epsilon=1e-6, center=False, scale=False, name=f"{name}_norm")(x)
+        return x * (1 + scale) + shift
+
+    x = layers.ZeroPadding2D(padding, name="pad")(x_t)
+    patches = layers.Conv2D(width, patch_size, patch_size, kernel_initializer=_initializer(), name="patches")
+    x = PositionEmbedding(name="positions")(patches(x))
+    grid = x.shape[1:]
+    x = layers.Reshape((-1, width), name="tokens")(x)
+    for block in range(depth):
+        name = f"block_{block}"
+        shift, scale, gate, *of_mlp = modulation(6, name)
+        h = normalize(x, shift, scale, f"{name}_1")
+        attention = layers.MultiHeadAttention(num_heads, width // num_heads, name=f"{name}_attention")
+        x = layers.Add(name=f"{name}_attention_add")([x, gate * attention(h, h)])
+        shift, scale, gate = of_mlp
+        h = normalize(x, shift, scale, f"{name}_2")
+        h = layers.Dense(4 * width, activation=keras.activations.gelu, name=f"{name}_dense_1")(h)
+        h = layers.Dense(width, name=f"{name}_dense_2")(h)
+        x = layers.Add(name=f"{name}_mlp_add")([x, gate * h])
+    x = layers.Reshape(grid, name="grid")(normalize(x, *modulation(2, "out"), "out"))
+    x = layers.Conv2DTranspose(
+        image_shape[-1], patch_size, patch_size, kernel_initializer="zeros", dtype="float32", name="pixels"
+    )(x)
+    x = layers.Cropping2D(padding, dtype="float32", name="crop")(x)
+    return keras.Model([x_t, *conditions], x, name="dit")
+
+
 def mlp(dim=2, width=128, depth=3, num_classes=None, context_dim=None):
     """A residual multi-layer perceptron, for points.
 
@@ -206,6 +271,13 @@ def _embedding(dim, width, num_classes, context_dim):
     else:
         return [t], x
     return [t, condition], layers.Add(name="add_condition")([x, embedded])
+
+
+def _padding(image_shape, multiple):
+    """What `ZeroPadding2D` has to add so that both sides are multiples."""
+    if len(image_shape) != 3 or not all(isinstance(size, int) and size > 0 for size in image_shape):
+        raise ValueError(f"`image_shape` must be (height, width, channels). Received: image_shape={image_shape}")
+    return tuple((-size % multiple // 2, (-size % multiple + 1) // 2) for size in image_shape[:2])
 
 
 def _conv(channels, kernel_size=3, strides=1, zero=False, **kwargs):

@@ -171,7 +171,9 @@ def test_dynamic_threshold():
     np.testing.assert_allclose(got[1], y[1], atol=1e-6)  # nothing to do
 
 
-@pytest.mark.parametrize("make", [lambda **k: kd.networks.mlp(2, 16, 1, **k), unet])
+@pytest.mark.parametrize(
+    "make", [lambda **k: kd.networks.mlp(2, 16, 1, **k), unet, lambda **k: kd.networks.dit((4, 4, 1), 2, 16, 1, 2, **k)]
+)
 @pytest.mark.parametrize("kind", [{"num_classes": 3}, {"context_dim": 5}])
 def test_networks_listen_to_their_condition(make, kind):
     network = make(**kind)

@@ -1,3 +1,5 @@
+import math
+
 import keras
 import numpy as np
 import pytest
@@ -23,6 +25,75 @@ def randomised(network, seed=0):
 )
 def test_parameter_counts_of_the_paper_and_of_the_keras_example(arguments, count):
     assert networks.unet(**arguments).count_params() == count
+
+
+def test_parameter_count_of_the_transformer():
+    """As Peebles and Xie's code prints for DiT-XL/2, which counts fixed positions and has twice the channels out."""
+
+    def count(width, depth, patch, channels_in, channels_out, classes):
+        dense = lambda n, m: n * m + m  # noqa: E731
+        block = 4 * dense(width, width) + dense(width, 4 * width) + dense(4 * width, width) + dense(width, 6 * width)
+        ends = dense(channels_in * patch**2, width) + dense(width, 2 * width)
+        return depth * block + ends + dense(256, width) + dense(width, width) + (classes + 1) * width
+
+    final = (1152 + 1) * 4 * 8
+    assert count(1152, 28, 2, 4, 8, 1000) + final + 256 * 1152 == 675_129_632
+    network = networks.dit((16, 12, 4), 2, 48, 3, 4, num_classes=10)
+    pixels = 48 * 4 * 4 + 4  # a transposed convolution has one bias a channel, not one a pixel of the patch
+    assert network.count_params() == count(48, 3, 2, 4, 4, 10) + pixels
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 1), (7, 12, 3)])
+def test_transformer(shape):
+    """Zero at first; then every token sees every other, its position and the time."""
+    network = networks.dit(shape, 4, 16, 2, 2)
+    x_t, t = np.random.default_rng(0).normal(size=(3, *shape)).astype("float32"), np.array([1, 500, 1000])
+    assert np.all(ops.convert_to_numpy(network([x_t, t])) == 0)
+    predict = lambda *inputs: ops.convert_to_numpy(network(list(inputs)))  # noqa: E731
+    y = randomised(network) and predict(x_t, t)
+    assert y.shape == x_t.shape and np.all(np.isfinite(y)) and np.std(y) > 0
+    other = x_t.copy()
+    other[:, 0, 0] += 1
+    assert np.abs(predict(other, t) - y)[:, -1, -1].max(axis=-1).min() > 1e-5
+    assert np.abs(predict(x_t, np.array([1, 500, 1]))[2] - y[2]).max() > 1e-3
+    flat = predict(np.zeros_like(x_t), t)
+    assert np.abs(flat[:, 0, 0] - flat[:, -1, -1]).min() > 1e-4
+
+
+def test_transformer_blocks_are_the_identity_at_initialisation():
+    network = networks.dit((8, 8, 3), 2, 16, 2, 2)
+    adds = [layer.output for layer in network.layers if layer.name.endswith("_add")]
+    probe = keras.Model(network.inputs, [network.get_layer("tokens").output, *adds])
+    x_t = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype("float32")
+    tokens, *values = map(ops.convert_to_numpy, probe([x_t, np.array([3, 800])]))
+    assert len(values) == 4 and np.std(tokens) > 0 and all(np.array_equal(tokens, value) for value in values)
+
+
+def test_transformer_block_against_numpy():
+    """Adaptive normalisation, attention with two heads and the perceptron of one block, in float64."""
+    network = randomised(networks.dit((2, 2, 3), 1, 8, 1, 2))
+    tensors = [network.get_layer(name).output for name in ("tokens", "condition_swish", "block_0_mlp_add")]
+    x_t = np.random.default_rng(0).normal(size=(1, 2, 2, 3)).astype("float32")
+    x, c, got = (ops.convert_to_numpy(v)[0] for v in keras.Model(network.inputs, tensors)([x_t, np.array([300])]))
+    weights = {w.path.removeprefix("block_0_"): ops.convert_to_numpy(w).astype("float64") for w in network.weights}
+    softmax = lambda z: np.exp(z) / np.exp(z).sum(axis=-1, keepdims=True)  # noqa: E731
+
+    def normalize(x, shift, scale):
+        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6) * (1 + scale) + shift
+
+    modulation = np.split(c @ weights["modulation/kernel"] + weights["modulation/bias"], 6)
+    h = normalize(x, *modulation[:2])
+    q, k, v = (
+        np.einsum("td,dhe->hte", h, weights[f"attention/{name}/kernel"]) + weights[f"attention/{name}/bias"][:, None]
+        for name in ("query", "key", "value")
+    )
+    h = softmax(q @ k.swapaxes(1, 2) / 2) @ v
+    h = np.einsum("hte,hed->td", h, weights["attention/attention_output/kernel"])
+    x = x + modulation[2] * (h + weights["attention/attention_output/bias"])
+    h = normalize(x, *modulation[3:5]) @ weights["dense_1/kernel"] + weights["dense_1/bias"]
+    h = h * (1 + np.vectorize(math.erf)(h / np.sqrt(2))) / 2
+    x = x + modulation[5] * (h @ weights["dense_2/kernel"] + weights["dense_2/bias"])
+    np.testing.assert_allclose(got, x, atol=1e-4)
 
 
 @pytest.mark.parametrize(("shape", "attention"), [((28, 28, 1), 7), ((13, 22, 5), 12), ((4, 16, 2), 4)])
@@ -105,7 +176,14 @@ def test_mlp():
     assert not np.allclose(first, second, rtol=1e-2)  # the time arrives
 
 
-@pytest.mark.parametrize("make", [lambda: networks.unet((8, 8, 1), 8, (1,), 1, (8,)), lambda: networks.mlp(2, 16, 1)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: networks.unet((8, 8, 1), 8, (1,), 1, (8,)),
+        lambda: networks.mlp(2, 16, 1),
+        lambda: networks.dit((8, 8, 1), 2, 8, 1, 2),
+    ],
+)
 def test_config(make):
     network = randomised(make())
     copy = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(network))
@@ -147,8 +225,12 @@ def test_mixed_precision():
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
         network = networks.unet((8, 8, 1), 8, (1,), 1, (8,))
+        transformer = networks.dit((8, 8, 1), 4, 8, 1, 2)
     finally:
         keras.config.set_dtype_policy("float32")
+    y = transformer([np.ones((2, 8, 8, 1), "float32"), np.array([1, 2])])
+    assert keras.backend.standardize_dtype(y.dtype) == "float32"
+    assert transformer.get_layer("block_0_dense_1").compute_dtype == "bfloat16"
     times = np.array([998, 999])
     first, second = ops.convert_to_numpy(
         keras.Model(network.inputs[1], network.get_layer("time_sinusoid").output)(times)
@@ -176,3 +258,10 @@ def test_attention_that_is_never_met_warns():
 def test_bad_input(arguments, message):
     with pytest.raises(ValueError, match=message):
         networks.unet(**arguments)
+
+
+@pytest.mark.parametrize("arguments", [{"width": 30}, {"num_heads": 5}, {"depth": 0}, {"patch_size": 2.0}])
+def test_bad_sizes_of_the_transformer(arguments):
+    (name, value), *_ = arguments.items()
+    with pytest.raises(ValueError, match=f"multiple of 4 and .*'{name}': {value}"):
+        networks.dit((8, 8, 3), **arguments)
