@@ -6,7 +6,7 @@
     python examples/edit.py reconstruct photo.jpg --num-steps 10 50     # to noise and back, and how exactly
 
 The model is that of examples/flowers.py, or any other (--model). Images are cropped and resized to what it was
-trained on. Without files, the package draws some flowers: new ones to a model that was trained on such.
+trained on. Without files, the package draws some flowers, others than examples/flowers.py trains on by default.
 
 Writes all the images side by side to --output/COMMAND.png, and each by itself to --output/COMMAND/.
 """
@@ -56,6 +56,7 @@ def interpolate(model, x, args, **options):
 def reconstruct(model, x, args, **options):
     columns = {"image": x}
     for steps in args.num_steps:
+        steps = min(steps, model.diffusion.timesteps)
         noise = kd.editing.encode(model, x, num_steps=steps, **options)
         again = kd.editing.decode(model, noise, num_steps=steps, **options)
         error = np.sqrt(np.mean((again - x) ** 2))
@@ -68,25 +69,33 @@ def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for edit in (inpaint, variations, interpolate, reconstruct):
-        command = commands.add_parser(edit.__name__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        command = commands.add_parser(edit.__name__)
         command.set_defaults(edit=edit)
         command.add_argument("images", nargs="*", help="files (default: drawn flowers)")
-        command.add_argument("--model", default="runs/flowers/model.keras", help="a trained .keras file")
-        command.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/edit"), help="folder")
-        command.add_argument("--num-drawn", type=int, default=4, help="number of drawn flowers")
+        command.add_argument(
+            "--model", default="runs/flowers/model.keras", help="a trained .keras file (default: %(default)s)"
+        )
+        command.add_argument(
+            "--output", type=pathlib.Path, default=pathlib.Path("runs/edit"), help="folder (default: %(default)s)"
+        )
+        command.add_argument("--num-drawn", type=int, default=4, help="number of drawn flowers (default: %(default)s)")
         command.add_argument("--label", type=int, help="class, for a model that knows classes")
-        command.add_argument("--guidance-scale", type=float, default=1.0, help="how much the class counts")
-        command.add_argument("--seed", type=int, default=0, help="of the noise")
+        command.add_argument("--guidance-scale", type=float, default=1.0, help="how much the class counts (default: 1)")
+        command.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
         if edit is inpaint:
             command.add_argument("--mask", help="file: white is known, black to be filled (default: the middle)")
-            command.add_argument("--num", type=int, default=4, help="number of fillings")
-            command.add_argument("--num-steps", type=int, default=50, help="steps of DDPM")
-            command.add_argument("--num-resamples", type=int, default=10, help="how often each step is made")
+            command.add_argument("--num", type=int, default=4, help="number of fillings (default: %(default)s)")
+            command.add_argument("--num-steps", type=int, help="steps of DDPM (default: 50)")
+            command.add_argument(
+                "--num-resamples", type=int, default=10, help="how often each step is made (default: 10)"
+            )
         if edit is variations:
-            command.add_argument("--strengths", type=float, nargs="+", default=[0.2, 0.4, 0.6, 0.8, 1.0], help="0..1")
+            command.add_argument(
+                "--strengths", type=float, nargs="+", default=[0.2, 0.4, 0.6, 0.8, 1.0], help="in 0..1"
+            )
         if edit is interpolate:
-            command.add_argument("--num", type=int, default=7, help="number of images, ends and all")
-            command.add_argument("--num-steps", type=int, default=100, help="steps of DDIM, each way")
+            command.add_argument("--num", type=int, default=7, help="number of images, ends and all (default: 7)")
+            command.add_argument("--num-steps", type=int, help="steps of DDIM, each way (default: 100)")
         if edit is reconstruct:
             command.add_argument("--num-steps", type=int, nargs="+", default=[25, 100, 400], help="steps, each way")
     return parser.parse_args(arguments)
@@ -95,10 +104,8 @@ def parse(arguments):
 def draw(path, columns):
     figure = Figure(figsize=(1.3 * len(columns), 1.1 * len(next(iter(columns.values()))) + 0.3), layout="constrained")
     for axes, (title, x) in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns.items()):
-        x = kd.images.to_uint8(kd.images.grid(x, columns=1))
-        axes.imshow(x, cmap="gray")
+        kd.plots.show(axes, x, columns=1)
         axes.set_title(title, fontsize="small")
-        axes.axis("off")
     figure.savefig(path, dpi=100)
 
 
@@ -107,13 +114,15 @@ def main(arguments=None):
     if not pathlib.Path(args.model).is_file():
         raise ValueError(f"There is no model {args.model}. `python examples/flowers.py` trains one.")
     model = keras.saving.load_model(args.model)
-    if len(model.data_shape) != 3:
-        raise ValueError(f"Only models of images edit images. Received: {args.model}, of data {model.data_shape}")
+    if not isinstance(model, kd.DiffusionModel) or len(model.data_shape) != 3:
+        raise ValueError(f"{args.model} is no diffusion model of images.")
     size, _, channels = model.data_shape
     if args.images:
         x = kd.images.from_uint8(np.stack([kd.images.load(path, size, channels) for path in args.images]))
     else:
-        x, _ = kd.datasets.procedural_flowers(args.num_drawn, size, seed=args.seed + 1)
+        if channels != 3:
+            raise ValueError(f"The drawn flowers are in colour, images of {args.model} are not: give files.")
+        x, _ = kd.datasets.procedural_flowers(args.num_drawn, size, seed=1)
     columns = args.edit(model, x, args, labels=args.label, guidance_scale=args.guidance_scale)
     for column, images in enumerate(columns.values()):
         for row, image in enumerate(images):

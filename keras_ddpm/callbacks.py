@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_ddpm import images
+from keras_ddpm import sampling
 
 
 class SampleGrid(keras.callbacks.Callback):
@@ -20,12 +21,12 @@ class SampleGrid(keras.callbacks.Callback):
         sampler: a `samplers.Sampler`; by default that of `DiffusionModel.sample`.
         compare_raw: whether to draw the samples of the raw weights to the right of those of the average.
         scale: whole number by which every pixel is enlarged.
-        labels: what a conditioned network is to draw, and
-        guidance_scale: with how much guidance, as in `DiffusionModel.sample`.
+        labels: what a conditioned network is to draw, as in `DiffusionModel.sample`.
+        guidance_scale: as in `DiffusionModel.sample`.
 
     Raises:
         ValueError: before training, for data that are no images, a path with other names in braces, a sampler
-            with more steps than the schedule, or wrong labels.
+            with more steps than the schedule, wrong labels or a scale out of range.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class SampleGrid(keras.callbacks.Callback):
             raise ValueError(f"`path` may have {{epoch}} alone in braces. Received: path={self.path}") from error
         if self.sampler is not None:
             self.sampler.table(schedule)
-        self.model.conditions(self.labels, self.num_samples, self.guidance_scale)
+        sampling.Guidance(self.guidance_scale).labels(self.model, self.labels, self.num_samples)
 
     def on_epoch_end(self, epoch, logs=None):
         epoch += 1

@@ -22,15 +22,26 @@ def is_positive(value):
     return is_between(value, 0, np.inf) and value > 0
 
 
-def check_data(x, shape, clip_range=None, name="data"):
-    """Raises ValueError unless `x` is a finite array `(batch, *shape)` in the range, but for rounding."""
+def array(x, name):
+    """`x` as a float32 array; ValueError for what is none, such as a list of images of several sizes."""
+    try:
+        return np.asarray(x, "float32")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`{name}` must be an array of numbers. {error}") from error
+
+
+def data(x, shape, clip_range=None, name="data"):
+    """`x` as a float32 array; ValueError unless it is finite, `(batch, *shape)` and, up to rounding, in the range."""
+    x = array(x, name)
     if x.shape[1:] != tuple(shape) or not len(x):
-        raise ValueError(f"Expected `{name}` of shape {('batch', *shape)}, as the network's. Received: {x.shape}")
+        raise ValueError(f"Expected `{name}` of shape {('batch', *shape)}, as the network's input. Received: {x.shape}")
     low, high = x.min(), x.max()
     if not np.isfinite(low) or not np.isfinite(high):
         raise ValueError(f"`{name}` hold NaN or infinite values. Received: values in [{low}, {high}]")
     if clip_range is not None and (low < clip_range[0] - 1e-3 or high > clip_range[1] + 1e-3):
+        hint = "; scale images with x / 127.5 - 1" if tuple(clip_range) == (-1, 1) else ""
         raise ValueError(
-            f"Expected `{name}` in {list(clip_range)}, the `clip_range` of the diffusion; scale images with "
-            f"x / 127.5 - 1. Received: values in [{low}, {high}]"
+            f"Expected `{name}` in {list(clip_range)}, the `clip_range` of the diffusion{hint}. "
+            f"Received: values in [{low}, {high}]"
         )
+    return x

@@ -296,7 +296,7 @@ def _check_reachable(url, message, seconds=5):
 
 
 def moons(num, seed=0, noise=0.05):
-    """Points on two interleaving half circles, with Gaussian noise across.
+    """Points on two interleaving half circles, with Gaussian noise.
 
     Every point has an angle of its own, drawn uniformly; scikit-learn's function of the same name puts them on a
     fixed grid. The half circles have radius 1 and centres (0, 0) and (1, 1/2) before all is moved and scaled by
@@ -304,7 +304,7 @@ def moons(num, seed=0, noise=0.05):
 
     Args:
         num: how many points.
-        seed: seed of the drawing.
+        seed: seed of the drawing, a non-negative integer or several.
         noise: standard deviation of the noise where the radius is 1.
 
     Returns:

@@ -16,7 +16,8 @@ from keras_ddpm import checks
 from keras_ddpm import samplers
 from keras_ddpm import sampling
 
-# There and back: with steps even in log-SNR the error is half of that with steps even in t.
+# There and back. With steps even in t the error on images is twice this with the cosine schedule, two thirds of it with
+# the linear one.
 INVERTIBLE = samplers.DDIM(100, spacing="logsnr")
 
 
@@ -27,9 +28,10 @@ def inpaint(model, images, masks, seed=None, *, sampler=None, num_steps=None, nu
     to where it started, so that the unknown part comes to fit the known one.
 
     With `DDPM(variance="large")` the result tends to a sample of the conditional distribution as the number of steps
-    and of resamplings grows; with "small" its variance stays too low (for two pixels of correlation 0.8 by a tenth
-    where their deviation is 1, by a quarter where it is 0.2). Deterministic samplers fill less well, and multi-step
-    ones are of first order where steps are resampled.
+    and of resamplings grows; with "small" its variance stays too low (with T = 1000 and 100 resamplings, for two
+    pixels of correlation 0.8 by a tenth where their deviation is 1, by a quarter where it is 0.2). With few steps
+    "large" leaves more noise than that loses, so that the default is "small". Deterministic samplers fill less well,
+    and multi-step ones are of first order where steps are resampled.
 
     Args:
         model: a `DiffusionModel`.
@@ -49,7 +51,7 @@ def inpaint(model, images, masks, seed=None, *, sampler=None, num_steps=None, nu
 
     Reference: Lugmayr et al., 2022 ("RePaint"), algorithm 1.
     """
-    images, masks = np.asarray(images, "float32"), np.asarray(masks)
+    images, masks = checks.array(images, "images"), np.asarray(masks)
     if masks.shape == (*images.shape[:-1], 1):
         images = np.where(masks == 0, np.float32(0), images)
     images = _images(model, images, "images")
@@ -110,12 +112,12 @@ def variations(model, images, strength, seed=None, *, sampler=None, num_steps=No
     sampler = _sampler(model, sampler, num_steps, model.default_sampler)
     schedule = model.diffusion.schedule
     t = round(strength * schedule.timesteps)
-    if t == 0:
-        model.conditions(options.get("labels"), len(images))
-        return images.copy()
     if t == schedule.timesteps:
         return _run(model, sampler.steps(schedule), lambda i: sampling.prior(model, seed, i), images, seed, options)
-    steps = sampler.shortened(strength, schedule.timesteps).steps(schedule.until(t))
+    if t == 0:
+        steps = [np.array([[1.0, 1.0, 0.0, 0.0, 0.0, 0.0]])]  # leaves x as it is, after all checks
+    else:
+        steps = sampler.shortened(strength, schedule.timesteps).steps(schedule.until(t))
 
     def start(indices):
         noise = sampling.noise(model, seed, indices)
@@ -127,8 +129,8 @@ def variations(model, images, strength, seed=None, *, sampler=None, num_steps=No
 def encode(model, images, *, num_steps=None, **options):
     """The noise from which DDIM makes these images: its steps, made backwards and without clipping.
 
-    `decode(encode(images))` is an image again, with an error that falls with `num_steps`; `python examples/edit.py
-    reconstruct` prints it.
+    `decode(encode(images))` is an image again, with an error that falls with `num_steps`: of 0.07 (root of the mean
+    square, pixels in [-1, 1]) with 100 on the flowers in the README, by `python examples/edit.py reconstruct`.
 
     Args:
         model: a `DiffusionModel`.
@@ -174,8 +176,7 @@ def decode(model, noise, *, num_steps=None, **options):
 
     Reference: Song et al., 2021 ("DDIM"), Eq. 12 with σ = 0.
     """
-    noise = np.asarray(noise, "float32")
-    checks.check_data(noise, model.data_shape, name="noise")
+    noise = checks.data(noise, model.data_shape, name="noise")
     steps = _sampler(model, None, num_steps, INVERTIBLE).steps(model.diffusion.schedule)
     return _run(model, steps, lambda indices: noise[indices], noise, 0, options, clip=False)
 
@@ -230,9 +231,7 @@ def _slerp(a, b, fraction):
 
 
 def _images(model, x, name):
-    x = np.asarray(x, "float32")
-    checks.check_data(x, model.data_shape, model.diffusion.clip_range, name)
-    return x
+    return checks.data(x, model.data_shape, model.diffusion.clip_range, name)
 
 
 def _sampler(model, sampler, num_steps, default):

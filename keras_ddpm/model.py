@@ -275,31 +275,28 @@ class DiffusionModel(keras.Model):
         if first is None:
             raise ValueError(f"The data hold no batch. Received: {data}")
         x_0, condition, _ = keras.utils.unpack_x_y_sample_weight(first)
-        x_0 = ops.convert_to_numpy(x_0)
-        checks.check_data(x_0, self.data_shape, self.diffusion.clip_range)
+        x_0 = checks.data(ops.convert_to_numpy(x_0), self.data_shape, self.diffusion.clip_range)
         if self.conditional:
             if condition is None:
                 raise ValueError("The network is conditioned: it needs `(x_0, label)` batches. Received: x_0 alone.")
-            self.conditions(ops.convert_to_numpy(condition), len(x_0))
+            every = getattr(data, "labels", None)  # of `datasets.Batches`, where a batch does not show all
+            condition = ops.convert_to_numpy(condition) if every is None else every
+            self.conditions(condition, len(condition))
         return data, x_0
 
-    def conditions(self, labels, num, guidance_scale=1.0):
+    def conditions(self, labels, num):
         """Labels, or vectors, as the network takes them.
 
         Args:
             labels: one label or vector for all, or `num` of them; `None` for no condition.
             num: how many examples.
-            guidance_scale: as in `sample`.
 
         Returns:
             int32 array `(num,)` or float32 array `(num, context_dim)`; `None` for a network without condition.
 
         Raises:
-            ValueError: if there are labels and no condition, or they have another shape or range; for guidance
-                without labels.
+            ValueError: if there are labels and no condition, or they have another shape or range.
         """
-        if labels is None and guidance_scale != 1:
-            raise ValueError(f"Guidance needs labels. Received: guidance_scale={guidance_scale!r}, labels=None")
         if not self.conditional:
             if labels is not None:
                 raise ValueError(f"The network is not conditioned and takes no labels. Received: labels={labels!r}")
@@ -408,13 +405,15 @@ class DiffusionModel(keras.Model):
         )
         return (trajectory[0][-1], *trajectory) if return_trajectory else trajectory[0][-1]
 
-    def denoise(self, x_t, t, **options):
-        """The prediction of x_0 that samplers see, with a compiled program that `sample` shares.
+    def denoise(self, x_t, t, clip=True, **options):
+        """The prediction of x_0 that samplers see, with the compiled program of `sample`.
 
         Args:
             x_t: noisy data, `(batch, ...)`.
             t: their time, in 1..T, one for all.
-            **options: `labels`, guidance and those after it, of `sample`.
+            clip: whether to clip it to the `clip_range` of the diffusion.
+            **options: of `sample`: `labels`, `guidance_scale`, `guidance_rescale`, `guidance_interval`,
+                `dynamic_threshold`, `use_ema`, `batch_size` and `verbose`.
 
         Returns:
             float32 array `(batch, ...)`.
@@ -422,12 +421,11 @@ class DiffusionModel(keras.Model):
         Raises:
             ValueError: for data of another shape, a time outside 1..T or an invalid option.
         """
-        x_t = np.asarray(x_t, "float32")
-        checks.check_data(x_t, self.data_shape, name="x_t")
+        x_t = checks.data(x_t, self.data_shape, name="x_t")
         if not checks.is_count(t) or t > self.diffusion.timesteps:
             raise ValueError(f"`t` must be an integer in 1..{self.diffusion.timesteps}. Received: t={t!r}")
         row = np.array([[t, 0.0, 1.0, 0.0, 0.0, 0.0]])
-        return sampling.run(self, [row], lambda indices: x_t[indices], len(x_t), 0, **options)[0][-1]
+        return sampling.run(self, [row], lambda indices: x_t[indices], len(x_t), 0, clip=clip, **options)[0][-1]
 
     # Saving.
 

@@ -75,6 +75,12 @@ def unet(
                 f"The channels of every level must be multiples of groups={groups}. "
                 f"Received: width={width}, width_multipliers={width_multipliers}"
             )
+        if width * multiplier == groups:
+            warnings.warn(
+                f"With groups={groups} of one channel each, the normalisation takes out what a block is told of the "
+                f"time. Received: width={width}, width_multipliers={width_multipliers}",
+                stacklevel=2,
+            )
     longer_side = max(size + sum(sides) for size, sides in zip(image_shape, padding))
     resolutions = [longer_side >> level for level in range(len(width_multipliers))]
     for missed in sorted(set(attention_resolutions) - set(resolutions)):

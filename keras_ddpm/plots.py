@@ -5,6 +5,8 @@ import pathlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from keras_ddpm import images
+
 
 def loss(path, history):
     """Writes the curves of the losses, on a logarithmic scale.
@@ -28,3 +30,16 @@ def loss(path, history):
     axes.legend()
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
+
+
+def show(axes, x, columns=None):
+    """Draws a grid of images on axes of Matplotlib.
+
+    Args:
+        axes: the axes.
+        x: `(num, height, width, channels)` in [-1, 1].
+        columns: how many a row; by default as many as make the grid about square.
+    """
+    axes.imshow(images.to_uint8(images.grid(x, columns)), cmap="gray", vmin=0, vmax=255)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)

@@ -40,6 +40,12 @@ class Guidance:
         if p is not None and not (checks.is_positive(p) and p < 1):
             raise ValueError(f"`dynamic_threshold` must be in (0, 1). Received: dynamic_threshold={p!r}")
 
+    def labels(self, model, labels, num):
+        """`model.conditions(labels, num)`; raises ValueError for guidance without labels."""
+        if labels is None and self.scale != 1:
+            raise ValueError(f"Guidance needs labels. Received: guidance_scale={self.scale!r}, labels=None")
+        return model.conditions(labels, num)
+
     def scales(self, t):
         """w at the times `t`."""
         low, high = self.interval or (-np.inf, np.inf)
@@ -109,8 +115,8 @@ def run(
     """
     if dynamic_threshold is not None and (not clip or model.diffusion.clip_range is None):
         raise ValueError(f"Nothing is clipped here. Received: dynamic_threshold={dynamic_threshold!r}")
-    labels = model.conditions(labels, num, guidance_scale)
     guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval, dynamic_threshold)
+    labels = guidance.labels(model, labels, num)
     if batch_size is not None and not checks.is_count(batch_size):
         raise ValueError(f"`batch_size` must be a positive integer. Received: batch_size={batch_size!r}")
     num_batches = -(-num // (batch_size or 256))

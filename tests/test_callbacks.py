@@ -16,8 +16,9 @@ def weights(variables):
     return [ops.convert_to_numpy(v) for v in variables]
 
 
-def small_model(num_classes=None):
-    model = kd.DiffusionModel(kd.networks.unet((8, 8, 1), 8, (1,), 1, (8,), num_classes=num_classes), seed=0)
+def small_model(num_classes=None, prediction="epsilon"):
+    network = kd.networks.unet((8, 8, 1), 8, (1,), 1, (8,), groups=4, num_classes=num_classes)
+    model = kd.DiffusionModel(network, kd.GaussianDiffusion(prediction=prediction), seed=0)
     model.compile(loss="mse", optimizer=keras.optimizers.Adam(1e-2))
     return model
 
@@ -87,6 +88,7 @@ def test_an_interrupted_validation_is_undone(model, points):
         ({"path": "x.png", "every": 0}, "every=0"),
         ({"path": "x.png", "labels": 1}, "takes no labels"),
         ({"path": "x.png", "guidance_scale": 2.0}, "Guidance needs labels"),
+        ({"path": "x.png", "guidance_scale": -1}, "guidance_scale=-1"),
     ],
 )
 def test_sample_grid_fails_before_training(arguments, message):
@@ -120,13 +122,18 @@ def test_sample_grid(tmp_path):
 
 
 def test_sample_grid_of_labels(tmp_path):
-    model = small_model(num_classes=2)
-    options = {"sampler": kd.samplers.DDIM(2), "labels": [0, 1, 1], "guidance_scale": 2.0}
+    model = small_model(num_classes=2, prediction="x0")
+    random = np.random.default_rng(0)
+    model.set_weights([random.normal(0, 0.1, w.shape) for w in model.get_weights()])
+    options = {"sampler": kd.samplers.DDIM(2), "labels": [0, 1, 1], "guidance_scale": 3.0}
     callback = kd.callbacks.SampleGrid(tmp_path / "grid.png", num_samples=3, **options)
     model.fit(IMAGES, np.arange(16) % 2, epochs=2, batch_size=4, callbacks=[callback], verbose=0)
-    samples, others = (model.sample(3, seed=0, **options | {"labels": labels}) for labels in ([0, 1, 1], 0))
-    assert np.array_equal(read(tmp_path / "grid.png"), kd.images.to_uint8(kd.images.grid(samples))[..., 0])
-    assert np.array_equal(samples[0], others[0]) and not np.array_equal(samples[1:], others[1:])
+
+    def grid(**changes):
+        return kd.images.to_uint8(kd.images.grid(model.sample(3, seed=0, **options | changes)))[..., 0]
+
+    assert np.array_equal(read(tmp_path / "grid.png"), grid())
+    assert not np.array_equal(grid(), grid(labels=0)) and not np.array_equal(grid(), grid(guidance_scale=1.0))
 
 
 def test_sample_grid_beside_the_raw_weights(tmp_path):

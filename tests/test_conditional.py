@@ -135,7 +135,7 @@ def test_guidance_interval(mixture):
 
 
 def unet(**kwargs):
-    return kd.networks.unet((8, 8, 1), 8, (1, 2), 1, (), **kwargs)
+    return kd.networks.unet((8, 8, 1), 8, (1, 2), 1, (), 4, **kwargs)
 
 
 def randomize(network):
@@ -282,6 +282,8 @@ def test_bad_conditions_in_training():
         model.fit(x)
     with pytest.raises(ValueError, match="integers in 0..1"):
         model.fit(x, labels + 1)
+    with pytest.raises(ValueError, match="integers in 0..1"):  # also where the first batch does not show it
+        model.fit(kd.datasets.from_arrays(x, np.append(labels[:-1], 2), batch_size=4, shuffle=False))
     with pytest.raises(ValueError, match="label_dropout=1"):
         kd.DiffusionModel(kd.networks.mlp(2, 8, 1, num_classes=2), label_dropout=1)
     inputs = keras.Input((2,)), keras.Input(()), keras.Input((), dtype="int32")

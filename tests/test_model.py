@@ -20,7 +20,7 @@ def weights(variables):
 
 
 def small_unet(**kwargs):
-    network = kd.networks.unet((8, 8, 1), 8, (1, 2), 1, (4,))
+    network = kd.networks.unet((8, 8, 1), 8, (1, 2), 1, (4,), 4)
     model = kd.DiffusionModel(network, seed=0, **kwargs)
     model.compile(loss="mse", optimizer=keras.optimizers.Adam(1e-3))
     return model
@@ -55,7 +55,7 @@ def test_fit_reports_the_true_loss(timestep_sampling, weighted):
     random = np.random.default_rng(0)
     images = random.uniform(-1, 1, (16, 8, 8, 1)).astype("float32")
     loss_weight = random.uniform(0.1, 2, 1001) if weighted else np.ones(1001)
-    network = kd.networks.unet((8, 8, 1), 8, (1,), 1, ())
+    network = kd.networks.unet((8, 8, 1), 8, (1,), 1, (), 4)
     model = kd.DiffusionModel(
         network,
         loss_weight=loss_weight if weighted else None,

@@ -98,7 +98,7 @@ def test_transformer_block_against_numpy():
 
 @pytest.mark.parametrize(("shape", "attention"), [((28, 28, 1), 7), ((13, 22, 5), 12), ((4, 16, 2), 4)])
 def test_any_shape(shape, attention):
-    network = networks.unet(shape, 8, (1, 1, 2), 1, (attention,))
+    network = networks.unet(shape, 8, (1, 1, 2), 1, (attention,), 4)
     x_t, t = np.random.default_rng(0).normal(size=(3, *shape)).astype("float32"), np.array([1, 500, 1000])
     assert np.all(ops.convert_to_numpy(network([x_t, t])) == 0)
     y = ops.convert_to_numpy(randomised(network)([x_t, t]))
@@ -107,7 +107,7 @@ def test_any_shape(shape, attention):
 
 def test_downsamples_by_level():
     """The paper's widths repeat; the resolution halves all the same."""
-    network = networks.unet((32, 32, 3), 8, (1, 2, 2, 2), 1)
+    network = networks.unet((32, 32, 3), 8, (1, 2, 2, 2), 1, groups=4)
     assert network.get_layer("middle_0_add").output.shape == (None, 4, 4, 16)
     assert [layer.name for layer in network.layers if layer.name.endswith("attention_add")] == [
         "down_1_0_attention_add",
@@ -127,7 +127,7 @@ def blocks(network):
 
 
 def test_blocks_are_the_identity_at_initialisation():
-    network = networks.unet((16, 16, 3), 8, (1, 2), 2, (16, 8))
+    network = networks.unet((16, 16, 3), 8, (1, 2), 2, (16, 8), 4)
     names, probe = blocks(network)
     assert sum("attention" in name for name in names) == 11 and sum("attention" not in name for name in names) == 5
     x_t = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype("float32")
@@ -161,7 +161,7 @@ def test_attention_against_numpy():
 
 
 def test_dropout():
-    network = randomised(networks.unet((8, 8, 1), 8, (1,), 1, (), dropout=0.5))
+    network = randomised(networks.unet((8, 8, 1), 8, (1,), 1, (), 4, dropout=0.5))
     inputs = [np.ones((1, 8, 8, 1), "float32"), np.array([5])]
     still = [ops.convert_to_numpy(network(inputs)) for _ in range(2)]
     moving = [ops.convert_to_numpy(network(inputs, training=True)) for _ in range(2)]
@@ -179,7 +179,7 @@ def test_mlp():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: networks.unet((8, 8, 1), 8, (1,), 1, (8,)),
+        lambda: networks.unet((8, 8, 1), 8, (1,), 1, (8,), 4),
         lambda: networks.mlp(2, 16, 1),
         lambda: networks.dit((8, 8, 1), 2, 8, 1, 2),
     ],
@@ -224,7 +224,7 @@ def test_mixed_precision():
     """Neighbouring times stay apart, which bfloat16 cannot do, and the output is float32."""
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
-        network = networks.unet((8, 8, 1), 8, (1,), 1, (8,))
+        network = networks.unet((8, 8, 1), 8, (1,), 1, (8,), 4)
         transformer = networks.dit((8, 8, 1), 4, 8, 1, 2)
     finally:
         keras.config.set_dtype_policy("float32")
@@ -242,9 +242,21 @@ def test_mixed_precision():
     assert {v.dtype for v in network.trainable_variables} == {"float32"}
 
 
+def test_groups_of_one_channel_hide_the_time():
+    """Which is why the network warns."""
+    with pytest.warns(UserWarning, match="groups=8 of one channel each.*width=8"):
+        network = networks.unet((8, 8, 1), 8, (1,), 1, ())
+    x_t, differences = np.random.default_rng(0).normal(size=(2, 8, 8, 1)).astype("float32"), []
+    x_t[1] = x_t[0]
+    for network in (network, networks.unet((8, 8, 1), 8, (1,), 1, (), 4)):
+        first, second = ops.convert_to_numpy(randomised(network)([x_t, np.array([1, 1000])]))
+        differences.append(np.abs(first - second).max() / first.std())
+    assert differences[0] < 1e-3 < 1e-2 < differences[1], differences
+
+
 def test_attention_that_is_never_met_warns():
     with pytest.warns(UserWarning, match=r"no attention at 10. Levels: \[16, 8\]"):
-        networks.unet((16, 16, 1), 8, (1, 1), 1, (10,))
+        networks.unet((16, 16, 1), 8, (1, 1), 1, (10,), 4)
 
 
 @pytest.mark.parametrize(
