@@ -62,7 +62,7 @@ def main(arguments=None):
         model = train(data, args.epochs, args.seed, num_classes, [grid])
         model.save(args.output / "model.keras")
 
-    distance = distance_to(test, classifier)
+    distance = distance_to(test, classifier, args.num_samples)
     print_distances_of_images(distance, data, args.num_samples, args.seed)
     print("guidance_scale   in the class asked for   kernel distance x 1000", flush=True)
     labels = np.arange(args.num_samples) % num_classes

@@ -7,8 +7,9 @@ learns to predict the noise ε in x_t (Ho et al., 2020). Its prediction gives th
 log-density of x_t: s = -ε / sigma_t. Following the score leads back to the moons.
 
 How right the samples are is measured by the sliced Wasserstein distance to fresh points, over its value for two sets
-of fresh points: 1 is perfect. The best possible denoiser is known here, as an integral over the angle (computed as a sum), and its
-samples are measured too: with T = 100, samplers with DDPM's "small" variance stay too narrow, whatever the network.
+of fresh points: 1 is perfect. The best possible denoiser is known here, as an integral over the angle (computed as a
+sum), and its samples are measured too: with T = 100, those with DDPM's "small" variance stay too narrow, whatever the
+network.
 
 Everything goes to --output:
 

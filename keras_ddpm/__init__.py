@@ -5,6 +5,7 @@ from keras_ddpm import datasets
 from keras_ddpm import editing
 from keras_ddpm import hardware
 from keras_ddpm import images
+from keras_ddpm import metrics
 from keras_ddpm import networks
 from keras_ddpm import plots
 from keras_ddpm import samplers
@@ -20,6 +21,7 @@ __all__ = [
     "editing",
     "hardware",
     "images",
+    "metrics",
     "networks",
     "plots",
     "samplers",

@@ -172,19 +172,6 @@ def test_moons_exact_denoiser_is_the_mean():
             np.testing.assert_allclose(got, weights @ x_0 / weights.sum(), atol=0.01)
 
 
-def test_kernel_distance_is_its_definition():
-    """The double sums of Bińkowski et al., 2018, Eq. 4."""
-    script = runpy.run_path(str(ROOT / "examples/samplers.py"))
-    x, y = np.random.default_rng(0).normal(size=(2, 5, 3))
-
-    def kernel(a, b):
-        return (sum(a * b) / 3 + 1) ** 3
-
-    expected = sum(kernel(x[i], x[j]) + kernel(y[i], y[j]) for i in range(5) for j in range(5) if i != j) / 20
-    expected -= 2 * sum(kernel(a, b) for a in x for b in y) / 25
-    assert script["kernel_distance_to"](y)(x) == pytest.approx(1000 * expected)
-
-
 @pytest.mark.slow
 def test_guidance(tmp_path, data_dir):
     options = "--epochs 1 --steps-per-epoch 2 --num-samples 20 --scales 0 2".split()
