@@ -164,6 +164,17 @@ def test_moons(tmp_path):
             picture.load()
 
 
+@pytest.mark.slow
+def test_schedules(tmp_path):
+    status, text = example("schedules.py", "--output", tmp_path, "--steps", 1)
+    assert status == 0, text
+    # The network of one step predicts next to nothing: v is off by itself, whose mean square is 1 for noise alone.
+    errors = [float(line.rsplit(": ", 1)[1]) for line in text.splitlines() if line.startswith("Mean squared error")]
+    assert len(errors) == 3 and errors[0] < 0.1, text
+    for name in ("scales.png", "resolutions.png", "difficulty.png"):
+        assert read(tmp_path / name).ndim == 3
+
+
 def test_moons_exact_denoiser_is_the_mean():
     """Of x_0 given x_t, found by weighing a million points with their likelihood."""
     schedule = kd.schedules.cosine(100)
