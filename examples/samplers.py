@@ -111,13 +111,13 @@ def plot(path, rows, floor):
     for name in SAMPLERS:
         points = [row[2:] for row in rows if row[:2] == [name, "uniform"]]
         axes.plot(*zip(*points), marker=".", label=name)
-    axes.axhspan(0, floor, color="lightgrey", label="training images, up to a standard deviation above the mean")
+    axes.axhspan(0, floor, color="lightgrey", label="training images, mean + deviation")
     axes.set(xlabel="network calls", ylabel="kernel distance × 1000", xscale="log", yscale="log")
     ticks = sorted({row[2] for row in rows if row[0] == "DDIM"})
     axes.set_xticks(ticks, ticks)
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=120)
 
 
