@@ -69,6 +69,7 @@ def test_flowers_without_network_and_data(tmp_path):
     assert status == 2 and "--init brings its own network and process. Received as well: width" in text
 
 
+@pytest.mark.slow
 def test_flowers_on_photographs(tmp_path, data_dir):
     status, text = flowers(*TINY, "--dataset", "oxford_flowers102", "--data-dir", data_dir, "--output", tmp_path)
     assert status == 0, text
@@ -107,7 +108,8 @@ def test_the_readmes_code(tmp_path, monkeypatch):
     flowers, _ = kd.datasets.procedural_flowers(64, 16)
     batches = [kd.datasets.from_arrays(flowers, batch_size=8, steps_per_epoch=2)] * 2
     monkeypatch.setattr(kd.datasets, "oxford_flowers", lambda image_size, batch_size: batches)
-    for old, new in [("64, 64, 3", "16, 16, 3), 16, (1, 2"), ("epochs=800", "epochs=10"), ("DDIM(50)", "DDIM(3)")]:
+    small = [("64, 64, 3", "16, 16, 3), 8, (1, 2"), ("groups=8", "groups=4, num_blocks=1")]
+    for old, new in [*small, ("epochs=800", "epochs=10"), ("DDIM(50)", "DDIM(3)")]:
         assert old in fifteen_lines
         fifteen_lines = fifteen_lines.replace(old, new)
     monkeypatch.chdir(tmp_path)
