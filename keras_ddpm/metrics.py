@@ -43,12 +43,16 @@ class Extractor:
         self.inception = model is None
         if self.inception:
             try:
-                model = keras.applications.InceptionV3(include_top=False, pooling="avg", input_shape=(299, 299, 3))
+                inception = keras.applications.InceptionV3(include_top=False, pooling="avg", input_shape=(299, 299, 3))
             except Exception as error:  # of many kinds
                 raise ConnectionError(
                     "InceptionV3's weights cannot be downloaded. Give an `extractor`: a Keras model from images to "
                     f"features, such as a classifier of the same data without its last layer. {error}"
                 ) from error
+            # Resized batch by batch: thousands of images of 299x299 at once would fill the memory.
+            x = keras.Input((None, None, 3))
+            resized = keras.layers.Resizing(299, 299, antialias=True)(x)
+            model = keras.Model(x, inception(resized), name=inception.name)
         elif not isinstance(model, keras.Model):
             model = keras.saving.load_model(model)
         if len(model.inputs) != 1 or len(model.outputs) != 1 or len(model.output_shape) != 2:
@@ -63,16 +67,14 @@ class Extractor:
     def __call__(self, images, batch_size=64):
         """Features, float64 `(num, dim)`; ValueError for images that are none or do not fit the model."""
         images = checks.array(images, "images")
-        if images.ndim != 4 or not len(images) or not np.all(np.isfinite(images)):
-            raise ValueError(
-                f"Expected finite images (num, height, width, channels). Received: shape {images.shape}"
-                + (", with NaN or infinite values" if images.size and not np.all(np.isfinite(images)) else "")
-            )
+        if images.ndim != 4 or not len(images):
+            raise ValueError(f"Expected images (num, height, width, channels). Received: shape {images.shape}")
+        if not np.all(np.isfinite(images)):
+            raise ValueError("The images hold NaN or infinite values.")
+        if self.inception and images.shape[-1] == 1:
+            images = np.repeat(images, 3, axis=-1)
         expected = self.model.input_shape[1:]
-        if self.inception:
-            images = np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
-            images = keras.ops.image.resize(images, expected[:2], antialias=True)
-        elif any(size not in (None, got) for size, got in zip(expected, images.shape[1:], strict=True)):
+        if any(size not in (None, got) for size, got in zip(expected, images.shape[1:], strict=True)):
             raise ValueError(f"The extractor {self.name} takes images {expected}. Received: {images.shape[1:]}")
         return self.model.predict(images, batch_size=batch_size, verbose=0).astype("float64")
 
