@@ -6,18 +6,18 @@
     python examples/edit.py reconstruct photo.jpg --num-steps 10 50     # to noise and back, and how exactly
 
 The model is that of examples/flowers.py, or any other (--model). Images are cropped and resized to what it was
-trained on. Without files, the package draws some flowers, others than examples/flowers.py trains on by default.
+trained on. Without files, photographs of flowers are taken from --data-dir, of those held out, or without that the
+package draws some, others than examples/flowers.py trains on by default.
 
 Writes all the images side by side to --output/COMMAND.png, and each by itself to --output/COMMAND/.
 """
 
 import argparse
 import pathlib
-import sys
 
+import common
 import keras
 import numpy as np
-from matplotlib.figure import Figure
 
 import keras_ddpm as kd
 
@@ -68,20 +68,17 @@ def reconstruct(model, x, args, **options):
 def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
+    every = common.make_parser(None, "edit")
+    every.add_argument("images", nargs="*", help="files (default: flowers)")
+    every.add_argument(
+        "--model", default="runs/flowers/model.keras", help="a trained .keras file (default: %(default)s)"
+    )
+    every.add_argument("--num-flowers", type=int, default=4, help="without files (default: 4)")
+    every.add_argument("--label", type=int, help="class, for a model that knows classes")
+    every.add_argument("--guidance-scale", type=float, default=1.0, help="how much the class counts (default: 1)")
     for edit in (inpaint, variations, interpolate, reconstruct):
-        command = commands.add_parser(edit.__name__)
+        command = commands.add_parser(edit.__name__, parents=[every], add_help=False)
         command.set_defaults(edit=edit)
-        command.add_argument("images", nargs="*", help="files (default: drawn flowers)")
-        command.add_argument(
-            "--model", default="runs/flowers/model.keras", help="a trained .keras file (default: %(default)s)"
-        )
-        command.add_argument(
-            "--output", type=pathlib.Path, default=pathlib.Path("runs/edit"), help="folder (default: %(default)s)"
-        )
-        command.add_argument("--num-drawn", type=int, default=4, help="number of drawn flowers (default: %(default)s)")
-        command.add_argument("--label", type=int, help="class, for a model that knows classes")
-        command.add_argument("--guidance-scale", type=float, default=1.0, help="how much the class counts (default: 1)")
-        command.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
         if edit is inpaint:
             command.add_argument("--mask", help="file: white is known, black to be filled (default: the middle)")
             command.add_argument("--num", type=int, default=4, help="number of fillings (default: %(default)s)")
@@ -101,14 +98,6 @@ def parse(arguments):
     return parser.parse_args(arguments)
 
 
-def draw(path, columns):
-    figure = Figure(figsize=(1.3 * len(columns), 1.1 * len(next(iter(columns.values()))) + 0.3), layout="constrained")
-    for axes, (title, x) in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns.items()):
-        kd.plots.show(axes, x, columns=1)
-        axes.set_title(title, fontsize="small")
-    figure.savefig(path, dpi=100)
-
-
 def main(arguments=None):
     args = parse(arguments)
     if not pathlib.Path(args.model).is_file():
@@ -121,18 +110,19 @@ def main(arguments=None):
         x = kd.images.from_uint8(np.stack([kd.images.load(path, size, channels) for path in args.images]))
     else:
         if channels != 3:
-            raise ValueError(f"The drawn flowers are in colour, images of {args.model} are not: give files.")
-        x, _ = kd.datasets.procedural_flowers(args.num_drawn, size, seed=1)
+            raise ValueError(f"The flowers are in colour, images of {args.model} are not: give files.")
+        if args.data_dir:
+            held_out = kd.datasets.oxford_flowers(size, data_dir=args.data_dir)[1]
+            x = kd.images.from_uint8(held_out.x[: args.num_flowers])
+        else:
+            x, _ = kd.datasets.procedural_flowers(args.num_flowers, size, seed=1)
     columns = args.edit(model, x, args, labels=args.label, guidance_scale=args.guidance_scale)
     for column, images in enumerate(columns.values()):
         for row, image in enumerate(images):
             kd.images.save(args.output / args.command / f"{row + 1}-{column + 1}.png", image)
-    draw(args.output / f"{args.command}.png", columns)
+    kd.plots.table(args.output / f"{args.command}.png", {"": columns}, size=1.1)
     print(f"Wrote {args.output / args.command}.png and {args.output / args.command}/.")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit(f"{pathlib.Path(sys.argv[0]).name}: {error}")
+    common.run(main)

@@ -15,12 +15,11 @@ Everything goes to --output:
     model.keras           the model with its averaged weights, and the optimizer
 """
 
-import argparse
 import pathlib
-import sys
 import tempfile
 import time
 
+import common
 import keras
 import numpy as np
 
@@ -75,14 +74,11 @@ PRESETS = {
 
 
 def parse(arguments):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.make_parser(__doc__, "flowers")
     parser.add_argument("--preset", choices=["auto", *PRESETS], default="auto", help="auto: by the hardware")
     parser.add_argument("--dataset", default="auto", help="auto, oxford_flowers102, procedural, or a folder of images")
     parser.add_argument("--strict", action="store_true", help="fail on images in the folder that cannot be read")
-    parser.add_argument("--data-dir", help="folder of prepared data sets (default: TensorFlow Datasets' own)")
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/flowers"))
     parser.add_argument("--init", help="a .keras file to fine-tune: its network and process, a new optimizer")
-    parser.add_argument("--seed", type=int, default=0)
     choices = {"prediction": ["epsilon", "x0", "v"], "schedule": ["linear", "cosine"]}
     for name, value in PRESETS["full"].items():
         several = {"nargs": "*"} if isinstance(value, tuple) else {}
@@ -111,26 +107,13 @@ def parse(arguments):
 
 def load_data(args):
     """The training and the held-out batches."""
-    options = {"batch_size": args.batch_size, "steps_per_epoch": args.steps_per_epoch, "seed": args.seed}
-    if args.dataset in ("auto", "oxford_flowers102"):
-        try:
-            return kd.datasets.oxford_flowers(args.image_size, data_dir=args.data_dir, **options)
-        except ConnectionError as error:
-            if args.dataset != "auto":
-                raise
-            print(
-                f"\n*** NOT TRAINING ON PHOTOGRAPHS: {error}\n"
-                "*** Going on with the built-in procedural flowers. To insist: --dataset oxford_flowers102.\n"
-            )
-    if args.dataset in ("auto", "procedural"):
-        print(f"Drawing {args.num_images} flowers.", flush=True)
-        x = kd.images.to_uint8(kd.datasets.procedural_flowers(args.num_images, args.image_size, seed=args.seed)[0])
-    else:
-        x = kd.datasets.from_folder(args.dataset, args.image_size, strict=args.strict, batch_size=1).x
-    x = np.random.default_rng(args.seed).permutation(x)
-    held_out = max(1, len(x) // 10)
-    train = kd.datasets.Batches(x[held_out:], flip=True, **options)
-    return train, kd.datasets.Batches(x[:held_out], batch_size=min(args.batch_size, held_out), shuffle=False)
+    options = {"batch_size": args.batch_size, "steps_per_epoch": args.steps_per_epoch}
+    if args.dataset in DATASETS:
+        name = "oxford_flowers102" if args.dataset == "auto" else args.dataset
+        insist = args.dataset == name
+        return common.load(name, args.image_size, args, insist=insist, num_drawn=args.num_images, **options)
+    x = kd.datasets.from_folder(args.dataset, args.image_size, strict=args.strict, batch_size=1).x
+    return common.split(x, seed=args.seed, flip=True, **options)
 
 
 def make_model(args):
@@ -170,25 +153,23 @@ def main(arguments=None):
         f"{model.network.count_params():,} parameters; backend {keras.backend.backend()}."
     )
 
-    learning_rate = keras.optimizers.schedules.CosineDecay(
-        0.0,
-        max(1, args.epochs * len(train) - args.warmup_steps),
-        warmup_target=args.learning_rate,
-        warmup_steps=args.warmup_steps,
-    )
-    model.compile(loss=args.loss, optimizer=keras.optimizers.Adam(learning_rate, global_clipnorm=1.0))
     scale = max(1, 128 // args.image_size)
-    history = model.fit(
+    history = common.train(
+        model,
         train,
-        epochs=args.epochs,
+        args.epochs,
+        args.learning_rate,
+        args.warmup_steps,
+        args.loss,
         validation_data=validation,
+        verbose="auto",
         callbacks=[
             kd.callbacks.EMAWeights(),
             kd.callbacks.SampleGrid(out / "samples/{epoch:04d}.png", every=args.grid_every, scale=scale),
             keras.callbacks.CSVLogger(out / "history.csv"),
             keras.callbacks.ModelCheckpoint(out / "model.keras"),
         ],
-    ).history
+    )
     kd.plots.loss(out / "loss.png", history)
 
     samples, x_t, x_0 = model.sample(64, seed=args.seed, return_trajectory=20, verbose=1)
@@ -200,7 +181,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit(f"{pathlib.Path(sys.argv[0]).name}: {error}")
+    common.run(main)

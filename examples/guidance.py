@@ -18,33 +18,20 @@ Everything goes to --output:
 """
 
 import csv
-import pathlib
-import sys
 
+import common
 import keras
 import numpy as np
-from matplotlib.figure import Figure
-from samplers import distance_to
 from samplers import load_data
+from samplers import make_metric
+from samplers import make_model
 from samplers import make_parser
-from samplers import print_distances_of_images
-from samplers import train
-from samplers import train_classifier
 
 import keras_ddpm as kd
 
 
-def draw(path, samples, columns):
-    """One row of images for each scale."""
-    figure = Figure(figsize=(0.45 * columns + 0.8, 0.5 * len(samples)), layout="constrained")
-    for axes, (scale, x) in zip(figure.subplots(len(samples), squeeze=False)[:, 0], samples.items()):
-        kd.plots.show(axes, x, columns)
-        axes.set_ylabel(f"w = {scale:g}", rotation=0, ha="right", va="center")
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-
-
 def main(arguments=None):
-    parser = make_parser(__doc__, "runs/guidance", num_samples=1000)
+    parser = make_parser(__doc__, "guidance", num_samples=1000)
     parser.add_argument("--scales", type=float, nargs="+", default=[0, 1, 1.5, 2, 3, 5])
     args = parser.parse_args(arguments)
     if min(args.scales) < 0:
@@ -53,17 +40,16 @@ def main(arguments=None):
     num_classes = int(data.labels.max()) + 1
     if args.num_samples < 2 * num_classes:
         parser.error(f"--num-samples must be at least {2 * num_classes}, two of each class.")
-    classifier = train_classifier(data, test, args.steps_per_epoch)
+    classifier, metric, _ = make_metric(data, test, args)
     if args.model:
         model = keras.saving.load_model(args.model)
     else:
         asked = np.arange(2 * num_classes) % num_classes
         grid = kd.callbacks.SampleGrid(args.output / "samples/{epoch:04d}.png", num_samples=len(asked), labels=asked)
-        model = train(data, args.epochs, args.seed, num_classes, [grid])
+        model = make_model(data, args, num_classes)
+        common.train(model, data, args.epochs, callbacks=[grid])
         model.save(args.output / "model.keras")
 
-    distance = distance_to(test, classifier, args.num_samples)
-    print_distances_of_images(distance, data, args.num_samples, args.seed)
     print("guidance_scale   in the class asked for   kernel distance x 1000", flush=True)
     labels = np.arange(args.num_samples) % num_classes
     rows, samples = [], {}
@@ -73,16 +59,13 @@ def main(arguments=None):
         )
         right = np.mean(np.argmax(classifier.predict(x, batch_size=250, verbose=0), axis=1) == labels)
         error = np.sqrt(right * (1 - right) / args.num_samples)
-        rows.append([scale, right, distance(x)])
-        samples[scale] = x[: 2 * num_classes]
+        rows.append([scale, right, 1000 * metric.compare(x)])
+        samples[f"w = {scale:g}"] = {"": x[: 2 * num_classes]}
         print(f"{scale:14g}   {right:14.1%} ± {error:.1%}   {rows[-1][2]:17.1f}", flush=True)
     with open(args.output / "guidance.csv", "w", newline="") as file:
         csv.writer(file).writerows([["guidance scale", "share in class", "distance"], *rows])
-    draw(args.output / "guidance.png", samples, 2 * num_classes)
+    kd.plots.table(args.output / "guidance.png", samples, columns=2 * num_classes)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit(f"{pathlib.Path(sys.argv[0]).name}: {error}")
+    common.run(main)

@@ -20,14 +20,12 @@ Everything goes to --output:
     samples.npy     10,000 points
 """
 
-import argparse
-import pathlib
 import time
 
+import common
 import keras
 import numpy as np
 from keras import ops
-from matplotlib.figure import Figure
 
 import keras_ddpm as kd
 
@@ -37,7 +35,7 @@ NOISE = 0.05
 
 def train(steps, seed, x, labels=None):
     """A model of the points, or, with labels, of each moon."""
-    network = kd.networks.mlp(2, num_classes=None if labels is None else 2)
+    network = kd.networks.mlp(2, 96, num_classes=None if labels is None else 2)
     model = kd.DiffusionModel(network, kd.GaussianDiffusion(kd.schedules.cosine(100)), seed=seed)
     optimizer = keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(1e-3, steps))
     model.compile(loss="mse", optimizer=optimizer, steps_per_execution=min(20, steps))
@@ -47,7 +45,7 @@ def train(steps, seed, x, labels=None):
     return model
 
 
-def best_model(schedule, num_angles=128):
+def best_model(schedule, num_angles=48):
     """The model whose prediction of x_0 is exact: its mean given x_t, for Gaussians close together on both moons."""
     angle = np.pi * (np.arange(2 * num_angles) + 0.5) / num_angles
     lower = angle > np.pi
@@ -71,34 +69,30 @@ def sliced_wasserstein(a, b, num_directions=64):
 
 def scatter(path, panels, colours="tab:blue"):
     """Panels of points side by side, from titles to arrays `(num, 2)`."""
-    figure = Figure(figsize=(2.2 * len(panels), 2.5), layout="constrained")
-    for axes, (title, x) in zip(figure.subplots(1, len(panels)), panels.items()):
-        axes.scatter(*x.T, s=1, c=colours)
-        axes.set(title=title, xlim=(-2, 2), ylim=(-2, 2), aspect="equal", xticks=[], yticks=[])
-    figure.savefig(path, dpi=100)
+    with kd.plots.figure(path, 1, len(panels), (2.2 * len(panels), 2.5)) as row:
+        for axes, (title, x) in zip(row, panels.items()):
+            axes.scatter(*x.T, s=1, c=colours)
+            axes.set(title=title, xlim=(-1.6, 1.6), ylim=(-1.6, 1.6), aspect="equal", xticks=[], yticks=[])
 
 
-def draw_score(path, model, seed, t=10):
-    figure = Figure(figsize=(6, 6), layout="constrained")
-    axes = figure.subplots()
-    x = np.stack(np.meshgrid(*[np.linspace(-2, 2, 33, dtype="float32")] * 2), axis=-1).reshape(-1, 2)
+def draw_score(path, model, points, seed, t=10):
+    x = np.stack(np.meshgrid(*[np.linspace(-1.6, 1.6, 33, dtype="float32")] * 2), axis=-1).reshape(-1, 2)
     score = -model.diffusion.predict_noise(x, np.full(len(x), t), model.denoise(x, t, clip=False))
     score = ops.convert_to_numpy(score) / model.diffusion.schedule.sigma[t]
     length = np.linalg.norm(score, axis=1, keepdims=True)
-    axes.quiver(*x.T, *(score / length**0.5).T, length, angles="xy", width=0.002, cmap="Greys", clim=(-10, 30))
-    langevin = kd.samplers.Langevin(100, step_size=0.01, num_updates=10)
+    langevin = kd.samplers.Langevin(100, step_size=0.1, num_updates=10)
     _, paths, _ = model.sample(8, langevin, seed=seed, return_trajectory=100)
-    axes.plot(*paths.transpose(2, 0, 1), linewidth=0.7)
-    axes.scatter(*paths[-1].T, s=20, c="black", zorder=3)
-    axes.set(title=f"The score at t = {t}, and annealed Langevin dynamics", aspect="equal")
-    axes.set(xlim=(-2, 2), ylim=(-2, 2), xticks=[], yticks=[])
-    figure.savefig(path, dpi=100)
+    with kd.plots.figure(path, size=(6, 6)) as axes:
+        axes.scatter(*points.T, s=3, c="tab:blue", alpha=0.3)
+        axes.quiver(*x.T, *(score / length**0.5).T, length, angles="xy", width=0.002, cmap="Greys", clim=(-10, 30))
+        axes.plot(*paths.transpose(2, 0, 1), linewidth=0.7)
+        axes.scatter(*paths[-1].T, s=20, c="black", zorder=3)
+        axes.set(title=f"The score at t = {t}, data, and paths of annealed Langevin dynamics", aspect="equal")
+        axes.set(xlim=(-1.6, 1.6), ylim=(-1.6, 1.6), xticks=[], yticks=[])
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/moons"))
-    parser.add_argument("--seed", type=int, default=0)
+    parser = common.make_parser(__doc__, "moons")
     parser.add_argument("--steps", type=int, default=10_000, help="batches to train on")
     parser.add_argument("--num-samples", type=int, default=10_000)
     parser.add_argument("--num-pairs", type=int, default=20, help="sets of samples to measure")
@@ -120,7 +114,7 @@ def main(arguments=None):
     large, small = kd.samplers.DDPM(variance="large"), kd.samplers.DDPM()
     _, states, _ = model.sample(2000, large, seed=args.seed, return_trajectory=100)
     scatter(args.output / "reverse.png", {f"t = {t}": states[99 - t] for t in times[::-1] if t < 100})
-    draw_score(args.output / "score.png", model, args.seed)
+    draw_score(args.output / "score.png", model, x[:2000], args.seed)
 
     floor = np.mean([sliced_wasserstein(fresh(2 * i)[0], fresh(2 * i + 1)[0]) for i in range(1, args.num_pairs + 1)])
     print(
@@ -153,4 +147,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

@@ -1,19 +1,21 @@
-"""Distances between sets of images, in the features of a network: KID and FID.
+"""Comparisons of sets of images, in the features of a network: KID, FID, precision and recall, memorisation.
 
     >>> kid = keras_ddpm.metrics.KernelInceptionDistance()
     >>> for batch in held_out:
     ...     kid.update_state(real_images=batch)
     >>> kid.update_state(generated_images=model.sample(2000, seed=0))
     >>> kid.result(), kid.standard_error()
+    >>> kid.floor(training_images, 2000)  # what as many real images get
 
 Images are float arrays `(num, height, width, channels)` in [-1, 1], used as given: rounding samples to 8 bits is the
 caller's. What is collected stays in float64 on the host, so the metrics are called like this, not compiled into a
 model. A number means something beside its n, its extractor and the number for as many real images: see
-`describe`.
+`describe` and `floor`.
 
 To add one, write a subclass of `_Distance`.
 """
 
+import dataclasses
 import hashlib
 import pathlib
 
@@ -21,14 +23,16 @@ import keras
 import numpy as np
 
 from keras_ddpm import checks
+from keras_ddpm import hardware
 
 
 class Extractor:
     """From images to features.
 
     Args:
-        model: a Keras model from images to vectors, the path of one, or `None` for the average-pooled features of
-            InceptionV3 trained on ImageNet, whose weights are downloaded at first use.
+        model: a Keras model from images to vectors, or the path of one: its features are the output of its layer of
+            the name "features", or its own where there is none. `None` for the average-pooled features of InceptionV3
+            trained on ImageNet, whose weights are downloaded at first use.
 
     Attributes:
         name: that of the model.
@@ -55,6 +59,8 @@ class Extractor:
             model = keras.Model(x, inception(resized), name=inception.name)
         elif not isinstance(model, keras.Model):
             model = keras.saving.load_model(model)
+        if any(layer.name == "features" for layer in model.layers):
+            model = keras.Model(model.inputs, model.get_layer("features").output, name=model.name)
         if len(model.inputs) != 1 or len(model.outputs) != 1 or len(model.output_shape) != 2:
             raise ValueError(f"An extractor has one input and makes one vector of each. Received: {model.name}")
         self.model = model
@@ -148,9 +154,61 @@ class _Distance(keras.metrics.Metric):
             "extractor_hash": self.extractor.hash,
         }
 
+    def compare(self, generated_images):
+        """The result for these generated images, in place of those so far."""
+        self.reset_generated()
+        return self(generated_images=generated_images)
+
+    def floor(self, images, num, num_draws=10, seed=0):
+        """What real images get in place of generated ones, for comparison.
+
+        Args:
+            images: real images, others than those that the metric has been given.
+            num: how many are drawn at a time, without replacement.
+            num_draws: how often.
+            seed: of the drawing.
+
+        Returns:
+            Mean and standard deviation of the results, each like a result.
+
+        Raises:
+            ValueError: for fewer images than `num`.
+        """
+        if not checks.is_count(num) or num > len(images):
+            raise ValueError(f"`num` must be in 1..{len(images)}, the number of images. Received: num={num!r}")
+        random = np.random.default_rng(seed)
+        generated = self._generated
+        chosen = [np.sort(random.choice(len(images), num, replace=False)) for _ in range(num_draws)]
+        values = [self.compare(images[indices]) for indices in chosen]
+        self._generated = generated
+        return np.mean(values, axis=0).tolist(), np.std(values, axis=0, ddof=1).tolist()
+
+
+class _FeatureDistance(_Distance):
+    """A distance that needs the features themselves."""
+
+    def _empty(self):
+        return {"features": np.empty((0, 0))}
+
+    def _add(self, state, features):
+        kept = state["features"]
+        return {"features": np.concatenate([kept, features]) if len(kept) else features}
+
+    def _num(self, state):
+        return len(state["features"])
+
+    def _features(self, at_least):
+        sets = self._real["features"], self._generated["features"]
+        if min(map(len, sets)) < at_least:
+            raise ValueError(
+                f"Expected at least {at_least} images in each set. Received: {len(sets[0])} real and {len(sets[1])} "
+                "generated ones"
+            )
+        return sets
+
 
 @keras.saving.register_keras_serializable(package="keras_ddpm")
-class KernelInceptionDistance(_Distance):
+class KernelInceptionDistance(_FeatureDistance):
     """KID: the squared maximum mean discrepancy of features under the kernel (x·y / dim + 1)³, without bias.
 
     The smaller set is cut at random into k disjoint subsets of at least `subset_size` images, the larger one into as
@@ -176,27 +234,12 @@ class KernelInceptionDistance(_Distance):
         self.seed = seed
         super().__init__(extractor, name)
 
-    def _empty(self):
-        return {"features": np.empty((0, 0))}
-
-    def _add(self, state, features):
-        kept = state["features"]
-        return {"features": np.concatenate([kept, features]) if len(kept) else features}
-
-    def _num(self, state):
-        return len(state["features"])
-
     def _distances(self):
-        sets = self._real["features"], self._generated["features"]
+        sets = self._features(at_least=self.subset_size)
         num = min(map(len, sets)) // self.subset_size
-        if num < 1:
-            raise ValueError(
-                f"Fewer images than a subset of {self.subset_size}. Received: {len(sets[0])} real and {len(sets[1])} "
-                "generated ones"
-            )
         random = np.random.default_rng(self.seed)
         parts = [np.array_split(features[random.permutation(len(features))], num) for features in sets]
-        return [_squared_discrepancy(x, y) for x, y in zip(*parts)]
+        return [_squared_discrepancies(*_united(x, y))[0] for x, y in zip(*parts)]
 
     def result(self):
         return float(np.mean(self._distances()))
@@ -206,18 +249,159 @@ class KernelInceptionDistance(_Distance):
         distances = self._distances()
         return float(np.std(distances, ddof=1) / len(distances) ** 0.5) if len(distances) > 1 else float("nan")
 
+    def p_value(self, num_permutations=1000, max_images=1000):
+        """How probable a distance this large is if both sets come from one distribution.
 
-def _squared_discrepancy(x, y):
-    """The unbiased estimate from features `(n, dim)` and `(m, dim)`."""
+        The images are dealt out at random to two sets again and again; the p-value is the share of the distances,
+        that of the sets as they are among them, which are at least as large as this one.
 
-    def kernel(a, b):
-        return (a @ b.T / a.shape[1] + 1) ** 3
+        Args:
+            num_permutations: how often; the smallest p-value is 1 / (1 + num_permutations).
+            max_images: at most as many of each set are used, drawn at random.
 
-    def within(a):
-        k = kernel(a, a)
-        return (k.sum() - np.trace(k)) / (len(k) * (len(k) - 1))
+        Returns:
+            A Python float.
 
-    return within(x) + within(y) - 2 * kernel(x, y).mean()
+        Raises:
+            ValueError: for fewer than 2 images in a set.
+
+        Reference: Gretton et al., 2012, section 3 and theorem 12.
+        """
+        random = np.random.default_rng(self.seed)
+        x, y = (features[random.permutation(len(features))[:max_images]] for features in self._features(at_least=2))
+        features, first = _united(x, y)
+        dealt = random.permuted(np.repeat(first, num_permutations, axis=0), axis=1)
+        value, *values = _squared_discrepancies(features, np.concatenate([first, dealt]))
+        return float((1 + np.sum(values >= value)) / (1 + num_permutations))
+
+
+def _united(x, y):
+    """The features of both sets, and a row that is 1 for those of the first and 0 for the others."""
+    return np.concatenate([x, y]), np.repeat([1.0, 0.0], [len(x), len(y)])[None]
+
+
+def _squared_discrepancies(features, first):
+    """The unbiased estimate for each row of `first`, which tells the two sets in `features` apart as `_united` does."""
+    within_first = with_first = total = 0.0
+    for rows in np.array_split(np.arange(len(features)), -(-len(features) // 1000)):
+        kernel = (features[rows] @ features.T / features.shape[1] + 1) ** 3
+        kernel[np.arange(len(rows)), rows] = 0  # an image beside itself does not count
+        within_first += np.sum(first @ kernel.T * first[:, rows], axis=1)
+        with_first += first[:, rows] @ kernel.sum(axis=1)
+        total += kernel.sum()
+    between = with_first - within_first
+    within_second = total - within_first - 2 * between
+    n = first.sum(axis=1)
+    m = len(features) - n
+    return within_first / (n * (n - 1)) + within_second / (m * (m - 1)) - 2 * between / (n * m)
+
+
+@keras.saving.register_keras_serializable(package="keras_ddpm")
+class PrecisionRecall(_FeatureDistance):
+    """How many generated images look real, and how much of what is real is generated.
+
+    Around every image of a set lies a ball that reaches to its k-th nearest neighbour in the set. Precision is the
+    share of the generated images that lie in a ball of a real one, recall the share of the real images that lie in a
+    ball of a generated one. Both depend on the number of images; take as many of each.
+
+    Args:
+        extractor: see `Extractor`.
+        k: which neighbour.
+        name: name of the metric.
+
+    Raises:
+        ValueError: for a k that is no positive integer; at `result`, for no more than k images in a set.
+
+    Reference: Kynkäänniemi et al., 2019, section 2 and Eq. 1-2.
+    """
+
+    def __init__(self, extractor=None, k=3, name="precision_recall"):
+        if not checks.is_count(k):
+            raise ValueError(f"`k` must be a positive integer. Received: k={k!r}")
+        self.k = k
+        super().__init__(extractor, name)
+
+    def result(self):
+        """A pair of Python floats, precision and recall."""
+        real, generated = self._features(at_least=self.k + 1)
+        return _share_inside(generated, real, self.k), _share_inside(real, generated, self.k)
+
+    def standard_error(self):
+        """Binomial, of either, where the other set is given: sqrt(p (1 − p) / n)."""
+        shares, sets = self.result(), (self._generated, self._real)
+        return tuple(float(np.sqrt(p * (1 - p) / self._num(state))) for p, state in zip(shares, sets))
+
+
+def _share_inside(x, y, k):
+    """The share of x that lies in a ball around one of y that reaches to its k-th neighbour in y."""
+    radius = np.concatenate([np.partition(rows, k, axis=1)[:, k] for rows in _squared_distances(y, y)])
+    return float(np.concatenate([np.any(rows <= radius, axis=1) for rows in _squared_distances(x, y)]).mean())
+
+
+def _squared_distances(x, y):
+    """Rows of the matrix of all pairs, a thousand at a time."""
+    lengths = np.sum(y**2, axis=1)
+    for part in np.array_split(x, -(-len(x) // 1000)):
+        yield np.maximum(np.sum(part**2, axis=1)[:, None] - 2 * part @ y.T + lengths, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Memorisation:
+    """What `memorisation` finds.
+
+    Attributes:
+        share: of the generated images that are nearer to a training image than nearly all held-out ones are.
+        standard_error: of the share.
+        quantile: the share of the held-out images that are as near; what a model has that does not memorise.
+        nearest: for each generated image, the number of the training image nearest to it, `(num,)`.
+        distances: from one to the other, in features, `(num,)`.
+        held_out_distances: from held-out images to the training images nearest to them.
+    """
+
+    share: float
+    standard_error: float
+    quantile: float
+    nearest: np.ndarray
+    distances: np.ndarray
+    held_out_distances: np.ndarray
+
+
+def memorisation(extractor, training_images, held_out_images, generated_images, quantile=0.05):
+    """Whether generated images are copies of training images.
+
+    The distance to the nearest training image is set beside that of held-out images: that many of these are nearer
+    than the `quantile` of theirs by definition, and so are generated images, unless they are copies, or duller than
+    photographs: look at the pairs.
+
+    Args:
+        extractor: an `Extractor`, or what makes one.
+        training_images: `(num, height, width, channels)` in [-1, 1], all that the model was trained on.
+        held_out_images: others from the same source.
+        generated_images: samples of the model.
+        quantile: in (0, 1).
+
+    Returns:
+        A `Memorisation`.
+
+    Raises:
+        ValueError: for images that do not fit the extractor, or a quantile outside (0, 1).
+    """
+    if not checks.is_positive(quantile) or quantile >= 1:
+        raise ValueError(f"`quantile` must be in (0, 1). Received: quantile={quantile!r}")
+    extractor = extractor if isinstance(extractor, Extractor) else Extractor(extractor)
+    training = extractor(training_images)
+    nearest, distances = _nearest(extractor(generated_images), training)
+    _, held_out = _nearest(extractor(held_out_images), training)
+    share = float(np.mean(distances < np.quantile(held_out, quantile)))
+    error = float(np.sqrt(share * (1 - share) / len(distances)))
+    return Memorisation(share, error, quantile, nearest, distances, held_out)
+
+
+def _nearest(x, y):
+    """Of each in x, the number of the nearest in y and its distance."""
+    found = [(rows.argmin(axis=1), rows.min(axis=1)) for rows in _squared_distances(x, y)]
+    numbers, squares = map(np.concatenate, zip(*found))
+    return numbers, np.sqrt(squares)
 
 
 @keras.saving.register_keras_serializable(package="keras_ddpm")
@@ -298,3 +482,37 @@ def _frechet_distance(p, q):
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
     cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ d @ root), 0)).sum()
     return float(np.sum((mean_p - mean_q) ** 2) + np.trace(c) + np.trace(d) - 2 * cross)
+
+
+def train_classifier(x, labels, epochs=5, verbose=0):
+    """A small classifier of images, to be an extractor where features of ImageNet fit badly.
+
+    >>> kid = KernelInceptionDistance(train_classifier(images, labels))
+
+    Args:
+        x: `(num, height, width, channels)` in [-1, 1], of at least 6x6.
+        labels: integers, `(num,)`, 0..K − 1.
+        epochs: passes over the data.
+        verbose: as in `keras.Model.fit`.
+
+    Returns:
+        A compiled `keras.Model` from images to logits `(num, K)`, with a layer "features" of 128 numbers.
+
+    Raises:
+        ValueError: for images that are none, or not as many labels.
+    """
+    x, labels = checks.array(x, "x"), np.asarray(labels)
+    if x.ndim != 4 or min(x.shape[1:3]) < 6 or labels.shape != (len(x),):
+        raise ValueError(f"Expected images of at least 6x6 and a label for each. Received: {x.shape}, {labels.shape}")
+    inputs = h = keras.Input(x.shape[1:])
+    width = 32
+    while min(h.shape[1:3]) > 6 or h is inputs:
+        h = keras.layers.Conv2D(width, 3, strides=2, activation="relu")(h)
+        width *= 2
+    h = keras.layers.Dropout(0.3)(keras.layers.Flatten()(h))
+    h = keras.layers.Dense(128, activation="relu", name="features")(h)
+    classifier = keras.Model(inputs, keras.layers.Dense(int(labels.max()) + 1)(h), name="classifier")
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    classifier.compile("adam", loss, metrics=["accuracy"], jit_compile=hardware.jit_compile())
+    classifier.fit(x, labels, batch_size=min(128, len(x)), epochs=epochs, verbose=verbose)
+    return classifier

@@ -1,11 +1,35 @@
 """Figures."""
 
+import contextlib
 import pathlib
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from keras_ddpm import images
+
+
+@contextlib.contextmanager
+def figure(path, rows=1, columns=1, size=(6, 4), **options):
+    """A figure of Matplotlib that is written when the block ends; folders are made.
+
+    >>> with figure("curves.png", columns=2) as (left, right):
+    ...     left.plot([0, 1], [1, 0])
+
+    Args:
+        path: file name; its ending gives the format.
+        rows: rows of axes.
+        columns: columns of axes.
+        size: width and height in inches.
+        **options: of `matplotlib.figure.Figure.subplots`.
+
+    Yields:
+        The axes, or an array of them, as `subplots` makes it.
+    """
+    made = Figure(figsize=size, layout="constrained")
+    yield made.subplots(rows, columns, **options)
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    made.savefig(path, dpi=120, bbox_inches="tight")
 
 
 def loss(path, history):
@@ -16,20 +40,33 @@ def loss(path, history):
         history: a dict of lists, one number an epoch, as `fit` returns in `History.history`; entries whose name
             does not end in "loss" are left out.
     """
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for name, values in history.items():
-        if name.endswith("loss"):
-            axes.plot(range(1, len(values) + 1), values, marker="." if len(values) < 50 else "", label=name)
-    axes.set(xlabel="epoch", ylabel="loss", yscale="log")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("")
-    axes.grid(which="both", alpha=0.3)
+    with figure(path) as axes:
+        for name, values in history.items():
+            if name.endswith("loss"):
+                axes.plot(range(1, len(values) + 1), values, marker="." if len(values) < 50 else "", label=name)
+        axes.set(xlabel="epoch", ylabel="loss", yscale="log")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
+        axes.grid(which="both", alpha=0.3)
+        axes.legend()
+
+
+def curves(axes, lines, **settings):
+    """Draws lines with a legend on axes of Matplotlib.
+
+    Args:
+        axes: the axes.
+        lines: dict from names to y, or to pairs of x and y.
+        **settings: of `axes.set`, such as `xlabel`, `title`, `yscale`.
+    """
+    for name, line in lines.items():
+        x, y = line if isinstance(line, tuple) else (range(len(line)), line)
+        axes.plot(x, y, marker="." if len(x) < 50 else "", label=name)
+    axes.set(**settings)
+    axes.grid(alpha=0.3)
     axes.legend()
-    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
 
 
 def show(axes, x, columns=None):
@@ -43,3 +80,26 @@ def show(axes, x, columns=None):
     axes.imshow(images.to_uint8(images.grid(x, columns)), cmap="gray", vmin=0, vmax=255)
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
+
+
+def table(path, rows, columns=1, size=0.6):
+    """Writes a table whose cells are grids of images.
+
+    Args:
+        path: file name; its ending gives the format.
+        rows: dict from names of rows to dicts from names of columns to images `(num, height, width, channels)` in
+            [-1, 1]; each row has the columns of the first.
+        columns: images side by side in a cell.
+        size: width of an image in inches.
+    """
+    names = list(next(iter(rows.values())))
+    heights = [max(-(-len(x) // columns) for x in row.values()) for row in rows.values()]
+    width = size * columns * len(names) + 0.1 * max(len(line) for name in rows for line in name.split("\n"))
+    height = size * sum(heights) + 0.05 * len(rows) + 0.2 * max(name.count("\n") + bool(name) for name in names)
+    with figure(path, len(rows), len(names), (width, height), squeeze=False, height_ratios=heights) as grid:
+        for axes_of_row, (row, cells) in zip(grid, rows.items()):
+            axes_of_row[0].set_ylabel(row, rotation=0, ha="right", va="center", fontsize="small")
+            for axes, name in zip(axes_of_row, names):
+                show(axes, cells[name], columns)
+        for axes, name in zip(grid[0], names):
+            axes.set_title(name, fontsize="small")

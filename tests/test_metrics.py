@@ -185,7 +185,10 @@ def test_inception_takes_any_size_and_grey(monkeypatch):
 @pytest.mark.parametrize(
     ("use", "message"),
     [
-        (lambda path: kid(subset_size=10)(draw(9, 0), draw(20, 1)), "subset of 10. Received: 9 real and 20 gen"),
+        (
+            lambda path: kid(subset_size=10)(draw(9, 0), draw(20, 1)),
+            "at least 10 images in each set. Received: 9 real and 20 gen",
+        ),
         (lambda path: kid(subset_size=1), "subset_size=1"),
         (lambda path: fid()(draw(9, 0), draw(1, 1)), "at least 2 images. Received: 1 generated"),
         (lambda path: fid()(generated_images=draw(9, 0)), "Received: 0 real"),

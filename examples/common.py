@@ -1,0 +1,78 @@
+"""What the examples share: their arguments, their data and how they train."""
+
+import argparse
+import functools
+import pathlib
+import sys
+
+import keras
+import numpy as np
+
+import keras_ddpm as kd
+
+
+def make_parser(doc, name):
+    """The arguments of every example."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--output", type=pathlib.Path, default=pathlib.Path("runs", name), help="(default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    parser.add_argument("--data-dir", help="folder of prepared data sets (default: TensorFlow Datasets' own)")
+    return parser
+
+
+def run(main):
+    """Starts an example; what is wrong with its arguments or data is said in one line."""
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"{pathlib.Path(sys.argv[0]).name}: {error}")
+
+
+def load(name, image_size, args, *, labels=False, insist=False, num_drawn=2048, **options):
+    """Training and held-out batches of a data set, or of drawn flowers where it can be neither read nor downloaded.
+
+    Args:
+        name: of TensorFlow Datasets, or "procedural" for the flowers, which are grey in place of an MNIST.
+        image_size: side in pixels.
+        args: has `data_dir` and `seed`.
+        labels: whether to yield labels.
+        insist: whether to raise ConnectionError instead of drawing flowers.
+        num_drawn: number of drawn flowers.
+        **options: of the training batches.
+    """
+    options = {"batch_size": 32, "seed": args.seed, **options}
+    of_name = functools.partial(kd.datasets.from_tfds, name, image_size=image_size, data_dir=args.data_dir)
+    try:
+        if name == "oxford_flowers102":
+            return kd.datasets.oxford_flowers(image_size, data_dir=args.data_dir, labels=labels, **options)
+        if name != "procedural":
+            train = of_name(split="train", labels=labels, **options)
+            return train, of_name(split="test", labels=labels, batch_size=options["batch_size"], shuffle=False)
+    except ConnectionError as error:
+        if insist:
+            raise
+        print(f"\n*** NOT TRAINING ON {name}: {error}\n*** Going on with drawn flowers.\n")
+    print(f"Drawing {num_drawn} flowers.", flush=True)
+    x, numbers = kd.datasets.procedural_flowers(num_drawn, image_size, seed=args.seed)
+    x = kd.images.to_uint8(x.mean(axis=-1, keepdims=True) if "mnist" in name else x)
+    return split(x, numbers if labels else None, **{"flip": "mnist" not in name, **options})
+
+
+def split(x, labels=None, batch_size=32, seed=0, **options):
+    """Nine tenths of the data to train on, and a tenth that is held out."""
+    order = np.random.default_rng(seed).permutation(len(x))
+    held_out = max(1, len(x) // 10)
+    pick = lambda chosen: (x[chosen], None if labels is None else labels[chosen])  # noqa: E731
+    train = kd.datasets.Batches(*pick(order[held_out:]), batch_size, seed=seed, **options)
+    return train, kd.datasets.Batches(*pick(order[:held_out]), min(batch_size, held_out), shuffle=False)
+
+
+def train(model, data, epochs, learning_rate=2e-3, warmup_steps=200, loss="mse", **options):
+    """Adam with a linear warm-up and a cosine decay to 0; returns the losses by epoch."""
+    rate = keras.optimizers.schedules.CosineDecay(
+        0.0, max(1, epochs * len(data) - warmup_steps), warmup_target=learning_rate, warmup_steps=warmup_steps
+    )
+    model.compile(loss=loss, optimizer=keras.optimizers.Adam(rate, global_clipnorm=1.0))
+    return model.fit(data, epochs=epochs, **{"verbose": 2, **options}).history
