@@ -28,7 +28,6 @@ Everything goes to --output:
 import common
 import keras
 import numpy as np
-from keras import layers
 from keras import ops
 from samplers import make_metric
 

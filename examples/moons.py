@@ -81,13 +81,13 @@ def draw_score(path, model, points, seed, t=10):
     score = ops.convert_to_numpy(score) / model.diffusion.schedule.sigma[t]
     length = np.linalg.norm(score, axis=1, keepdims=True)
     langevin = kd.samplers.Langevin(100, step_size=0.1, num_updates=10)
-    _, paths, _ = model.sample(8, langevin, seed=seed, return_trajectory=100)
+    _, paths, _ = model.sample(5, langevin, seed=seed, return_trajectory=100)
     with kd.plots.figure(path, size=(6, 6)) as axes:
         axes.scatter(*points.T, s=3, c="tab:blue", alpha=0.3)
         axes.quiver(*x.T, *(score / length**0.5).T, length, angles="xy", width=0.002, cmap="Greys", clim=(-10, 30))
-        axes.plot(*paths.transpose(2, 0, 1), linewidth=0.7)
+        axes.plot(*paths[-25:].transpose(2, 0, 1), linewidth=1)
         axes.scatter(*paths[-1].T, s=20, c="black", zorder=3)
-        axes.set(title=f"The score at t = {t}, data, and paths of annealed Langevin dynamics", aspect="equal")
+        axes.set(title=f"The score at t = {t}, data, and the ends of paths of Langevin dynamics", aspect="equal")
         axes.set(xlim=(-1.6, 1.6), ylim=(-1.6, 1.6), xticks=[], yticks=[])
 
 
@@ -108,12 +108,12 @@ def main(arguments=None):
     model = train(args.steps, args.seed, x)
     schedule = model.diffusion.schedule
     noise = np.random.default_rng(args.seed).standard_normal((2000, 2))
-    times = [0, 10, 20, 40, 60, 100]
+    times = [0, 5, 10, 20, 40, 80]
     forward = {f"t = {t}": schedule.alpha[t] * x[:2000] + schedule.sigma[t] * noise for t in times}
     scatter(args.output / "forward.png", forward, COLOURS[labels[:2000]])
     large, small = kd.samplers.DDPM(variance="large"), kd.samplers.DDPM()
     _, states, _ = model.sample(2000, large, seed=args.seed, return_trajectory=100)
-    scatter(args.output / "reverse.png", {f"t = {t}": states[99 - t] for t in times[::-1] if t < 100})
+    scatter(args.output / "reverse.png", {f"t = {t}": states[99 - t] for t in times[::-1]})
     draw_score(args.output / "score.png", model, x[:2000], args.seed)
 
     floor = np.mean([sliced_wasserstein(fresh(2 * i)[0], fresh(2 * i + 1)[0]) for i in range(1, args.num_pairs + 1)])

@@ -5,6 +5,7 @@ from keras_ddpm import datasets
 from keras_ddpm import editing
 from keras_ddpm import hardware
 from keras_ddpm import images
+from keras_ddpm import likelihood
 from keras_ddpm import metrics
 from keras_ddpm import networks
 from keras_ddpm import plots
@@ -21,6 +22,7 @@ __all__ = [
     "editing",
     "hardware",
     "images",
+    "likelihood",
     "metrics",
     "networks",
     "plots",

@@ -143,13 +143,26 @@ class _Distance(keras.metrics.Metric):
             raise ValueError(f"{path} is of {' '.join(found)}. Expected: {' '.join(expected)}")
         self._real = arrays
 
+    @property
+    def num_real(self):
+        """Number of the real images so far."""
+        return self._num(self._real)
+
+    @property
+    def num_generated(self):
+        """Number of the generated images so far."""
+        return self._num(self._generated)
+
+    def values(self):
+        """A dict of the result and its standard error, by name."""
+        return {self.name: self.result(), f"{self.name}_standard_error": self.standard_error()}
+
     def describe(self):
-        """A dict of the value, its standard error, both n, and the name and hash of the extractor."""
+        """A dict of the values, both n, and the name and hash of the extractor."""
         return {
-            self.name: self.result(),
-            "standard_error": self.standard_error(),
-            "num_real": self._num(self._real),
-            "num_generated": self._num(self._generated),
+            **self.values(),
+            "num_real": self.num_real,
+            "num_generated": self.num_generated,
             "extractor": self.extractor.name,
             "extractor_hash": self.extractor.hash,
         }
@@ -309,11 +322,16 @@ class PrecisionRecall(_FeatureDistance):
         k: which neighbour.
         name: name of the metric.
 
+    Attributes:
+        names: of the two numbers.
+
     Raises:
         ValueError: for a k that is no positive integer; at `result`, for no more than k images in a set.
 
     Reference: Kynkäänniemi et al., 2019, section 2 and Eq. 1-2.
     """
+
+    names = ("precision", "recall")
 
     def __init__(self, extractor=None, k=3, name="precision_recall"):
         if not checks.is_count(k):
@@ -328,8 +346,12 @@ class PrecisionRecall(_FeatureDistance):
 
     def standard_error(self):
         """Binomial, of either, where the other set is given: sqrt(p (1 − p) / n)."""
-        shares, sets = self.result(), (self._generated, self._real)
-        return tuple(float(np.sqrt(p * (1 - p) / self._num(state))) for p, state in zip(shares, sets))
+        shares, numbers = self.result(), (self.num_generated, self.num_real)
+        return tuple(float(np.sqrt(p * (1 - p) / n)) for p, n in zip(shares, numbers))
+
+    def values(self):
+        errors = {f"{name}_standard_error": error for name, error in zip(self.names, self.standard_error())}
+        return {**dict(zip(self.names, self.result())), **errors}
 
 
 def _share_inside(x, y, k):
