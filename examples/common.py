@@ -60,6 +60,16 @@ def load(name, image_size, args, *, labels=False, insist=False, num_drawn=2048, 
     return split(x, numbers if labels else None, **{"flip": "mnist" not in name, **options})
 
 
+def load_model(path):
+    """A trained model of images."""
+    if not pathlib.Path(path).is_file():
+        raise ValueError(f"There is no model {path}. `python examples/flowers.py` trains one.")
+    model = keras.saving.load_model(path)
+    if not isinstance(model, kd.DiffusionModel) or len(model.data_shape) != 3:
+        raise ValueError(f"{path} is no diffusion model of images.")
+    return model
+
+
 def split(x, labels=None, batch_size=32, seed=0, **options):
     """Nine tenths of the data to train on, and a tenth that is held out."""
     order = np.random.default_rng(seed).permutation(len(x))

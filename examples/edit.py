@@ -13,10 +13,8 @@ Writes all the images side by side to --output/COMMAND.png, and each by itself t
 """
 
 import argparse
-import pathlib
 
 import common
-import keras
 import numpy as np
 
 import keras_ddpm as kd
@@ -100,11 +98,7 @@ def parse(arguments):
 
 def main(arguments=None):
     args = parse(arguments)
-    if not pathlib.Path(args.model).is_file():
-        raise ValueError(f"There is no model {args.model}. `python examples/flowers.py` trains one.")
-    model = keras.saving.load_model(args.model)
-    if not isinstance(model, kd.DiffusionModel) or len(model.data_shape) != 3:
-        raise ValueError(f"{args.model} is no diffusion model of images.")
+    model = common.load_model(args.model)
     size, _, channels = model.data_shape
     if args.images:
         x = kd.images.from_uint8(np.stack([kd.images.load(path, size, channels) for path in args.images]))

@@ -20,7 +20,6 @@ Everything goes to --output:
 import csv
 
 import common
-import keras
 import numpy as np
 from samplers import load_data
 from samplers import make_metric
@@ -42,7 +41,7 @@ def main(arguments=None):
         parser.error(f"--num-samples must be at least {2 * num_classes}, two of each class.")
     classifier, metric, _ = make_metric(data, test, args)
     if args.model:
-        model = keras.saving.load_model(args.model)
+        model = common.load_model(args.model)
     else:
         asked = np.arange(2 * num_classes) % num_classes
         grid = kd.callbacks.SampleGrid(args.output / "samples/{epoch:04d}.png", num_samples=len(asked), labels=asked)

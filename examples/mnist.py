@@ -4,7 +4,8 @@
 
 With the linear schedule (Ho et al., 2020) alpha_bar_t, the share of signal in the variance of x_t, goes from 1 to
 almost 0 in T = 1000 steps; with T = 100 the betas have to be ten times as large, or signal is left at the end. A
-network learns the noise in x_t, told the time by a sinusoid of it, and then these are tried, each for --steps batches:
+network learns the noise in x_t, told the time by a sinusoid of it. First these are tried, each for --steps batches, and
+sampled with 100 steps of DDPM:
 
     T = 100                with betas rescaled, and as they are (alpha_bar_T = 0.36: samples start from the wrong noise)
     [0, 1], standardised   data in other ranges than [-1, 1]
@@ -96,8 +97,8 @@ def draw_editing(path, model, x, seed):
 
 def main(arguments=None):
     parser = common.make_parser(__doc__, "mnist")
-    parser.add_argument("--steps", type=int, default=500, help="batches of 64 for each choice (default: 500)")
-    parser.add_argument("--more-steps", type=int, default=3000, help="batches for the first model (default: 3000)")
+    parser.add_argument("--steps", type=int, default=600, help="batches of 32 for each choice (default: 600)")
+    parser.add_argument("--more-steps", type=int, default=4000, help="batches for the first model (default: 4000)")
     parser.add_argument("--classifier-epochs", type=int, default=3)
     parser.add_argument("--num-samples", type=int, default=500, help="to be judged (default: 500)")
     args = parser.parse_args(arguments)
@@ -110,10 +111,10 @@ def main(arguments=None):
 
     def fit(model, steps, scale=1, offset=0):
         batches = kd.datasets.from_arrays(
-            scale * data + offset, batch_size=64, steps_per_epoch=max(1, steps // 5), seed=args.seed
+            scale * data + offset, batch_size=32, steps_per_epoch=max(1, steps // 5), seed=args.seed
         )
-        common.train(model, batches, 5, verbose=0)
-        x = (model.sample(args.num_samples, seed=args.seed) - offset) / scale
+        common.train(model, batches, 5, warmup_steps=100, verbose=0)
+        x = (model.sample(args.num_samples, kd.samplers.DDPM(100), args.seed) - offset) / scale
         return x, 1000 * metric.compare(x)
 
     rows = {}
@@ -130,8 +131,8 @@ def main(arguments=None):
     print(f"The first model after {args.more_steps} batches: kernel distance {distance:.1f}")
     model.save(args.output / "model.keras")
     kd.images.save(args.output / "samples.png", x[:100])
-    _, x_t, x_0 = model.sample(8, seed=args.seed, return_trajectory=10)
-    way = {f"step {2 * i + 2}": i for i in range(10)}
+    _, x_t, x_0 = model.sample(8, kd.samplers.DDPM(100), args.seed, return_trajectory=10)
+    way = {f"t = {900 - 100 * i}": i for i in range(10)}
     rows = {"x_t": {name: x_t[i] for name, i in way.items()}, "x_0": {name: x_0[i] for name, i in way.items()}}
     kd.plots.table(args.output / "denoising.png", rows, size=0.5)
     draw_editing(args.output / "editing.png", model, kd.images.from_uint8(test.x[:6]), args.seed)

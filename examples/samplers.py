@@ -103,7 +103,7 @@ def main(arguments=None):
     data, test = load_data(args)
     _, metric, floor = make_metric(data, test, args)
     if args.model:
-        model = keras.saving.load_model(args.model)
+        model = common.load_model(args.model)
     else:
         model = make_model(data, args)
         common.train(model, data, args.epochs)

@@ -106,7 +106,7 @@ def main(arguments=None):
     data, held_out = (kd.images.from_uint8(batches.x) for batches in common.load("oxford_flowers102", 64, args))
     draw_scales(args.output / "scales.png")
     draw_resolutions(args.output / "resolutions.png", held_out[:1], args.seed)
-    model = keras.saving.load_model(args.model) if args.model else train(reduce(data, 4), args.steps, args.seed)
+    model = common.load_model(args.model) if args.model else train(reduce(data, 4), args.steps, args.seed)
     size = model.data_shape[0]
     if size > 64 or 64 % size:
         raise ValueError(f"The images of {args.model} must have a side that divides 64. Received: {size}")

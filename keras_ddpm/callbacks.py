@@ -105,7 +105,7 @@ class SampleMetrics(_Sampling):
     >>> kid.update_state(real_images=held_out)
     >>> model.fit(images, epochs=100, callbacks=[
     ...     SampleMetrics(kid, num_samples=500, every=5),
-    ...     keras.callbacks.ModelCheckpoint("best.keras", monitor="val_kid", save_best_only=True),
+    ...     keras.callbacks.ModelCheckpoint("best.keras", monitor="val_kid", mode="min", save_best_only=True),
     ... ])
 
     Args:

@@ -149,3 +149,46 @@ def test_sample_grid_beside_the_raw_weights(tmp_path):
         for use_ema in (True, False)
     )
     assert np.array_equal(picture, np.concatenate([average, raw], axis=1)) and not np.array_equal(average, raw)
+
+
+def pixels(shape=(8, 8, 1)):
+    x = keras.Input(shape)
+    return keras.Model(x, keras.layers.Flatten()(x))
+
+
+def test_metrics_of_samples_are_ordinary_logs(tmp_path):
+    """Later callbacks see them, and what they see is what the metric says of `sample`."""
+    kid = kd.metrics.KernelInceptionDistance(pixels(), subset_size=4)
+    kid.update_state(real_images=IMAGES)
+    model = small_model()
+    best = tmp_path / "best.keras"
+    history = model.fit(
+        IMAGES,
+        epochs=5,
+        batch_size=8,
+        callbacks=[
+            kd.callbacks.SampleMetrics(kid, num_samples=8, every=2, sampler=kd.samplers.DDIM(2)),
+            keras.callbacks.ModelCheckpoint(best, monitor="val_kid", mode="min", save_best_only=True),
+            keras.callbacks.EarlyStopping(monitor="val_kid", mode="min", patience=9),
+            keras.callbacks.CSVLogger(tmp_path / "log.csv"),
+        ],
+        verbose=0,
+    ).history
+    values = history["val_kid"]
+    assert len(values) == 5 and values[0] == values[1] and values[2] == values[3] and len(set(values)) == 3
+    assert values[-1] == kid.compare(model.sample(8, kd.samplers.DDIM(2), seed=0))
+    assert history["val_kid_standard_error"][-1] == kid.standard_error()
+    saved = keras.saving.load_model(best)
+    assert kid.compare(saved.sample(8, kd.samplers.DDIM(2), seed=0)) == pytest.approx(min(values), rel=1e-6)
+    assert (tmp_path / "log.csv").read_text().splitlines()[0] == "epoch,loss,val_kid,val_kid_standard_error"
+
+
+def test_metrics_of_samples_that_cannot_be_had():
+    kid = kd.metrics.KernelInceptionDistance(pixels(), subset_size=4)
+    with pytest.raises(ValueError, match="has no real images"):
+        small_model().fit(IMAGES, callbacks=[kd.callbacks.SampleMetrics(kid)], verbose=0)
+    kid.update_state(real_images=IMAGES)
+    with pytest.raises(ValueError, match="takes no labels"):
+        small_model().fit(IMAGES, callbacks=[kd.callbacks.SampleMetrics(kid, labels=1)], verbose=0)
+    with pytest.raises(ValueError, match="every=0"):
+        kd.callbacks.SampleMetrics(kid, every=0)

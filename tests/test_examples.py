@@ -1,5 +1,7 @@
 """The examples as people start them, with tiny settings, and the README's code as it is printed."""
 
+import importlib
+import json
 import os
 import pathlib
 import re
@@ -15,6 +17,7 @@ from PIL import Image
 import keras_ddpm as kd
 
 ROOT = pathlib.Path(__file__).parent.parent
+sys.path.append(str(ROOT / "examples"))
 README_CODE = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 SHORT = "--preset cpu --grid-every 1 --batch-size 8 --epochs 2 --steps-per-epoch 2".split()
 TINY = [*SHORT, *"--image-size 16 --width 8 --width-multipliers 1 2 --groups 4".split()]
@@ -50,8 +53,8 @@ def test_flowers_without_network_and_data(tmp_path):
     offline = {"https_proxy": "http://127.0.0.1:9", "TFDS_DATA_DIR": str(tmp_path / "nothing")}
     status, text = flowers(*TINY, "--num-images", 90, "--output", tmp_path / "a", **offline)
     assert status == 0, text
-    assert "NOT TRAINING ON PHOTOGRAPHS: oxford_flowers102 is not in" in text
-    assert "To insist: --dataset oxford_flowers102" in text
+    assert "NOT TRAINING ON oxford_flowers102: oxford_flowers102 is not in" in text
+    assert "Going on with drawn flowers." in text
     assert "Preset: " in text and "81 images of 16x16" in text and "Saw 32 images in" in text
     check_output(tmp_path / "a")
 
@@ -145,9 +148,9 @@ def test_the_readmes_conditions_and_editing(monkeypatch):
 
 @pytest.mark.slow
 def test_samplers(tmp_path, data_dir):
-    arguments = "--epochs 1 --steps-per-epoch 2 --num-samples 8 --evaluations 6".split()
+    arguments = "--epochs 1 --steps-per-epoch 2 --classifier-epochs 1 --num-samples 8 --evaluations 6".split()
     status, text = example("samplers.py", *arguments, "--data-dir", data_dir, "--output", tmp_path)
-    assert status == 0 and "right on" in text and "Distance of as many training images" in text, text
+    assert status == 0 and "right on" in text and "Kernel distance of as many training images" in text, text
     header, *rows = (tmp_path / "distances.csv").read_text().splitlines()
     assert header == "sampler,spacing,network calls,distance" and len(rows) == 8 * 3
     assert {int(row.split(",")[-2]) for row in rows} == {5, 6}  # Heun calls an odd number
@@ -192,14 +195,107 @@ def test_moons_exact_denoiser_is_the_mean():
 
 @pytest.mark.slow
 def test_guidance(tmp_path, data_dir):
-    options = "--epochs 1 --steps-per-epoch 2 --num-samples 20 --scales 0 2".split()
+    options = "--epochs 1 --steps-per-epoch 2 --classifier-epochs 1 --num-samples 20 --scales 0 2".split()
     status, text = example("guidance.py", *options, "--data-dir", data_dir, "--output", tmp_path)
-    assert status == 0 and "right on" in text and "Distance of as many training images" in text, text
+    assert status == 0 and "right on" in text and "Kernel distance of as many training images" in text, text
     header, *rows = (tmp_path / "guidance.csv").read_text().splitlines()
     assert header == "guidance scale,share in class,distance" and [row.split(",")[0] for row in rows] == ["0.0", "2.0"]
     for name in ("guidance.png", "samples/0001.png"):
         with Image.open(tmp_path / name) as picture:
             picture.load()
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """The arguments of a run without data and network, which goes on with drawn flowers; networks are tiny."""
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    unet = kd.networks.unet
+    monkeypatch.setattr(kd.networks, "unet", lambda shape, *_, **kwargs: unet(shape, 8, (1,), 1, (), groups=4))
+    return ["--data-dir", str(tmp_path / "nothing"), "--output", str(tmp_path / "out")]
+
+
+def in_process(name, *arguments):
+    importlib.import_module(name).main([str(argument) for argument in arguments])
+
+
+@pytest.mark.slow
+def test_mnist(tmp_path, offline, capsys):
+    in_process("mnist", *offline, *"--steps 5 --more-steps 5 --num-samples 20 --classifier-epochs 1".split())
+    text = capsys.readouterr().out
+    assert "NOT TRAINING ON mnist" in text and "right on" in text and text.count("kernel distance") == 9, text
+    for name in ("schedules", "embedding", "choices", "samples", "denoising", "editing"):
+        assert np.ptp(read(tmp_path / f"out/{name}.png")[..., :3]) > 200
+    assert keras.saving.load_model(tmp_path / "out/model.keras").data_shape == (28, 28, 1)
+
+
+@pytest.mark.slow
+def test_mnist_is_told_the_noise_level():
+    """The network's answer at t is that of the bare one at 1000 sqrt(alpha_bar_t)."""
+    mnist = importlib.import_module("mnist")
+    network, schedule = kd.networks.mlp(2, 8, 1), kd.schedules.linear(1000)
+    network.layers[-1].set_weights([np.ones((8, 2)), np.zeros(2)])
+    x = np.ones((1, 2), "float32")
+    got = mnist.told_noise_level(network, schedule)([x, np.array([300])])
+    level = np.round(1000 * np.sqrt(schedule.alpha[300] ** 2)).astype("int32")
+    np.testing.assert_allclose(got, network([x, level[None]]), rtol=1e-6)
+    assert not np.allclose(got, network([x, np.array([300])]))
+
+
+@pytest.mark.slow
+def test_fashion_mnist(tmp_path, offline, monkeypatch, capsys):
+    dit = kd.networks.dit
+    monkeypatch.setattr(kd.networks, "dit", lambda shape, **_: dit(shape, 7, 8, 1, 1))
+    options = "--epochs 1 --steps-per-epoch 2 --num-samples 20 --classifier-epochs 1"
+    in_process("fashion_mnist", *offline, *options.split())
+    text = capsys.readouterr().out
+    rows = text[text.index("network  ") :].splitlines()[1:-1]
+    names = ["basic U-Net, as in tutorials", "basic U-Net", "full U-Net", "transformer"]
+    assert len(rows) == 4 and all(row.startswith(name) for row, name in zip(rows, names)), text
+    for name in ("training", "networks", "samples", "denoising"):
+        assert np.ptp(read(tmp_path / f"out/{name}.png")[..., :3]) > 200
+
+
+@pytest.mark.slow
+def test_your_images(tmp_path, offline):
+    """A folder of few pictures, none of them square; and without a folder."""
+    for index, flower in enumerate(kd.datasets.procedural_flowers(12, 20)[0]):
+        kd.images.save(tmp_path / f"mine/{index % 2}/{index}.png", flower[: 16 + index % 4])
+    options = "--epochs 2 --steps-per-epoch 2 --image-size 16".split()
+    in_process("your_images", tmp_path / "mine", *offline, *options)
+    for name in ("pictures", "samples/0002", "loss", "samples", "denoise"):
+        assert np.ptp(read(tmp_path / f"out/{name}.png")[..., :3]) > 100
+    assert keras.saving.load_model(tmp_path / "out/model.keras").data_shape == (16, 16, 3)
+    with pytest.raises(ValueError, match="no folder"):
+        in_process("your_images", tmp_path / "yours", *offline, *options)
+
+
+@pytest.mark.slow
+def test_your_images_on_photographs(tmp_path, offline, data_dir, capsys):
+    """Without a folder it writes photographs into one, and trains on that."""
+    options = ["--epochs", 1, "--steps-per-epoch", 1, "--data-dir", data_dir]
+    in_process("your_images", *offline, *options)
+    assert len(list((tmp_path / "out/pictures").glob("*.png"))) == 2000
+    assert "1800 pictures to train on, 200 held out" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_evaluate(tmp_path, offline, capsys):
+    """A report of an untrained model, whose samples are found to be far from flowers."""
+    model = kd.DiffusionModel(kd.networks.unet((16, 16, 3)), kd.GaussianDiffusion(kd.schedules.cosine(20), "v"))
+    model.save(tmp_path / "model.keras")
+    options = "--num-samples 40 --num-likelihood 4 --classifier-epochs 1 --train-extractor".split()
+    in_process("evaluate", tmp_path / "model.keras", *offline, *options)
+    text = capsys.readouterr().out
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["num_samples"] == 40 and report["extractor"] == "classifier" and len(report["extractor_hash"]) == 12
+    for name in ("kid", "fid"):
+        assert report[name]["value"] > report[name]["floor"] + 3 * report[name]["floor_deviation"], text
+    assert report["precision"]["value"] < report["precision"]["floor"] and report["kid_p_value"] < 0.05
+    assert report["memorisation"]["floor"] == 0.05
+    assert report["bits_per_dimension"]["small"]["num_images"] == 4
+    assert np.ptp(read(tmp_path / "out/report.png")[..., :3]) > 200
+    with pytest.raises(ValueError, match="There is no model nowhere.keras"):
+        in_process("evaluate", "nowhere.keras", *offline)
 
 
 @pytest.fixture
@@ -243,7 +339,7 @@ def test_edit(edit):
     edit("interpolate", "white.png", "black.png", "--num", "3", "--num-steps", "2")
     assert np.all(read("runs/edit/interpolate/1-1.png") == 255) and np.all(read("runs/edit/interpolate/1-3.png") == 0)
 
-    text = edit("reconstruct", "--num-drawn", "2", "--num-steps", "2", "4")
+    text = edit("reconstruct", "--num-flowers", "2", "--num-steps", "2", "4")
     assert [line.split()[0] for line in text.splitlines()[:2]] == ["2", "4"]
     assert pathlib.Path("runs/edit/reconstruct/2-5.png").is_file()
     for name in ("inpaint", "variations", "interpolate", "reconstruct"):

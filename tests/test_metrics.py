@@ -153,6 +153,120 @@ def test_corruptions_increase_the_distance(make):
         assert np.all(np.diff(values) > 0), (name, values)
 
 
+def test_p_values_of_the_same_distribution_are_uniform():
+    """And those of different ones as small as the number of permutations allows."""
+    metric, values = metrics.KernelInceptionDistance(Pixels(), subset_size=2), []
+    for seed in range(200):
+        metric.reset_state()
+        metric.update_state(draw(30, 2 * seed), draw(40, 2 * seed + 1))
+        values.append(metric.p_value(num_permutations=99))
+    # Kolmogorov-Smirnov: the largest gap to the uniform distribution, at the level of one in a thousand.
+    gap = np.max(np.abs(np.sort(values) - (np.arange(200) + 0.5) / 200))
+    assert gap < 1.95 / 200**0.5 + 0.01
+    metric.update_state(generated_images=draw(40, 0, shift=0.5))
+    assert metric.p_value(num_permutations=999, max_images=30) == 1 / 1000
+
+
+def test_distances_of_many_images_are_summed_in_parts():
+    """More images than are looked at in one go: the discrepancy is that of the whole matrix."""
+    x, y = (draw(num, seed).reshape(num, 4).astype("float64") for seed, num in enumerate((1300, 900)))
+    (got,) = metrics._squared_discrepancies(*metrics._united(x, y))
+    k = (np.concatenate([x, y]) @ np.concatenate([x, y]).T / 4 + 1) ** 3
+    expected = (k[:1300, :1300].sum() - np.trace(k[:1300, :1300])) / (1300 * 1299)
+    expected += (k[1300:, 1300:].sum() - np.trace(k[1300:, 1300:])) / (900 * 899)
+    assert got == pytest.approx(expected - 2 * k[:1300, 1300:].mean(), rel=1e-9)
+
+
+def test_precision_and_recall_are_their_definition():
+    """Loops over the definition of Kynkäänniemi et al., 2019, Eq. 1-2."""
+    real, generated = draw(40, 0), draw(30, 1, 0.2, 0.4)
+    metric = metrics.PrecisionRecall(flatten(), k=2)
+    got = metric(real, generated)
+
+    def share(x, y):
+        inside = 0
+        for a in x:
+            inside += any(np.linalg.norm(a - b) <= sorted(np.linalg.norm(b - c) for c in y)[2] for b in y)
+        return inside / len(x)
+
+    assert got == (share(generated, real), share(real, generated)) and 0 < min(got) and max(got) < 1
+    assert metric.standard_error() == pytest.approx(
+        (np.sqrt(got[0] * (1 - got[0]) / 30), np.sqrt(got[1] * (1 - got[1]) / 40))
+    )
+    about = metric.describe()
+    assert (about["precision"], about["recall"]) == got and about["num_generated"] == 30
+
+
+def test_floor_is_of_real_images_and_leaves_the_generated_ones():
+    metric = kid(subset_size=50)
+    metric.update_state(draw(200, 0), draw(60, 1, 0.5))
+    before = metric.result()
+    mean, std = metric.floor(draw(300, 2), 60)
+    assert metric.result() == before and abs(mean) < 3 * std < before
+    with pytest.raises(ValueError, match="in 1..9, the number of images. Received: num=10"):
+        metric.floor(draw(9, 0), 10)
+
+
+@pytest.fixture(scope="module")
+def flowers():
+    """Training, held-out and other drawn flowers, and a classifier of their kinds."""
+    keras.utils.set_random_seed(0)
+    x, labels = kd.datasets.procedural_flowers(1200, 16)
+    classifier = metrics.train_classifier(x[:600], labels[:600], epochs=8)
+    return x[:600], x[600:900], x[900:], labels[900:], classifier
+
+
+def test_a_trained_classifier_is_an_extractor(flowers):
+    training, held_out, others, labels, classifier = flowers
+    assert np.mean(np.argmax(classifier.predict(others, verbose=0), axis=1) == labels) > 0.8
+    extractor = metrics.Extractor(classifier)
+    assert extractor(others[:3]).shape == (3, 128) and extractor.name == "classifier"
+    with pytest.raises(ValueError, match="label for each"):
+        metrics.train_classifier(others, labels[:5])
+
+
+def test_dropped_modes_and_corruptions_in_features(flowers):
+    """Both distances rise; precision falls with noise, recall with blur and where kinds are missing."""
+    training, held_out, others, labels, classifier = flowers
+    noisy = np.clip(others + 0.8 * np.random.default_rng(0).standard_normal(others.shape), -1, 1)
+    blurred = sum(np.roll(others, (i, j), axis=(1, 2)) for i in range(4) for j in range(4)) / 16
+    coloured = np.clip(others + [0.7, -0.3, 0], -1, 1)
+    one_kind = np.resize(others[labels == 0], others.shape)
+    for metric in (
+        metrics.KernelInceptionDistance(classifier, subset_size=75),
+        metrics.FrechetInceptionDistance(classifier),
+    ):
+        metric.update_state(real_images=held_out)
+        limit = metric.compare(others) + 3 * metric.standard_error()
+        for name, images in {"noise": noisy, "colour": coloured, "one kind": one_kind}.items():
+            assert metric.compare(images) > limit, (metric.name, name)
+    metric = metrics.PrecisionRecall(classifier)
+    metric.update_state(real_images=held_out)
+    precision, recall = metric.compare(others)
+    assert metric.compare(noisy)[0] < precision - 0.2
+    assert metric.compare(blurred)[1] < recall - 0.15
+    of_one = metric.compare(one_kind)
+    assert of_one[0] > precision - 0.15 and of_one[1] < recall - 0.5
+
+
+def test_copies_are_found(flowers):
+    training, held_out, others, _, classifier = flowers
+    fresh = metrics.memorisation(classifier, training, held_out, others)
+    assert abs(fresh.share - 0.05) < 4 * np.sqrt(0.05 * 0.95 / 300) and fresh.quantile == 0.05
+    assert fresh.distances.shape == (300,) and fresh.distances.min() > 0
+    copied = others.copy()
+    copied[:60] = training[100:160] + np.float32(1e-3)
+    copies = metrics.memorisation(metrics.Extractor(classifier), training, held_out, copied)
+    assert copies.share > 0.2 and copies.share - fresh.share > 4 * copies.standard_error
+    assert np.array_equal(copies.nearest[:60], np.arange(100, 160))
+    # What a distance to the training data alone would praise.
+    metric = metrics.KernelInceptionDistance(classifier, subset_size=100)
+    metric.update_state(real_images=held_out)
+    assert metric.compare(training[:300]) < metric.compare(others) + 4 * metric.standard_error()
+    with pytest.raises(ValueError, match=r"in \(0, 1\). Received: quantile=1"):
+        metrics.memorisation(classifier, training, held_out, others, quantile=1)
+
+
 def test_extractors(tmp_path):
     model = flatten()
     model.save(tmp_path / "flatten.keras")
@@ -190,6 +304,9 @@ def test_inception_takes_any_size_and_grey(monkeypatch):
             "at least 10 images in each set. Received: 9 real and 20 gen",
         ),
         (lambda path: kid(subset_size=1), "subset_size=1"),
+        (lambda path: kid()(draw(9, 0), draw(1, 1)), "at least 1000 images"),
+        (lambda path: metrics.PrecisionRecall(flatten(), k=0), "k=0"),
+        (lambda path: metrics.PrecisionRecall(flatten())(draw(9, 0), draw(3, 1)), "at least 4 images"),
         (lambda path: fid()(draw(9, 0), draw(1, 1)), "at least 2 images. Received: 1 generated"),
         (lambda path: fid()(generated_images=draw(9, 0)), "Received: 0 real"),
         (lambda path: fid()(draw(9, 0) * np.nan, draw(9, 1)), "NaN"),
