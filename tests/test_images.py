@@ -95,4 +95,27 @@ def test_loss_plot(tmp_path):
     plots.loss(tmp_path / "new/loss.png", {"loss": [1.0, 0.5], "val_loss": [0.9, 0.6], "lr": [1, 1]})
     pixels = read(tmp_path / "new/loss.png")[..., :3].astype("int32")
     colourful = np.sum(np.ptp(pixels, axis=-1) > 60)
-    assert pixels.shape == (480, 720, 3) and 500 < colourful < 20_000  # two thin curves
+    assert abs(pixels.shape[1] / pixels.shape[0] - 1.5) < 0.1 and 500 < colourful < 20_000  # two thin curves
+
+
+def test_tables_of_images(tmp_path):
+    """Every cell where its row and column say, a grid of its images; folders are made."""
+    grey = {name: np.full((3, 4, 4, 1), level) for name, level in {"a": -1.0, "b": -0.5, "c": 0.0, "d": 0.5}.items()}
+    rows = {"first": {"left": grey["a"], "right": grey["b"]}, "second": {"left": grey["c"], "right": grey["d"]}}
+    plots.table(tmp_path / "deep/table.png", rows, columns=2, size=1)
+    with Image.open(tmp_path / "deep/table.png") as file:
+        pixels = np.asarray(file.convert("L"))
+    places = [np.argwhere(pixels == images.to_uint8(level)) for level in (-1.0, -0.5, 0.0, 0.5)]
+    assert all(10_000 < len(place) for place in places)
+    a, b, c, d = (np.median(place, axis=0) for place in places)
+    assert b[1] > a[1] + 200 and d[1] > c[1] + 200 and c[0] > a[0] + 200 and d[0] > b[0] + 200
+
+
+def test_curves(tmp_path):
+    with plots.figure(tmp_path / "deep/curves.png", 1, 2, (4, 2)) as (left, right):
+        plots.curves(left, {"y": [1, 2, 4], "of x": ([0, 10], [3, 3])}, title="two", yscale="log")
+        assert [line.get_xydata().tolist() for line in left.lines] == [[[0, 1], [1, 2], [2, 4]], [[0, 3], [10, 3]]]
+        assert [text.get_text() for text in left.get_legend().texts] == ["y", "of x"]
+        assert left.get_title() == "two" and left.get_yscale() == "log"
+    with Image.open(tmp_path / "deep/curves.png") as file:
+        assert file.width > 1.5 * file.height
