@@ -97,11 +97,11 @@ class SampleGrid(_Sampling):
 class SampleMetrics(_Sampling):
     """Compares samples with real images every few epochs, and adds the result to Keras' logs.
 
-    A metric "kid" appears as "val_kid", with its standard error as "val_kid_standard_error", in the first epoch and
-    every `every` epochs after it; in the epochs between, the logs repeat it. Put this callback before those that read
-    the logs:
+    A metric "kid" appears as "val_kid", with its standard error as "val_kid_standard_error". It is measured in the
+    first epoch and in those whose number is a multiple of `every`; in between, the logs repeat it (so that a `patience`
+    counts these epochs, too). Put this callback before those that read the logs:
 
-    >>> kid = metrics.KernelInceptionDistance(classifier, subset_size=500)
+    >>> kid = metrics.KernelInceptionDistance(classifier, subset_size=50)
     >>> kid.update_state(real_images=held_out)
     >>> model.fit(images, epochs=100, callbacks=[
     ...     SampleMetrics(kid, num_samples=500, every=5),
@@ -118,8 +118,8 @@ class SampleMetrics(_Sampling):
         guidance_scale: as in `DiffusionModel.sample`.
 
     Raises:
-        ValueError: before training, for a metric without real images, a sampler with more steps than the schedule,
-            wrong labels or a scale out of range.
+        ValueError: before training, for a metric without real images, too few samples for it, data that do not fit its
+            extractor, a sampler with more steps than the schedule, wrong labels or a scale out of range.
     """
 
     def __init__(self, metric, num_samples=1000, every=1, seed=0, sampler=None, labels=None, guidance_scale=1.0):
@@ -131,9 +131,12 @@ class SampleMetrics(_Sampling):
         super().on_train_begin(logs)
         if not self.metric.num_real:
             raise ValueError(f"The metric {self.metric.name} has no real images: call `update_state(real_images=...)`.")
+        self.metric.compare(np.zeros((self.num_samples, *self.model.data_shape)))
+        self.metric.values()
+        self._found = {}
 
     def on_epoch_end(self, epoch, logs=None):
-        if epoch % self.every == 0 or not self._found:
+        if (epoch + 1) % self.every == 0 or not self._found:
             self.metric.compare(self.sample())
             self._found = self.metric.values()
         logs.update({f"val_{name}": value for name, value in self._found.items()})

@@ -36,25 +36,25 @@ class BitsPerDimension:
     errors: np.ndarray
 
 
-def bits_per_dimension(model, x, variance="small", seed=0, **options):
+def bits_per_dimension(model, x, seed=0, **options):
     """The variational bound of a model for images, each at all T times with one noise.
 
-    It is that of `samplers.DDPM(variance=variance)` with all T steps. The decoder at t = 1 has the variance beta_1 for
-    "large", and for "small", whose own is 0 there, that at t = 2.
+    It is that of `samplers.DDPM(variance=...)` with all T steps: "small" is the variance of q(x_{t−1} | x_t, x_0) and
+    "large" that of q(x_t | x_{t−1}), beta_t. The decoder at t = 1 has beta_1 for "large", and for "small", whose own is
+    0 there, that at t = 2 (which the paper's code takes for both).
 
     Args:
         model: a `DiffusionModel` of images in [-1, 1].
         x: images `(num, height, width, channels)` at the 256 levels of `images.from_uint8`.
-        variance: of p(x_{t−1} | x_t): "small", that of q(x_{t−1} | x_t, x_0), or "large", beta_t.
         seed: of the noise.
-        **options: of `DiffusionModel.sample`: `labels`, `guidance_scale`, `use_ema`, `batch_size`, ...
+        **options: of `DiffusionModel.denoise`: `labels`, `guidance_scale`, `use_ema`, `batch_size`, ...
 
     Returns:
-        A `BitsPerDimension`.
+        A dict from "small" and "large" to a `BitsPerDimension`.
 
     Raises:
-        ValueError: for images of another shape or range or between the levels, another variance, fewer than two
-            steps, or a model whose data are not in [-1, 1].
+        ValueError: for images of another shape or range or between the levels, fewer than two steps, or a model whose
+            data are not in [-1, 1].
 
     Reference: Ho et al., 2020, Eq. 5 and 13; Sohl-Dickstein et al., 2015.
     """
@@ -64,8 +64,6 @@ def bits_per_dimension(model, x, variance="small", seed=0, **options):
             "Expected a model of data in [-1, 1] and at least two steps. "
             f"Received: clip_range={diffusion.clip_range}, timesteps={schedule.timesteps}"
         )
-    if variance not in ("small", "large"):
-        raise ValueError(f"`variance` must be 'small' or 'large'. Received: variance={variance!r}")
     if not checks.is_count(seed, low=0):
         raise ValueError(f"`seed` must be a non-negative integer. Received: seed={seed!r}")
     x = checks.data(x, model.data_shape, (-1, 1), "x")
@@ -81,22 +79,27 @@ def bits_per_dimension(model, x, variance="small", seed=0, **options):
     alpha, sigma = schedule.alpha, schedule.sigma
     prior = mean(_divergence((alpha[-1] * x) ** 2, sigma[-1] ** 2, alpha[-1] ** 2 + sigma[-1] ** 2))
     random = np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0])  # no one else's stream of that seed
-    terms, errors = [], []
+    terms, errors = {"small": [], "large": []}, []
     for t in range(1, schedule.timesteps + 1):
         x_t = alpha[t] * x + sigma[t] * random.standard_normal(x.shape)
         x_0 = model.denoise(x_t, t, **options)
         errors.append(np.mean((x_0 - x) ** 2))
+        large = sigma[t] ** 2 - (alpha[t] / alpha[t - 1]) ** 2 * sigma[t - 1] ** 2
         s = max(t, 2) - 1
-        from_x_0, _, of_q = posterior_coefficients(alpha[s + 1], sigma[s + 1], alpha[s], sigma[s])
-        ratio = alpha[t] / alpha[t - 1]
-        of_p = of_q if variance == "small" else sigma[t] ** 2 - ratio**2 * sigma[t - 1] ** 2
-        if t == 1:
-            terms.append(mean(-_log_probability(level, x_0, np.sqrt(of_p))))
-        else:
-            terms.append(mean(_divergence((from_x_0 * (x_0 - x)) ** 2, of_q, of_p)))
-    totals = prior + np.sum(terms, axis=0)
-    error = float(np.std(totals, ddof=1) / len(x) ** 0.5) if len(x) > 1 else math.nan
-    return BitsPerDimension(float(totals.mean()), error, float(prior.mean()), np.mean(terms, axis=1), np.array(errors))
+        from_x_0, _, small = posterior_coefficients(alpha[s + 1], sigma[s + 1], alpha[s], sigma[s])
+        for name, of_p in {"small": small, "large": large}.items():
+            if t == 1:
+                terms[name].append(mean(-_log_probability(level, x_0, np.sqrt(of_p))))
+            else:
+                terms[name].append(mean(_divergence((from_x_0 * (x_0 - x)) ** 2, small, of_p)))
+    found = {}
+    for variance, of_images in terms.items():
+        totals = prior + np.sum(of_images, axis=0)
+        error = float(np.std(totals, ddof=1) / len(x) ** 0.5) if len(x) > 1 else math.nan
+        found[variance] = BitsPerDimension(
+            float(totals.mean()), error, float(prior.mean()), np.mean(of_images, axis=1), np.array(errors)
+        )
+    return found
 
 
 def _divergence(squared_distance, variance_q, variance_p):
@@ -118,10 +121,9 @@ def _log_probability(level, mean, std):
 def _log_cdf(z):
     """Of the standard Gaussian; far down by its asymptotic series. [Abramowitz and Stegun, 7.1.23]"""
     far = np.minimum(z, -30.0)
-    with np.errstate(invalid="ignore"):
-        series = -(far**2) / 2 - np.log(-far * math.sqrt(2 * math.pi)) + np.log1p(-1 / far**2 + 3 / far**4)
+    series = -(far**2) / 2 - np.log(-far * math.sqrt(2 * math.pi)) + np.log1p(-1 / far**2 + 3 / far**4)
     near = np.log(0.5 * _erfc(-np.maximum(z, -30.0) / math.sqrt(2)))
-    return np.where(np.isneginf(z), -np.inf, np.where(z < -30, series, near))
+    return np.where(z < -30, series, near)
 
 
 _erfc = np.vectorize(math.erfc, otypes=[float])

@@ -82,7 +82,10 @@ class Extractor:
         expected = self.model.input_shape[1:]
         if any(size not in (None, got) for size, got in zip(expected, images.shape[1:], strict=True)):
             raise ValueError(f"The extractor {self.name} takes images {expected}. Received: {images.shape[1:]}")
-        return self.model.predict(images, batch_size=batch_size, verbose=0).astype("float64")
+        features = self.model.predict(images, batch_size=batch_size, verbose=0).astype("float64")
+        if not np.all(np.isfinite(features)):
+            raise ValueError(f"The features of the extractor {self.name} are NaN or infinite.")
+        return features
 
 
 class _Distance(keras.metrics.Metric):
@@ -176,13 +179,15 @@ class _Distance(keras.metrics.Metric):
         """What real images get in place of generated ones, for comparison.
 
         Args:
-            images: real images, others than those that the metric has been given.
+            images: real images, others than those that the metric has been given and, to be a floor, than those that
+                the extractor was trained on.
             num: how many are drawn at a time, without replacement.
             num_draws: how often.
             seed: of the drawing.
 
         Returns:
-            Mean and standard deviation of the results, each like a result.
+            Mean and standard deviation of the results, each like a result. The real images are the same in all draws,
+            so that the deviation lacks their chance.
 
         Raises:
             ValueError: for fewer images than `num`.
@@ -190,10 +195,16 @@ class _Distance(keras.metrics.Metric):
         if not checks.is_count(num) or num > len(images):
             raise ValueError(f"`num` must be in 1..{len(images)}, the number of images. Received: num={num!r}")
         random = np.random.default_rng(seed)
-        generated = self._generated
-        chosen = [np.sort(random.choice(len(images), num, replace=False)) for _ in range(num_draws)]
-        values = [self.compare(images[indices]) for indices in chosen]
-        self._generated = generated
+        chosen = [random.choice(len(images), num, replace=False) for _ in range(num_draws)]
+        needed, rows = np.unique(chosen, return_inverse=True)
+        features = self.extractor(images[needed])
+        generated, values = self._generated, []
+        try:
+            for indices in rows.reshape(num_draws, num):
+                self._generated = self._add(self._empty(), features[indices])
+                values.append(self.result())
+        finally:
+            self._generated = generated
         return np.mean(values, axis=0).tolist(), np.std(values, axis=0, ddof=1).tolist()
 
 
@@ -220,7 +231,6 @@ class _FeatureDistance(_Distance):
         return sets
 
 
-@keras.saving.register_keras_serializable(package="keras_ddpm")
 class KernelInceptionDistance(_FeatureDistance):
     """KID: the squared maximum mean discrepancy of features under the kernel (x·y / dim + 1)³, without bias.
 
@@ -276,10 +286,15 @@ class KernelInceptionDistance(_FeatureDistance):
             A Python float.
 
         Raises:
-            ValueError: for fewer than 2 images in a set.
+            ValueError: for fewer than 2 images in a set, or numbers too small.
 
         Reference: Gretton et al., 2012, section 3 and theorem 12.
         """
+        if not checks.is_count(num_permutations) or not checks.is_count(max_images, low=2):
+            raise ValueError(
+                "Expected at least one permutation and two images. "
+                f"Received: num_permutations={num_permutations!r}, max_images={max_images!r}"
+            )
         random = np.random.default_rng(self.seed)
         x, y = (features[random.permutation(len(features))[:max_images]] for features in self._features(at_least=2))
         features, first = _united(x, y)
@@ -309,7 +324,6 @@ def _squared_discrepancies(features, first):
     return within_first / (n * (n - 1)) + within_second / (m * (m - 1)) - 2 * between / (n * m)
 
 
-@keras.saving.register_keras_serializable(package="keras_ddpm")
 class PrecisionRecall(_FeatureDistance):
     """How many generated images look real, and how much of what is real is generated.
 
@@ -360,10 +374,10 @@ def _share_inside(x, y, k):
     return float(np.concatenate([np.any(rows <= radius, axis=1) for rows in _squared_distances(x, y)]).mean())
 
 
-def _squared_distances(x, y):
-    """Rows of the matrix of all pairs, a thousand at a time."""
+def _squared_distances(x, y, at_once=10_000_000):
+    """Rows of the matrix of all pairs, some at a time."""
     lengths = np.sum(y**2, axis=1)
-    for part in np.array_split(x, -(-len(x) // 1000)):
+    for part in np.array_split(x, -(-len(x) * len(y) // at_once)):
         yield np.maximum(np.sum(part**2, axis=1)[:, None] - 2 * part @ y.T + lengths, 0)
 
 
@@ -373,7 +387,7 @@ class Memorisation:
 
     Attributes:
         share: of the generated images that are nearer to a training image than nearly all held-out ones are.
-        standard_error: of the share.
+        standard_error: of the share, from the numbers of both kinds of images.
         quantile: the share of the held-out images that are as near; what a model has that does not memorise.
         nearest: for each generated image, the number of the training image nearest to it, `(num,)`.
         distances: from one to the other, in features, `(num,)`.
@@ -391,13 +405,14 @@ class Memorisation:
 def memorisation(extractor, training_images, held_out_images, generated_images, quantile=0.05):
     """Whether generated images are copies of training images.
 
-    The distance to the nearest training image is set beside that of held-out images: that many of these are nearer
-    than the `quantile` of theirs by definition, and so are generated images, unless they are copies, or duller than
-    photographs: look at the pairs.
+    The distance to the nearest training image is set beside that of held-out images: the share `quantile` of these is
+    nearer than the `quantile` of theirs, and so, on average, is that share of the generated images, unless they are
+    copies, or duller than photographs: look at the pairs.
 
     Args:
         extractor: an `Extractor`, or what makes one.
-        training_images: `(num, height, width, channels)` in [-1, 1], all that the model was trained on.
+        training_images: `(num, height, width, channels)` in [-1, 1], all that the model was trained on, also mirrored
+            ones.
         held_out_images: others from the same source.
         generated_images: samples of the model.
         quantile: in (0, 1).
@@ -406,16 +421,20 @@ def memorisation(extractor, training_images, held_out_images, generated_images, 
         A `Memorisation`.
 
     Raises:
-        ValueError: for images that do not fit the extractor, or a quantile outside (0, 1).
+        ValueError: for images that do not fit the extractor, a quantile outside (0, 1), or fewer than 1 / quantile
+            held-out images.
     """
     if not checks.is_positive(quantile) or quantile >= 1:
         raise ValueError(f"`quantile` must be in (0, 1). Received: quantile={quantile!r}")
+    if len(held_out_images) < 1 / quantile:
+        raise ValueError(f"The quantile {quantile} of {len(held_out_images)} held-out images is not known.")
     extractor = extractor if isinstance(extractor, Extractor) else Extractor(extractor)
     training = extractor(training_images)
     nearest, distances = _nearest(extractor(generated_images), training)
     _, held_out = _nearest(extractor(held_out_images), training)
-    share = float(np.mean(distances < np.quantile(held_out, quantile)))
-    error = float(np.sqrt(share * (1 - share) / len(distances)))
+    # Of quantiles of a sample, the one below which the share of others is `quantile` on average.
+    share = float(np.mean(distances < np.quantile(held_out, quantile, method="weibull")))
+    error = float(np.sqrt(share * (1 - share) / len(distances) + quantile * (1 - quantile) / len(held_out)))
     return Memorisation(share, error, quantile, nearest, distances, held_out)
 
 
@@ -426,7 +445,6 @@ def _nearest(x, y):
     return numbers, np.sqrt(squares)
 
 
-@keras.saving.register_keras_serializable(package="keras_ddpm")
 class FrechetInceptionDistance(_Distance):
     """FID: the squared 2-Wasserstein distance between Gaussians with the features' means and covariances.
 

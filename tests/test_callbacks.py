@@ -162,22 +162,24 @@ def test_metrics_of_samples_are_ordinary_logs(tmp_path):
     kid.update_state(real_images=IMAGES)
     model = small_model()
     best = tmp_path / "best.keras"
+    metric = kd.callbacks.SampleMetrics(kid, num_samples=8, every=2, sampler=kd.samplers.DDIM(2))
     history = model.fit(
         IMAGES,
         epochs=5,
         batch_size=8,
         callbacks=[
-            kd.callbacks.SampleMetrics(kid, num_samples=8, every=2, sampler=kd.samplers.DDIM(2)),
+            metric,
             keras.callbacks.ModelCheckpoint(best, monitor="val_kid", mode="min", save_best_only=True),
-            keras.callbacks.EarlyStopping(monitor="val_kid", mode="min", patience=9),
             keras.callbacks.CSVLogger(tmp_path / "log.csv"),
         ],
         verbose=0,
     ).history
     values = history["val_kid"]
-    assert len(values) == 5 and values[0] == values[1] and values[2] == values[3] and len(set(values)) == 3
-    assert values[-1] == kid.compare(model.sample(8, kd.samplers.DDIM(2), seed=0))
-    assert history["val_kid_standard_error"][-1] == kid.standard_error()
+    assert len(values) == 5 and values[1] == values[2] and values[3] == values[4] and len(set(values)) == 3
+    model.fit(IMAGES, epochs=7, initial_epoch=6, callbacks=[metric], verbose=0)  # another fit, another first epoch
+    assert kid.result() not in values
+    assert kid.result() == kid.compare(model.sample(8, kd.samplers.DDIM(2), seed=0))
+    assert history["val_kid_standard_error"][-1] > 0
     saved = keras.saving.load_model(best)
     assert kid.compare(saved.sample(8, kd.samplers.DDIM(2), seed=0)) == pytest.approx(min(values), rel=1e-6)
     assert (tmp_path / "log.csv").read_text().splitlines()[0] == "epoch,loss,val_kid,val_kid_standard_error"
@@ -190,5 +192,25 @@ def test_metrics_of_samples_that_cannot_be_had():
     kid.update_state(real_images=IMAGES)
     with pytest.raises(ValueError, match="takes no labels"):
         small_model().fit(IMAGES, callbacks=[kd.callbacks.SampleMetrics(kid, labels=1)], verbose=0)
+    with pytest.raises(ValueError, match="at least 4 images in each set. Received: 16 real and 3 generated"):
+        small_model().fit(IMAGES, callbacks=[kd.callbacks.SampleMetrics(kid, num_samples=3)], verbose=0)
     with pytest.raises(ValueError, match="every=0"):
         kd.callbacks.SampleMetrics(kid, every=0)
+
+
+def test_early_stopping_by_a_metric_of_samples(monkeypatch):
+    """Patience counts epochs in which the metric does not fall: here it rises after the second."""
+    kid = kd.metrics.KernelInceptionDistance(pixels(), subset_size=4)
+    kid.update_state(real_images=IMAGES)
+    metric = kd.callbacks.SampleMetrics(kid, num_samples=8)
+    model = small_model()
+    values = iter([3.0, 1.0, 2.0, 2.0, 2.0])
+    monkeypatch.setattr(metric, "sample", lambda: IMAGES[:8])
+    monkeypatch.setattr(kid, "values", lambda: {"kid": 0.0})
+    metric.set_model(model)
+    metric.on_train_begin()
+    monkeypatch.setattr(metric, "on_train_begin", lambda logs: None)
+    monkeypatch.setattr(kid, "values", lambda: {"kid": next(values)})
+    stop = keras.callbacks.EarlyStopping(monitor="val_kid", mode="min", patience=2)
+    history = model.fit(IMAGES, epochs=5, batch_size=8, callbacks=[metric, stop], verbose=0).history
+    assert history["val_kid"] == [3.0, 1.0, 2.0, 2.0]

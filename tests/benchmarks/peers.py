@@ -1,0 +1,287 @@
+"""Training and sampling side by side with diffusers, and with what the machine can do at all.
+
+    pip install torch diffusers jax
+    python tests/benchmarks/peers.py                          # every contestant against diffusers as it comes
+    python tests/benchmarks/peers.py --task sampling --against diffusers-tuned
+    python tests/benchmarks/peers.py --contestants torch-bfloat16 --size 32 --width 32    # a smaller job
+
+A contestant is this package on a backend in float32 or mixed bfloat16, or diffusers' UNet2DModel of the same widths: as
+it comes, or tuned (channels last, autocast to bfloat16). Each runs in a process of its own; two processes take turns,
+and the median of the ratios of neighbours is printed, as absolute times on a shared machine mean little.
+
+The limit of the machine is the time that the network's convolutions and matrix products take alone, each one timed by
+itself in PyTorch, forward and backward, in the faster of two layouts and the dtype of the contestant. The share of it
+that a step reaches is that time over the time of the step. It is measured between the turns.
+"""
+
+import argparse
+import collections
+import json
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+OURS = [f"{backend}-{dtype}" for backend in ("tensorflow", "jax", "torch") for dtype in ("float32", "bfloat16")]
+PEERS = ["diffusers", "diffusers-tuned"]
+
+
+def our_task(args, dtype):
+    """A function from a number of steps that makes as many, and the network."""
+    import keras
+
+    import keras_ddpm as kd
+
+    if dtype == "bfloat16":
+        keras.config.set_dtype_policy("mixed_bfloat16")
+    attention = (args.size // 4, args.size // 8)
+    network = kd.networks.unet((args.size, args.size, 3), args.width, attention_resolutions=attention)
+    model = kd.DiffusionModel(network, seed=0)
+    if args.task == "sampling":
+        return lambda steps: model.sample(args.batch_size, kd.samplers.DDPM(steps), seed=0), network
+    model.compile(loss="mse", optimizer=keras.optimizers.Adam(1e-4, global_clipnorm=1.0))
+    x = np.random.default_rng(0).integers(0, 256, (256, args.size, args.size, 3), dtype="uint8")
+
+    def train(steps):
+        data = kd.datasets.from_arrays(x, batch_size=args.batch_size, steps_per_epoch=steps)
+        model.fit(data, verbose=0)
+
+    return train, network
+
+
+def diffusers_task(args, tuned):
+    """The same of diffusers, by its own training example: AdamW, clipped gradients; without an average of weights."""
+    import contextlib
+
+    import diffusers
+    import torch
+
+    down = ["DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"]
+    up = [name.replace("Down", "Up") for name in reversed(down)]
+    widths = [args.width * multiplier for multiplier in (1, 2, 4, 8)]
+    options = {"layers_per_block": 2, "norm_num_groups": 8, "attention_head_dim": None}
+    network = diffusers.UNet2DModel(
+        sample_size=args.size,
+        block_out_channels=widths,
+        down_block_types=down,
+        up_block_types=up,
+        **options,
+    )
+    scheduler = diffusers.DDPMScheduler(1000)
+    autocast = contextlib.nullcontext
+    if tuned:
+        network = network.to(memory_format=torch.channels_last)
+        autocast = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
+    if args.task == "sampling":
+        pipeline = diffusers.DDPMPipeline(network.eval(), scheduler)
+        pipeline.set_progress_bar_config(disable=True)
+
+        def sample(steps):
+            with autocast():
+                pipeline(args.batch_size, num_inference_steps=steps, output_type="np")
+
+        return sample, network
+    optimizer = torch.optim.AdamW(network.parameters(), 1e-4)
+    x = torch.rand(args.batch_size, 3, args.size, args.size) * 2 - 1
+    if tuned:
+        x = x.to(memory_format=torch.channels_last)
+
+    def train(steps):
+        for _ in range(steps):
+            noise, t = torch.randn_like(x), torch.randint(1000, (len(x),))
+            with autocast():
+                predicted = network(scheduler.add_noise(x, noise, t), t).sample
+            loss = torch.nn.functional.mse_loss(predicted.float(), noise)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return train, network
+
+
+def products(network):
+    """How often each convolution and matrix product occurs in a functional Keras network, by its sizes."""
+    import keras
+
+    found = collections.Counter()
+    for layer in network.operations:
+        if isinstance(layer, keras.layers.Conv2D):
+            kernel, channels = layer.kernel.shape[0], layer.input.shape[1:]
+            found["conv", *channels, layer.filters, kernel, layer.strides[0]] += 1
+        elif isinstance(layer, keras.layers.Dense):
+            rows = int(np.prod(layer.input.shape[1:-1]))
+            found["dense", rows, *layer.kernel.shape] += 1
+        elif layer.name.startswith("dot_product_attention"):
+            _, tokens, heads, channels = layer.output.shape
+            found["dense", tokens, channels, tokens] += heads
+            found["dense", tokens, tokens, channels] += heads
+    return [[*sizes, number] for sizes, number in found.items()]
+
+
+def operations(entry):
+    """Multiplications and additions of all of them in one forward pass of one example."""
+    kind, *sizes, number = entry
+    if kind == "dense":
+        return 2 * number * int(np.prod(sizes))
+    height, width, channels, filters, kernel, stride = sizes
+    return 2 * number * height * width * channels * filters * kernel**2 // stride**2
+
+
+def limit_task(args, dtype, entries):
+    """A function that returns the seconds of the products alone, each in its faster layout."""
+    import torch
+
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    backward = args.task == "training"
+
+    def prepare(entry, layout):
+        kind, *sizes, _ = entry
+        if kind == "dense":
+            rows, inputs, outputs = sizes
+            x, w = torch.randn(args.batch_size * rows, inputs, dtype=dtype), torch.randn(inputs, outputs, dtype=dtype)
+            function = torch.matmul
+        else:
+            height, width, channels, filters, kernel, stride = sizes
+            x = torch.randn(args.batch_size, channels, height, width, dtype=dtype).to(memory_format=layout)
+            w = torch.randn(filters, channels, kernel, kernel, dtype=dtype).to(memory_format=layout)
+            function = lambda x, w: torch.nn.functional.conv2d(x, w, stride=stride, padding=kernel // 2)  # noqa: E731
+        x.requires_grad_(backward)
+        w.requires_grad_(backward)
+        y = function(x, w)
+        gradient = torch.randn_like(y)
+
+        def run():
+            start = time.perf_counter()
+            y = function(x, w)
+            if backward:
+                torch.autograd.grad(y, (x, w), gradient)
+            return time.perf_counter() - start
+
+        return run
+
+    def measure(_):
+        total = 0.0
+        with torch.set_grad_enabled(backward):
+            for entry in entries:
+                layouts = [torch.contiguous_format] + [torch.channels_last] * (entry[0] == "conv")
+                total += entry[-1] * min(min(run() for _ in range(3)) for run in (prepare(entry, it) for it in layouts))
+        return total
+
+    return measure, None
+
+
+def work(args):
+    """One contestant, in a process of its own: makes as many steps as a line of the input says, prints the seconds."""
+    name = args.worker
+    if name.startswith("limit"):
+        task, network = limit_task(args, name.split("-")[1], json.loads(sys.stdin.readline()))
+    elif name.startswith("diffusers"):
+        task, network = diffusers_task(args, tuned=name.endswith("tuned"))
+    else:
+        task, network = our_task(args, name.split("-")[1])
+    about = {}
+    if hasattr(network, "count_params"):
+        about = {"parameters": network.count_params(), "products": products(network)}
+    elif network is not None:
+        about = {"parameters": sum(weight.numel() for weight in network.parameters())}
+    task(1)
+    print("first", flush=True)
+    task(2)
+    print("ready", json.dumps(about), flush=True)
+    for line in sys.stdin:
+        start = time.perf_counter()
+        result = task(int(line))
+        print("took", result if name.startswith("limit") else (time.perf_counter() - start) / int(line), flush=True)
+
+
+class Worker:
+    def __init__(self, name, args, *lines):
+        command = [sys.executable, __file__, "--worker", name, "--task", args.task]
+        for option in ("size", "width", "batch_size"):
+            command += ["--" + option.replace("_", "-"), str(getattr(args, option))]
+        environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
+        if name in OURS:
+            environment["KERAS_BACKEND"] = name.split("-")[0]
+        start = time.perf_counter()
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        self.process = subprocess.Popen(command, env=environment, text=True, **pipes)
+        for line in lines:
+            self._write(line)
+        self._answer("first")
+        self.seconds_to_first_step = time.perf_counter() - start
+        self.about = json.loads(self._answer("ready"))
+
+    def seconds(self, steps):
+        self._write(str(steps))
+        return float(self._answer("took"))
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+    def _write(self, line):
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
+    def _answer(self, word):
+        for line in self.process.stdout:
+            if line.startswith(word):
+                return line.removeprefix(word)
+        raise RuntimeError(self.process.stderr.read()[-2000:])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=["training", "sampling"], default="training")
+    parser.add_argument("--contestants", nargs="+", choices=[*OURS, *PEERS], default=[*OURS, PEERS[1]])
+    parser.add_argument("--against", choices=[*OURS, *PEERS], default="diffusers")
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, help="(default: 8 to train, 16 to sample)")
+    parser.add_argument("--steps", type=int, default=2, help="in a turn (default: 2)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each (default: 5)")
+    parser.add_argument("--output", help="a .json file for the figures")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.batch_size = args.batch_size or {"training": 8, "sampling": 16}[args.task]
+    if args.worker:
+        return work(args)
+    print(f"{args.task}, {args.size}x{args.size}, base {args.width}, batch {args.batch_size}; against {args.against}")
+    print("contestant             parameters   first step, s   step, s   times as fast   share of the limit")
+    found = {}
+    for name in args.contestants:
+        workers = [Worker(args.against, args), Worker(name, args)]
+        about = workers[1].about
+        if "products" in about:
+            workers.append(Worker(f"limit-{name.split('-')[1]}", args, json.dumps(about["products"])))
+        taken = np.array([[worker.seconds(args.steps) for worker in workers] for _ in range(args.rounds)])
+        for worker in workers:
+            worker.close()
+        row = {
+            "parameters": about["parameters"],
+            "seconds_to_first_step": workers[1].seconds_to_first_step,
+            "seconds": np.median(taken[:, 1]),
+            "times_as_fast": np.median(taken[:, 0] / taken[:, 1]),
+        }
+        if len(workers) == 3:
+            row["share_of_limit"] = np.median(taken[:, 2] / taken[:, 1])
+            row["gigaflops"] = (
+                1e-9 * args.batch_size * (3 if args.task == "training" else 1) * sum(map(operations, about["products"]))
+            ) / row["seconds"]
+        found[name] = row
+        share = f"{row['share_of_limit']:8.2f}   ({row['gigaflops']:.0f} Gflop/s)" if len(workers) == 3 else ""
+        print(
+            f"{name:20} {row['parameters']:12,} {row['seconds_to_first_step']:15.1f} {row['seconds']:9.3f} "
+            f"{row['times_as_fast']:15.2f}   {share}",
+            flush=True,
+        )
+    if args.output:
+        with open(args.output, "w") as file:
+            json.dump({"arguments": vars(args), "found": found}, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()
