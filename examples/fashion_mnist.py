@@ -25,7 +25,6 @@ import time
 import common
 import keras
 from keras import layers
-from samplers import make_metric
 
 import keras_ddpm as kd
 
@@ -70,9 +69,9 @@ def main(arguments=None):
     parser.add_argument("--num-samples", type=int, default=1000, help="to be judged (default: 1000)")
     args = parser.parse_args(arguments)
     keras.utils.set_random_seed(args.seed)
-    data, test = common.load("fashion_mnist", 28, args, labels=True, steps_per_epoch=args.steps_per_epoch)
+    data, test = common.load("fashion_mnist", 28, args, channels=1, labels=True, steps_per_epoch=args.steps_per_epoch)
     kd.images.save(args.output / "training.png", kd.images.from_uint8(data.x[:25]), scale=2)
-    _, metric, _ = make_metric(data, test, args)
+    _, distance_of, _ = common.make_metric(data, test, args)
 
     networks = make_networks(data.x.shape[1:])
     tutorial = kd.GaussianDiffusion(kd.schedules.linear(100))
@@ -90,7 +89,7 @@ def main(arguments=None):
         common.train(model, data, args.epochs, learning_rate, verbose=0)
         trained = time.time()
         x = model.sample(args.num_samples, seed=args.seed, batch_size=min(250, args.num_samples), **options)
-        sampled, distance = time.time(), 1000 * metric.compare(x)
+        sampled, distance = time.time(), distance_of(x)
         columns[f"{title}: {distance:.0f}"] = x[:25]
         print(
             f"{title.replace(chr(10), ' '):32} {model.network.count_params():11,} {(trained - start) / 60:17.1f} "
@@ -100,13 +99,7 @@ def main(arguments=None):
         if name == "full U-Net":
             model.save(args.output / "model.keras")
             kd.images.save(args.output / "samples.png", x[:25], scale=2)
-            _, x_t, x_0 = model.sample(10, ddpm, seed=args.seed, return_trajectory=10)
-            way = {f"t = {90 - 10 * i}": i for i in range(10)}
-            rows = {
-                "x_t": {t: x_t[i][:5] for t, i in way.items()},
-                "x_0": {t: x_0[i][:5] for t, i in way.items()},
-            }
-            kd.plots.table(args.output / "denoising.png", rows, size=0.5)
+            common.draw_denoising(args.output / "denoising.png", model, ddpm, args.seed)
     kd.plots.table(args.output / "networks.png", {"": columns}, columns=5, size=0.4)
     print(f"Wrote {args.output}.")
 

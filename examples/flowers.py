@@ -108,17 +108,15 @@ def parse(arguments):
 def load_data(args):
     """The training and the held-out batches."""
     options = {"batch_size": args.batch_size, "steps_per_epoch": args.steps_per_epoch}
-    if args.dataset in DATASETS:
-        name = "oxford_flowers102" if args.dataset == "auto" else args.dataset
-        insist = args.dataset == name
-        return common.load(name, args.image_size, args, insist=insist, num_drawn=args.num_images, **options)
-    x = kd.datasets.from_folder(args.dataset, args.image_size, strict=args.strict, batch_size=1).x
-    return common.split(x, seed=args.seed, flip=True, **options)
+    name = "oxford_flowers102" if args.dataset == "auto" else args.dataset
+    insist = args.dataset == name
+    options |= {"strict": args.strict, "num_drawn": args.num_images}
+    return common.load(name, args.image_size, args, insist=insist, **options)
 
 
 def make_model(args):
     if args.init:
-        return keras.saving.load_model(args.init)
+        return common.load_model(args.init)
     network = kd.networks.unet(
         (args.image_size, args.image_size, 3),
         args.width,

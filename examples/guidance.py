@@ -22,7 +22,6 @@ import csv
 import common
 import numpy as np
 from samplers import load_data
-from samplers import make_metric
 from samplers import make_model
 from samplers import make_parser
 
@@ -39,7 +38,7 @@ def main(arguments=None):
     num_classes = int(data.labels.max()) + 1
     if args.num_samples < 2 * num_classes:
         parser.error(f"--num-samples must be at least {2 * num_classes}, two of each class.")
-    classifier, metric, _ = make_metric(data, test, args)
+    classifier, distance, _ = common.make_metric(data, test, args)
     if args.model:
         model = common.load_model(args.model)
     else:
@@ -58,7 +57,7 @@ def main(arguments=None):
         )
         right = np.mean(np.argmax(classifier.predict(x, batch_size=250, verbose=0), axis=1) == labels)
         error = np.sqrt(right * (1 - right) / args.num_samples)
-        rows.append([scale, right, 1000 * metric.compare(x)])
+        rows.append([scale, right, distance(x)])
         samples[f"w = {scale:g}"] = {"": x[: 2 * num_classes]}
         print(f"{scale:14g}   {right:14.1%} ± {error:.1%}   {rows[-1][2]:17.1f}", flush=True)
     with open(args.output / "guidance.csv", "w", newline="") as file:

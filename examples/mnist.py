@@ -30,37 +30,34 @@ import common
 import keras
 import numpy as np
 from keras import ops
-from samplers import make_metric
 
 import keras_ddpm as kd
 
 
-def make_network():
-    return kd.networks.unet((28, 28, 1), 16, (1, 2, 4), 1, attention_resolutions=())
-
-
-def told_noise_level(network, schedule):
-    """The network, told 1000 sqrt(alpha_bar_t) where it was told t."""
-    x_t, t = (keras.Input(tensor.shape[1:], dtype=tensor.dtype) for tensor in network.inputs)
-    level = ops.take(np.round(1000 * schedule.alpha).astype("int32"), t)
-    return keras.Model([x_t, t], network([x_t, level]))
+def make_network(told=None):
+    """A small U-Net, told t, or, with the alpha of a schedule, 1000 sqrt(alpha_bar_t)."""
+    unet = kd.networks.unet((28, 28, 1), 16, (1, 2, 4), 1, attention_resolutions=())
+    if told is None:
+        return unet
+    x_t, t = (keras.Input(tensor.shape[1:], dtype=tensor.dtype) for tensor in unet.inputs)
+    level = ops.take(np.round(1000 * told).astype("int32"), t)
+    return keras.Model([x_t, t], unet([x_t, level]))
 
 
 def make_choices(data):
-    """From names to the arguments of `DiffusionModel`, and how its data come from those in [-1, 1]: scale, offset."""
+    """From names to arguments of `make_network` and `DiffusionModel`, and scale and offset of data in [-1, 1]."""
     linear = kd.schedules.linear
     mean, std = np.mean(data), np.std(data)
-    standardised = tuple((end - mean) / std for end in (-1, 1))
-    told = told_noise_level(make_network(), linear(1000))
+    of_range = lambda *clip_range: {"diffusion": kd.GaussianDiffusion(clip_range=clip_range)}  # noqa: E731
     return {
-        "T = 1000, [-1, 1]": ({}, 1, 0),
-        "T = 100": ({"diffusion": kd.GaussianDiffusion(linear(100))}, 1, 0),
-        "T = 100, betas as they are": ({"diffusion": kd.GaussianDiffusion(np.linspace(1e-4, 0.02, 100))}, 1, 0),
-        "[0, 1]": ({"diffusion": kd.GaussianDiffusion(clip_range=(0, 1))}, 0.5, 0.5),
-        "standardised": ({"diffusion": kd.GaussianDiffusion(clip_range=standardised)}, 1 / std, -mean / std),
-        "told the noise level": ({"network": told}, 1, 0),
-        "one t per image": ({"timestep_sampling": "uniform"}, 1, 0),
-        "one t per batch": ({"timestep_sampling": "batch"}, 1, 0),
+        "T = 1000, [-1, 1]": ({}, {}, 1, 0),
+        "T = 100": ({}, {"diffusion": kd.GaussianDiffusion(linear(100))}, 1, 0),
+        "T = 100, betas as they are": ({}, {"diffusion": kd.GaussianDiffusion(np.linspace(1e-4, 0.02, 100))}, 1, 0),
+        "[0, 1]": ({}, of_range(0, 1), 0.5, 0.5),
+        "standardised": ({}, of_range((-1 - mean) / std, (1 - mean) / std), 1 / std, -mean / std),
+        "told the noise level": ({"told": linear(1000).alpha}, {}, 1, 0),
+        "one t per image": ({}, {"timestep_sampling": "uniform"}, 1, 0),
+        "one t per batch": ({}, {"timestep_sampling": "batch"}, 1, 0),
     }
 
 
@@ -105,8 +102,8 @@ def main(arguments=None):
     keras.utils.set_random_seed(args.seed)
     draw_schedules(args.output / "schedules.png")
     draw_embedding(args.output / "embedding.png")
-    train, test = common.load("mnist", 28, args, labels=True)
-    _, metric, _ = make_metric(train, test, args)
+    train, test = common.load("mnist", 28, args, channels=1, labels=True)
+    _, distance_of, _ = common.make_metric(train, test, args)
     data = kd.images.from_uint8(train.x)
 
     def fit(model, steps, scale=1, offset=0):
@@ -115,12 +112,12 @@ def main(arguments=None):
         )
         common.train(model, batches, 5, warmup_steps=100, verbose=0)
         x = (model.sample(args.num_samples, kd.samplers.DDPM(100), args.seed) - offset) / scale
-        return x, 1000 * metric.compare(x)
+        return x, distance_of(x)
 
     rows = {}
-    for name, (options, scale, offset) in make_choices(data).items():
+    for name, (network, options, scale, offset) in make_choices(data).items():
         keras.utils.set_random_seed(args.seed)
-        model = kd.DiffusionModel(**{"network": make_network(), "ema_decay": 0.99, "seed": args.seed, **options})
+        model = kd.DiffusionModel(make_network(**network), ema_decay=0.99, seed=args.seed, **options)
         x, distance = fit(model, args.steps, scale, offset)
         print(f"{name:28} kernel distance {distance:7.1f}", flush=True)
         rows[f"{name}: {distance:.0f}"] = {"": x[:12]}
@@ -131,10 +128,7 @@ def main(arguments=None):
     print(f"The first model after {args.more_steps} batches: kernel distance {distance:.1f}")
     model.save(args.output / "model.keras")
     kd.images.save(args.output / "samples.png", x[:100])
-    _, x_t, x_0 = model.sample(8, kd.samplers.DDPM(100), args.seed, return_trajectory=10)
-    way = {f"t = {900 - 100 * i}": i for i in range(10)}
-    rows = {"x_t": {name: x_t[i] for name, i in way.items()}, "x_0": {name: x_0[i] for name, i in way.items()}}
-    kd.plots.table(args.output / "denoising.png", rows, size=0.5)
+    common.draw_denoising(args.output / "denoising.png", model, kd.samplers.DDPM(100), args.seed)
     draw_editing(args.output / "editing.png", model, kd.images.from_uint8(test.x[:6]), args.seed)
     print(f"Wrote {args.output}.")
 

@@ -47,23 +47,6 @@ def make_model(data, args, num_classes=None):
     return kd.DiffusionModel(network, kd.GaussianDiffusion(prediction="v"), seed=args.seed)
 
 
-def make_metric(train, test, args):
-    """The classifier, and the kernel distance to the images in `test` in its features."""
-    classifier = kd.metrics.train_classifier(kd.images.from_uint8(train.x), train.labels, args.classifier_epochs)
-    x = kd.images.from_uint8(test.x)
-    accuracy = classifier.evaluate(x, test.labels, verbose=0, return_dict=True)["accuracy"]
-    print(f"The classifier is right on {accuracy:.1%} of {len(x)} held-out images.", flush=True)
-    metric = kd.metrics.KernelInceptionDistance(classifier, subset_size=args.num_samples)
-    metric.update_state(real_images=x)
-    floor = [1000 * value for value in metric.floor(kd.images.from_uint8(train.x), args.num_samples, seed=args.seed)]
-    print(
-        f"{args.num_samples} samples a row. Kernel distance of as many training images x 1000: {floor[0]:.1f} ± "
-        f"{floor[1]:.1f} (10 draws).",
-        flush=True,
-    )
-    return classifier, metric, floor
-
-
 def plot(path, rows, floor):
     with kd.plots.figure(path, size=(8, 6)) as axes:
         lines = {name: tuple(zip(*[row[2:] for row in rows if row[:2] == [name, "uniform"]])) for name in SAMPLERS}
@@ -91,7 +74,9 @@ def load_data(args):
     """Batches of training and of held-out images; makes the output folder, too."""
     args.output.mkdir(parents=True, exist_ok=True)
     keras.utils.set_random_seed(args.seed)
-    return common.load(args.dataset, args.image_size, args, labels=True, steps_per_epoch=args.steps_per_epoch)
+    return common.load(
+        args.dataset, args.image_size, args, channels=1, labels=True, steps_per_epoch=args.steps_per_epoch
+    )
 
 
 def main(arguments=None):
@@ -101,7 +86,7 @@ def main(arguments=None):
     if min(args.evaluations) < 2 or max(args.evaluations) > 1000:
         parser.error(f"--evaluations must be between 2 and 1000. Received: {args.evaluations}")
     data, test = load_data(args)
-    _, metric, floor = make_metric(data, test, args)
+    _, distance, floor = common.make_metric(data, test, args)
     if args.model:
         model = common.load_model(args.model)
     else:
@@ -116,7 +101,7 @@ def main(arguments=None):
                 start = time.time()
                 sampler = make(calls, spacing=spacing)
                 x = model.sample(args.num_samples, sampler, seed=args.seed, batch_size=min(250, args.num_samples))
-                rows.append([name, spacing, len(sampler.table(model.diffusion.schedule)), 1000 * metric.compare(x)])
+                rows.append([name, spacing, len(sampler.table(model.diffusion.schedule)), distance(x)])
                 if spacing == "uniform":
                     samples[name][f"{calls} calls"] = x[:3]
                 print(

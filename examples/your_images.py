@@ -46,11 +46,11 @@ def main(arguments=None):
         write_flowers(folder, 2000, args)
     x = kd.datasets.from_folder(folder, args.image_size, batch_size=1).x
     kd.images.save(out / "pictures.png", kd.images.from_uint8(x[:16]))
-    size = min(16, len(x) - len(x) // 10)
+    size = max(1, min(16, len(x) - max(1, len(x) // 10)))
     train, held_out = common.split(x, None, size, args.seed, flip=True, steps_per_epoch=args.steps_per_epoch)
     print(f"{train.num_examples} pictures to train on, {held_out.num_examples} held out.", flush=True)
 
-    network = kd.networks.unet((args.image_size,) * 2 + (3,), args.width, (1, 2, 4, 8), 1, (args.image_size // 8,))
+    network = kd.networks.unet((args.image_size,) * 2 + (3,), args.width, (1, 2, 4, 8), 1, (-(-args.image_size // 8),))
     diffusion = kd.GaussianDiffusion(kd.schedules.shifted(kd.schedules.cosine(1000), args.image_size, 32), "v")
     model = kd.DiffusionModel(network, diffusion, ema_decay=0.995, seed=args.seed)
     history = common.train(

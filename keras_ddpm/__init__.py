@@ -5,6 +5,7 @@ from keras_ddpm import datasets
 from keras_ddpm import editing
 from keras_ddpm import hardware
 from keras_ddpm import images
+from keras_ddpm import layers
 from keras_ddpm import likelihood
 from keras_ddpm import metrics
 from keras_ddpm import networks
@@ -22,6 +23,7 @@ __all__ = [
     "editing",
     "hardware",
     "images",
+    "layers",
     "likelihood",
     "metrics",
     "networks",

@@ -41,16 +41,13 @@ def loss(path, history):
             does not end in "loss" are left out.
     """
     with figure(path) as axes:
-        for name, values in history.items():
-            if name.endswith("loss"):
-                axes.plot(range(1, len(values) + 1), values, marker="." if len(values) < 50 else "", label=name)
-        axes.set(xlabel="epoch", ylabel="loss", yscale="log")
+        lines = {name: (range(1, len(values) + 1), values) for name, values in history.items() if name.endswith("loss")}
+        curves(axes, lines, xlabel="epoch", ylabel="loss", yscale="log")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
         axes.grid(which="both", alpha=0.3)
-        axes.legend()
 
 
 def curves(axes, lines, **settings):
@@ -94,7 +91,7 @@ def table(path, rows, columns=1, size=0.6):
     """
     names = list(next(iter(rows.values())))
     heights = [max(-(-len(x) // columns) for x in row.values()) for row in rows.values()]
-    width = size * columns * len(names) + 0.1 * max(len(line) for name in rows for line in name.split("\n"))
+    width = (size * columns + 0.12) * len(names) + 0.1 * max(len(line) for name in rows for line in name.split("\n"))
     height = size * sum(heights) + 0.05 * len(rows) + 0.2 * max(name.count("\n") + bool(name) for name in names)
     with figure(path, len(rows), len(names), (width, height), squeeze=False, height_ratios=heights) as grid:
         for axes_of_row, (row, cells) in zip(grid, rows.items()):

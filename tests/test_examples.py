@@ -12,12 +12,13 @@ import sys
 import keras
 import numpy as np
 import pytest
+from keras import ops
 from PIL import Image
 
 import keras_ddpm as kd
 
 ROOT = pathlib.Path(__file__).parent.parent
-sys.path.append(str(ROOT / "examples"))
+sys.path.insert(0, str(ROOT / "examples"))
 README_CODE = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 SHORT = "--preset cpu --grid-every 1 --batch-size 8 --epochs 2 --steps-per-epoch 2".split()
 TINY = [*SHORT, *"--image-size 16 --width 8 --width-multipliers 1 2 --groups 4".split()]
@@ -214,6 +215,15 @@ def offline(tmp_path, monkeypatch):
     return ["--data-dir", str(tmp_path / "nothing"), "--output", str(tmp_path / "out")]
 
 
+def check_pictures(folder, *names):
+    """Each with something in its middle, and not black and white alone."""
+    for name in names:
+        pixels = read(folder / f"{name}.png").astype("int32")
+        height, width = pixels.shape[:2]
+        middle = pixels[height // 4 : -height // 4, width // 4 : -width // 4]
+        assert middle.std() > 5 and len(np.unique(middle)) > 30, name
+
+
 def in_process(name, *arguments):
     importlib.import_module(name).main([str(argument) for argument in arguments])
 
@@ -223,22 +233,26 @@ def test_mnist(tmp_path, offline, capsys):
     in_process("mnist", *offline, *"--steps 5 --more-steps 5 --num-samples 20 --classifier-epochs 1".split())
     text = capsys.readouterr().out
     assert "NOT TRAINING ON mnist" in text and "right on" in text and text.count("kernel distance") == 9, text
-    for name in ("schedules", "embedding", "choices", "samples", "denoising", "editing"):
-        assert np.ptp(read(tmp_path / f"out/{name}.png")[..., :3]) > 200
+    check_pictures(tmp_path / "out", "schedules", "embedding", "choices", "samples", "denoising", "editing")
     assert keras.saving.load_model(tmp_path / "out/model.keras").data_shape == (28, 28, 1)
 
 
-@pytest.mark.slow
-def test_mnist_is_told_the_noise_level():
+def test_mnist_is_told_the_noise_level(monkeypatch):
     """The network's answer at t is that of the bare one at 1000 sqrt(alpha_bar_t)."""
-    mnist = importlib.import_module("mnist")
-    network, schedule = kd.networks.mlp(2, 8, 1), kd.schedules.linear(1000)
-    network.layers[-1].set_weights([np.ones((8, 2)), np.zeros(2)])
-    x = np.ones((1, 2), "float32")
-    got = mnist.told_noise_level(network, schedule)([x, np.array([300])])
-    level = np.round(1000 * np.sqrt(schedule.alpha[300] ** 2)).astype("int32")
-    np.testing.assert_allclose(got, network([x, level[None]]), rtol=1e-6)
-    assert not np.allclose(got, network([x, np.array([300])]))
+    bare = kd.networks.mlp(2, 8, 1)
+    bare.layers[-1].set_weights([np.ones((8, 2)), np.zeros(2)])
+    monkeypatch.setattr(kd.networks, "unet", lambda *_, **__: bare)
+    schedule = kd.schedules.linear(1000)
+    told = importlib.import_module("mnist").make_network(schedule.alpha)
+    x, level = np.ones((1, 2), "float32"), schedule.alpha[[300]]
+    answers = [
+        told([x, np.array([300])]),
+        bare([x, np.round(1000 * level).astype("int32")]),
+        bare([x, np.array([300])]),
+    ]
+    told, expected, other = map(ops.convert_to_numpy, answers)
+    np.testing.assert_allclose(told, expected, rtol=1e-6)
+    assert not np.allclose(told, other)
 
 
 @pytest.mark.slow
@@ -251,22 +265,22 @@ def test_fashion_mnist(tmp_path, offline, monkeypatch, capsys):
     rows = text[text.index("network  ") :].splitlines()[1:-1]
     names = ["basic U-Net, as in tutorials", "basic U-Net", "full U-Net", "transformer"]
     assert len(rows) == 4 and all(row.startswith(name) for row, name in zip(rows, names)), text
-    for name in ("training", "networks", "samples", "denoising"):
-        assert np.ptp(read(tmp_path / f"out/{name}.png")[..., :3]) > 200
+    check_pictures(tmp_path / "out", "training", "networks", "samples", "denoising")
 
 
-@pytest.mark.slow
 def test_your_images(tmp_path, offline):
-    """A folder of few pictures, none of them square; and without a folder."""
-    for index, flower in enumerate(kd.datasets.procedural_flowers(12, 20)[0]):
+    """A folder of very few pictures, not all of them square."""
+    for index, flower in enumerate(kd.datasets.procedural_flowers(5, 20)[0]):
         kd.images.save(tmp_path / f"mine/{index % 2}/{index}.png", flower[: 16 + index % 4])
-    options = "--epochs 2 --steps-per-epoch 2 --image-size 16".split()
+    options = "--epochs 2 --steps-per-epoch 2 --image-size 18".split()
     in_process("your_images", tmp_path / "mine", *offline, *options)
-    for name in ("pictures", "samples/0002", "loss", "samples", "denoise"):
-        assert np.ptp(read(tmp_path / f"out/{name}.png")[..., :3]) > 100
-    assert keras.saving.load_model(tmp_path / "out/model.keras").data_shape == (16, 16, 3)
+    check_pictures(tmp_path / "out", "pictures", "samples/0002", "loss", "samples", "denoise")
+    assert keras.saving.load_model(tmp_path / "out/model.keras").data_shape == (18, 18, 3)
     with pytest.raises(ValueError, match="no folder"):
         in_process("your_images", tmp_path / "yours", *offline, *options)
+    with pytest.raises(ValueError, match="at least 2 are needed. Received: 1"):
+        kd.images.save(tmp_path / "one/a.png", flower)
+        in_process("your_images", tmp_path / "one", *offline, *options)
 
 
 @pytest.mark.slow
@@ -284,7 +298,7 @@ def test_evaluate(tmp_path, offline, capsys):
     model = kd.DiffusionModel(kd.networks.unet((16, 16, 3)), kd.GaussianDiffusion(kd.schedules.cosine(20), "v"))
     model.save(tmp_path / "model.keras")
     options = "--num-samples 40 --num-likelihood 4 --classifier-epochs 1 --train-extractor".split()
-    in_process("evaluate", tmp_path / "model.keras", *offline, *options)
+    in_process("evaluate", tmp_path / "model.keras", "--dataset", "procedural", "--num-images", 900, *offline, *options)
     text = capsys.readouterr().out
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["num_samples"] == 40 and report["extractor"] == "classifier" and len(report["extractor_hash"]) == 12
@@ -293,9 +307,15 @@ def test_evaluate(tmp_path, offline, capsys):
     assert report["precision"]["value"] < report["precision"]["floor"] and report["kid_p_value"] < 0.05
     assert report["memorisation"]["floor"] == 0.05
     assert report["bits_per_dimension"]["small"]["num_images"] == 4
-    assert np.ptp(read(tmp_path / "out/report.png")[..., :3]) > 200
-    with pytest.raises(ValueError, match="There is no model nowhere.keras"):
-        in_process("evaluate", "nowhere.keras", *offline)
+    check_pictures(tmp_path / "out", "report")
+    assert (report["num_training"], report["floor"]) == (810, "held-out images, 40 at a time, 10 draws")
+    for arguments, error, message in [
+        (["nowhere.keras"], ValueError, "There is no model nowhere.keras"),
+        ([tmp_path / "model.keras"], ConnectionError, "oxford_flowers102 is not in"),
+        ([tmp_path / "model.keras", "--dataset", "procedural", "--num-samples", 3], SystemExit, "2"),
+    ]:
+        with pytest.raises(error, match=message):
+            in_process("evaluate", *arguments, *offline)
 
 
 @pytest.fixture
