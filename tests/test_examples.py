@@ -24,6 +24,13 @@ SHORT = "--preset cpu --grid-every 1 --batch-size 8 --epochs 2 --steps-per-epoch
 TINY = [*SHORT, *"--image-size 16 --width 8 --width-multipliers 1 2 --groups 4".split()]
 
 
+def test_the_readmes_name_every_example():
+    texts = [(ROOT / name).read_text() for name in ("README.md", "examples/README.md")]
+    for path in (ROOT / "examples").glob("[!c]*.py"):
+        assert all(path.name in text for text in texts), path
+        assert f"python examples/{path.name}" in path.read_text()
+
+
 def flowers(*arguments, **environment):
     return example("flowers.py", *arguments, **environment)
 
@@ -108,7 +115,7 @@ def test_flowers_says_in_one_line_what_is_wrong(tmp_path, monkeypatch, capsys, a
 
 def test_the_readmes_code(tmp_path, monkeypatch):
     """As printed, but for the size of the job."""
-    fifteen_lines, own_data, _ = README_CODE
+    fifteen_lines, own_data, *_ = README_CODE
     flowers, _ = kd.datasets.procedural_flowers(64, 16)
     batches = [kd.datasets.from_arrays(flowers, batch_size=8, steps_per_epoch=2)] * 2
     monkeypatch.setattr(kd.datasets, "oxford_flowers", lambda image_size, batch_size: batches)
@@ -131,7 +138,7 @@ def test_the_readmes_code(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_readmes_conditions_and_editing(monkeypatch):
-    *_, conditional = README_CODE
+    _, _, conditional, _ = README_CODE
     flowers, labels = kd.datasets.procedural_flowers(64, 16)
     batches = kd.datasets.from_arrays(flowers, labels + 70, batch_size=8, steps_per_epoch=2)
     monkeypatch.setattr(kd.datasets, "oxford_flowers", lambda image_size, batch_size, labels: (batches, None))
@@ -145,6 +152,28 @@ def test_the_readmes_conditions_and_editing(monkeypatch):
     exec(conditional, names)
     assert names["between"].shape == (5, 1, 16, 16, 3) and names["similar"].shape == (2, 16, 16, 3)
     assert np.array_equal(names["filled"][:, :, :8], names["roses"][:, :, :8])
+
+
+@pytest.mark.slow
+def test_the_readmes_metrics(tmp_path, monkeypatch, capsys):
+    *_, code = README_CODE
+    flowers, labels = kd.datasets.procedural_flowers(150, 16)
+    options = {"batch_size": 8, "steps_per_epoch": 2}
+    batches = [kd.datasets.from_arrays(kd.images.to_uint8(flowers), labels, **options) for _ in range(2)]
+    monkeypatch.setattr(kd.datasets, "oxford_flowers", lambda image_size, labels: batches)
+    for old, new in [
+        ("64, 64, 3)", "16, 16, 3), 16, (1, 2), 1, ()"),
+        ("epochs=800", "epochs=2"),
+        ("num_samples=500, every=10", "num_samples=100, every=2, sampler=kd.samplers.DDIM(2)"),
+        ("x), 500", "x), 100"),
+        ("[:100]", "[:2]"),
+    ]:
+        assert old in code
+        code = code.replace(old, new)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert "'num_generated': 100, 'extractor': 'classifier'" in capsys.readouterr().out
+    assert pathlib.Path("best.keras").is_file()
 
 
 @pytest.mark.slow
