@@ -10,6 +10,8 @@ import numpy as np
 
 import keras_ddpm as kd
 
+DATASETS = ["oxford_flowers102", "mnist", "fashion_mnist", "procedural"]  # no folders, even where one has such a name
+
 
 def make_parser(doc, name):
     """The arguments of every example."""
@@ -45,7 +47,7 @@ def load(name, image_size, args, *, channels=3, labels=False, insist=False, stri
         **options: of the training batches.
     """
     options = {"batch_size": 32, "seed": args.seed, **options}
-    if pathlib.Path(name).is_dir():
+    if name not in DATASETS and pathlib.Path(name).is_dir():
         folder = kd.datasets.from_folder(name, image_size, channels, labels, strict, batch_size=1)
         return split(folder.x, folder.labels, **{"flip": True, **options})
     of_name = functools.partial(kd.datasets.from_tfds, name, image_size=image_size, data_dir=args.data_dir)

@@ -239,6 +239,9 @@ def test_guidance(tmp_path, data_dir):
 def offline(tmp_path, monkeypatch):
     """The arguments of a run without data and network, which goes on with drawn flowers; networks are tiny."""
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    for name in ("mnist", "oxford_flowers102"):  # folders that happen to have the name of a data set
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
     unet = kd.networks.unet
     monkeypatch.setattr(kd.networks, "unet", lambda shape, *_, **kwargs: unet(shape, 8, (1,), 1, (), groups=4))
     return ["--data-dir", str(tmp_path / "nothing"), "--output", str(tmp_path / "out")]
@@ -303,7 +306,8 @@ def test_your_images(tmp_path, offline):
         kd.images.save(tmp_path / f"mine/{index % 2}/{index}.png", flower[: 16 + index % 4])
     options = "--epochs 2 --steps-per-epoch 2 --image-size 18".split()
     in_process("your_images", tmp_path / "mine", *offline, *options)
-    check_pictures(tmp_path / "out", "pictures", "samples/0002", "loss", "samples", "denoise")
+    check_pictures(tmp_path / "out", "pictures", "samples/0002", "samples", "denoise")
+    assert read(tmp_path / "out/loss.png").ndim == 3
     assert keras.saving.load_model(tmp_path / "out/model.keras").data_shape == (18, 18, 3)
     with pytest.raises(ValueError, match="no folder"):
         in_process("your_images", tmp_path / "yours", *offline, *options)
