@@ -36,7 +36,7 @@ def main(arguments=None):
     parser.add_argument("folder", nargs="?", help="of image files")
     parser.add_argument("--image-size", type=int, default=64, help="(default: 64)")
     parser.add_argument("--width", type=int, default=16, help="of the network (default: 16)")
-    parser.add_argument("--epochs", type=int, default=16, help="(default: 16)")
+    parser.add_argument("--epochs", type=int, default=8, help="(default: 8)")
     parser.add_argument("--steps-per-epoch", type=int, default=250, help="batches of 16 (default: 250)")
     args = parser.parse_args(arguments)
     keras.utils.set_random_seed(args.seed)
