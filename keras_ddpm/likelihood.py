@@ -14,6 +14,7 @@ import numpy as np
 
 from keras_ddpm import checks
 from keras_ddpm import images
+from keras_ddpm import sampling
 from keras_ddpm.diffusion import posterior_coefficients
 
 
@@ -46,7 +47,7 @@ def bits_per_dimension(model, x, seed=0, **options):
     Args:
         model: a `DiffusionModel` of images in [-1, 1].
         x: images `(num, height, width, channels)` at the 256 levels of `images.from_uint8`.
-        seed: of the noise.
+        seed: of the noise, a non-negative integer; `None` draws one.
         **options: of `DiffusionModel.denoise`: `labels`, `guidance_scale`, `use_ema`, `batch_size`, ...
 
     Returns:
@@ -64,8 +65,7 @@ def bits_per_dimension(model, x, seed=0, **options):
             "Expected a model of data in [-1, 1] and at least two steps. "
             f"Received: clip_range={diffusion.clip_range}, timesteps={schedule.timesteps}"
         )
-    if not checks.is_count(seed, low=0):
-        raise ValueError(f"`seed` must be a non-negative integer. Received: seed={seed!r}")
+    seed = sampling.checked_seed(seed)
     x = checks.data(x, model.data_shape, (-1, 1), "x")
     level = images.to_uint8(x).astype("int32")
     if np.max(np.abs(x - images.from_uint8(level))) > 1e-4:

@@ -360,12 +360,16 @@ class PrecisionRecall(_FeatureDistance):
 
     def standard_error(self):
         """Binomial, of either, where the other set is given: sqrt(p (1 − p) / n)."""
-        shares, numbers = self.result(), (self.num_generated, self.num_real)
-        return tuple(float(np.sqrt(p * (1 - p) / n)) for p, n in zip(shares, numbers))
+        return self._errors(self.result())
 
     def values(self):
-        errors = {f"{name}_standard_error": error for name, error in zip(self.names, self.standard_error())}
-        return {**dict(zip(self.names, self.result())), **errors}
+        shares = self.result()
+        errors = {f"{name}_standard_error": error for name, error in zip(self.names, self._errors(shares))}
+        return {**dict(zip(self.names, shares)), **errors}
+
+    def _errors(self, shares):
+        numbers = self.num_generated, self.num_real
+        return tuple(float(np.sqrt(p * (1 - p) / n)) for p, n in zip(shares, numbers))
 
 
 def _share_inside(x, y, k):
