@@ -1,5 +1,9 @@
 """The settings that depend on the hardware at hand, chosen here and nowhere else."""
 
+import ctypes
+import functools
+import sys
+
 import keras
 from keras import ops
 
@@ -17,3 +21,112 @@ def jit_compile():
     """
     backend = keras.backend.backend()
     return backend == "jax" or (backend == "tensorflow" and has_accelerator())
+
+
+def keep_memory():
+    """Lets the process keep the memory that it frees, where the C library is glibc.
+
+    Otherwise the large arrays of each step are given back to the system, which clears them page by page before the next
+    step gets them: a quarter of the time of a training step on PyTorch. TensorFlow's threads have to share one arena
+    for it, as the others always give back what they free.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+        mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD, in bytes
+        if keras.backend.backend() == "tensorflow":
+            mallopt(-8, 1)  # M_ARENA_MAX
+
+
+keep_memory()  # at import: a thread stays in the arena that it has
+
+
+def arrange(variables):
+    """Lays the kernels of convolutions out in memory as PyTorch's convolutions read them; no other backend can."""
+    if keras.backend.backend() == "torch":
+        for variable in variables:
+            if len(variable.shape) == 4:
+                data = variable.value.data
+                variable.value.data = data.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)
+
+
+def update_averages(averages, variables, decay):
+    """average = variable + decay (average − variable), on PyTorch in one pass over memory."""
+    for average, v in zip(averages, variables):
+        if keras.backend.backend() == "torch":
+            average.value.data.lerp_(v.value.data, 1.0 - decay)
+        else:
+            average.assign(v + decay * (average - v))
+
+
+def longest_written_out():
+    """The largest number of tokens whose attention is written out as two products.
+
+    On a CPU that is three times as fast as PyTorch's kernel, which needs no memory for the scores, and it is what the
+    others do in any case.
+    """
+    return 0 if has_accelerator() else 1024
+
+
+class Recording:
+    """A function of tensors, such as a network; on PyTorch it is recorded, and then runs without Keras.
+
+    What Keras does in Python at each call is a tenth of the time of a large network. Recording takes as long as some
+    fifty calls, once for the shapes of the arguments. Variables that the function reads are read at each call.
+
+    Args:
+        function: returns a tensor; what it does depends on the shapes of its arguments alone.
+    """
+
+    def __init__(self, function):
+        self.function = function
+        self.recorded = {}
+
+    def __call__(self, calls, *arguments):
+        """The result; `calls` is how many there are going to be, which decides whether to record."""
+        if keras.backend.backend() != "torch":
+            return self.function(*arguments)
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        shapes = tuple((tuple(x.shape), x.dtype) for x in arguments)
+        if shapes not in self.recorded and calls >= 50:
+            self.recorded[shapes] = make_fx(self.function)(*arguments)
+        return self.recorded.get(shapes, self.function)(*arguments)
+
+
+def fuse(optimizer):
+    """Makes an update of Adam one pass over memory on PyTorch's CPU, instead of ten, by PyTorch's own function."""
+    if isinstance(optimizer, keras.optimizers.Adam) and hasattr(optimizer, "_parallel_update_step"):
+        if not (optimizer.amsgrad or has_accelerator()):
+            optimizer._parallel_update_step = functools.partial(_fused_adam, optimizer)
+
+
+def _fused_adam(optimizer, gradients, variables, learning_rate):
+    import torch
+    from torch.optim.adam import adam
+
+    momentums, velocities = (
+        [several[optimizer._get_variable_index(v)].value for v in variables]
+        for several in (optimizer._momentums, optimizer._velocities)
+    )
+    values = [v.value for v in variables]
+    step = int(optimizer.iterations)
+    if any(len({x.stride() for x in group}) > 1 for group in zip(values, gradients, momentums, velocities)):
+        # The function walks through memory, whatever lies there.
+        return type(optimizer)._parallel_update_step(optimizer, gradients, variables, learning_rate)
+    adam(
+        values,
+        gradients,
+        momentums,
+        velocities,
+        [],
+        [torch.tensor(float(step)) for _ in values],
+        fused=True,
+        amsgrad=False,
+        beta1=optimizer.beta_1,
+        beta2=optimizer.beta_2,
+        lr=float(learning_rate),
+        weight_decay=0.0,  # Keras has applied it
+        eps=optimizer.epsilon / (1 - optimizer.beta_2 ** (step + 1)) ** 0.5,  # Keras adds it before the correction
+        maximize=False,
+    )

@@ -5,6 +5,8 @@ import numpy as np
 from keras import layers
 from keras import ops
 
+from keras_ddpm import hardware
+
 
 @keras.saving.register_keras_serializable(package="keras_ddpm")
 class TimestepEmbedding(layers.Layer):
@@ -75,12 +77,26 @@ class GroupNormalization(layers.GroupNormalization):
 
     Each channel's mean and variance come from one reduction over the positions, those of a group from its channels
     (the variance within them and that between their means), and scale and shift are applied as one multiplication
-    and one addition a pixel. Computed in float32 under any dtype policy.
+    and one addition a pixel. On PyTorch images in bfloat16 go to PyTorch's own, which Keras does not call (its variance is
+    a difference of squares, too coarse for float32). Computed in float32 under any dtype policy.
+
+    Args:
+        groups: number of groups; divides the channels.
+        activation: applied to the result.
 
     Reference: Wu and He, 2018.
     """
 
+    def __init__(self, groups, activation=None, **kwargs):
+        super().__init__(groups, **kwargs)
+        self.activation = keras.activations.get(activation)
+
     def call(self, x):
+        on_torch = keras.backend.backend() == "torch" and self.compute_dtype == "bfloat16"
+        normalize = self._normalize_torch if on_torch else self._normalize
+        return ops.cast(self.activation(normalize(x)), self.compute_dtype)
+
+    def _normalize(self, x):
         channels = x.shape[-1]
         grouped, pixelwise = (-1, self.groups, channels // self.groups), (-1, 1, 1, channels)
         x = ops.cast(x, "float32")
@@ -91,4 +107,60 @@ class GroupNormalization(layers.GroupNormalization):
         group_variance = ops.mean(variance + ops.square(mean - group_mean), axis=-1, keepdims=True)
         scale = ops.rsqrt(group_variance + self.epsilon) * ops.reshape(self.gamma, grouped)
         shift = ops.reshape(self.beta, grouped) - group_mean * scale
-        return ops.cast(x * ops.reshape(scale, pixelwise) + ops.reshape(shift, pixelwise), self.compute_dtype)
+        return x * ops.reshape(scale, pixelwise) + ops.reshape(shift, pixelwise)
+
+    def _normalize_torch(self, x):
+        import torch
+
+        gamma, beta = ops.convert_to_tensor(self.gamma), ops.convert_to_tensor(self.beta)
+        x = torch.nn.functional.group_norm(torch.permute(x, (0, 3, 1, 2)), self.groups, gamma, beta, self.epsilon)
+        return torch.permute(x, (0, 2, 3, 1))
+
+    def get_config(self):
+        return {**super().get_config(), "activation": keras.activations.serialize(self.activation)}
+
+
+@keras.saving.register_keras_serializable(package="keras_ddpm")
+class Conv2D(layers.Conv2D):
+    """Keras' own for `(batch, height, width, channels)`, without its copies of the images on PyTorch.
+
+    There Keras turns them to channels first and back in memory, around each convolution. Merely seen as channels first,
+    they lie in memory as PyTorch's convolutions like them best.
+    """
+
+    def call(self, x):
+        if keras.backend.backend() != "torch" or self.strides != (1, 1):
+            return super().call(x)
+        import torch
+
+        kernel, bias = ops.convert_to_tensor(self.kernel), ops.convert_to_tensor(self.bias)
+        x, kernel = torch.permute(x, (0, 3, 1, 2)), torch.permute(kernel, (3, 2, 0, 1))
+        x = torch.nn.functional.conv2d(x, kernel, bias, padding=self.padding)
+        return self.activation(torch.permute(x, (0, 2, 3, 1)))
+
+
+@keras.saving.register_keras_serializable(package="keras_ddpm")
+class Attention(layers.Layer):
+    """Self-attention of one head between the pixels of an image.
+
+    Call arguments:
+        qkv: queries, keys and values side by side, `(batch, height, width, 3 channels)`.
+
+    Returns:
+        `(batch, height, width, channels)`.
+
+    Reference: Vaswani et al., 2017, Eq. 1.
+    """
+
+    def call(self, qkv):
+        height, width, channels = self.compute_output_shape(qkv.shape)[1:]
+        query, key, value = ops.split(ops.reshape(qkv, (-1, height * width, 3 * channels)), 3, axis=-1)
+        if height * width <= hardware.longest_written_out():
+            scores = ops.matmul(query * channels**-0.5, ops.transpose(key, (0, 2, 1)))
+            x = ops.matmul(ops.softmax(scores), value)
+        else:
+            x = ops.dot_product_attention(query[:, :, None], key[:, :, None], value[:, :, None])
+        return ops.reshape(x, (-1, height, width, channels))
+
+    def compute_output_shape(self, input_shape):
+        return (*input_shape[:-1], input_shape[-1] // 3)

@@ -117,6 +117,7 @@ class DiffusionModel(keras.Model):
         ]
         for average, v in zip(self.ema_weights, network.weights):
             average.assign(ops.copy(v))
+        hardware.arrange([*network.weights, *self.ema_weights])
         self._fit_random = keras.random.SeedGenerator(seed)
         self._test_random = keras.random.SeedGenerator(0)
         self.programs = functools.lru_cache(maxsize=8)(functools.partial(sampling.Program, self))
@@ -147,6 +148,8 @@ class DiffusionModel(keras.Model):
         # Build everything here: `fit` would do it by calling the model on clean data, and TensorFlow traces a step
         # twice that creates variables.
         self.optimizer.build(self.trainable_variables)
+        hardware.arrange(self.optimizer.variables)
+        hardware.fuse(self.optimizer)
         zeros = ops.zeros((1, *self.data_shape))
         self.compute_loss(y=zeros, y_pred=zeros)
         self.compute_metrics(None, zeros, zeros)
@@ -254,8 +257,7 @@ class DiffusionModel(keras.Model):
         decay = ops.minimum(self.ema_decay, 1.0 - (1.0 + ops.cast(updates, "float32")) ** -0.75)
         # With gradient accumulation most batches update nothing.
         decay = ops.where(self.optimizer.iterations > updates, decay, 1.0)
-        for average, v in zip(self.ema_weights, self.network.weights):
-            average.assign(v + decay * (average - v))
+        hardware.update_averages(self.ema_weights, self.network.weights, decay)
 
     def _checked(self, data, labels=None):
         """The data unchanged (a generator is rebuilt around its first batch), and the part that was looked at."""

@@ -15,6 +15,8 @@ from keras import layers
 from keras import ops
 
 from keras_ddpm import checks
+from keras_ddpm.layers import Attention
+from keras_ddpm.layers import Conv2D
 from keras_ddpm.layers import GroupNormalization
 from keras_ddpm.layers import PositionEmbedding
 from keras_ddpm.layers import TimestepEmbedding
@@ -88,16 +90,14 @@ def unet(
             f"No level is {missed} wide: there is no attention at {missed}. Levels: {resolutions}", stacklevel=2
         )
 
-    def normalize(x, name):
+    def normalize(x, name, activation="swish"):
         # The paper's epsilon; Keras' is 1e-3.
-        return GroupNormalization(groups, epsilon=1e-6, name=f"{name}_norm")(x)
+        return GroupNormalization(groups, activation, epsilon=1e-6, name=f"{name}_norm")(x)
 
     def residual_block(x, channels, name):
-        h = layers.Activation("swish", name=f"{name}_swish_1")(normalize(x, f"{name}_1"))
-        h = _conv(channels, name=f"{name}_conv_1")(h)
+        h = _conv(channels, name=f"{name}_conv_1")(normalize(x, f"{name}_1"))
         h_time = layers.Dense(channels, kernel_initializer=_initializer(), name=f"{name}_time")(time)
-        h = layers.Add(name=f"{name}_add_time")([h, layers.Reshape((1, 1, channels), name=f"{name}_reshape")(h_time)])
-        h = layers.Activation("swish", name=f"{name}_swish_2")(normalize(h, f"{name}_2"))
+        h = normalize(h + h_time, f"{name}_2")
         if dropout:
             h = layers.Dropout(dropout, name=f"{name}_dropout")(h)
         h = _conv(channels, zero=True, name=f"{name}_conv_2")(h)
@@ -106,19 +106,17 @@ def unet(
         return layers.Add(name=f"{name}_add")([x, h])
 
     def attention_block(x, name):
-        height, width, channels = x.shape[1:]
-        h = layers.Reshape((height * width, 1, channels), name=f"{name}_tokens")(normalize(x, name))
-        q, k, v = (
-            layers.Dense(channels, kernel_initializer=_initializer(), name=f"{name}_{letter}")(h) for letter in "qkv"
-        )
-        h = ops.dot_product_attention(q, k, v)
+        channels = x.shape[-1]
+        # Initialised as three layers would be.
+        qkv = layers.Dense(3 * channels, kernel_initializer=_initializer(2.0), name=f"{name}_qkv")
+        h = Attention(name=f"{name}_attention")(qkv(normalize(x, name, None)))
         h = layers.Dense(channels, kernel_initializer="zeros", name=f"{name}_out")(h)
-        h = layers.Reshape((height, width, channels), name=f"{name}_image")(h)
         return layers.Add(name=f"{name}_add")([x, h])
 
     x_t = keras.Input(tuple(image_shape), name="x_t")
     conditions, embedding = _embedding(width, 4 * width, num_classes, context_dim)
     time = layers.Activation("swish", name="time_swish")(embedding)
+    time = layers.Reshape((1, 1, 4 * width), name="time_pixel")(time)
 
     # Down.
     x = layers.ZeroPadding2D(padding, name="pad")(x_t)
@@ -142,7 +140,7 @@ def unet(
     # Up.
     for level, multiplier in reversed(list(enumerate(width_multipliers))):
         for block in range(num_blocks + 1):
-            x = layers.Concatenate(name=f"up_{level}_{block}_concatenate")([x, skips.pop()])
+            x = ops.concatenate([x, skips.pop()], axis=-1)
             x = residual_block(x, width * multiplier, f"up_{level}_{block}")
             if resolutions[level] in attention_resolutions:
                 x = attention_block(x, f"up_{level}_{block}_attention")
@@ -151,8 +149,7 @@ def unet(
             x = _conv(width * multiplier, name=f"up_{level}_conv")(x)
     assert not skips
 
-    x = layers.Activation("swish", name="swish_out")(normalize(x, "out"))
-    x = _conv(image_shape[-1], zero=True, dtype="float32", name="conv_out")(x)
+    x = _conv(image_shape[-1], zero=True, dtype="float32", name="conv_out")(normalize(x, "out"))
     x = layers.Cropping2D(padding, dtype="float32", name="crop")(x)
     return keras.Model([x_t, *conditions], x, name="unet")
 
@@ -288,8 +285,8 @@ def _padding(image_shape, multiple):
 
 def _conv(channels, kernel_size=3, strides=1, zero=False, **kwargs):
     initializer = "zeros" if zero else _initializer()
-    return layers.Conv2D(channels, kernel_size, strides, padding="same", kernel_initializer=initializer, **kwargs)
+    return Conv2D(channels, kernel_size, strides, padding="same", kernel_initializer=initializer, **kwargs)
 
 
-def _initializer():
-    return keras.initializers.VarianceScaling(1.0, mode="fan_avg", distribution="uniform")
+def _initializer(scale=1.0):
+    return keras.initializers.VarianceScaling(scale, mode="fan_avg", distribution="uniform")

@@ -185,6 +185,7 @@ class Program(keras.Model):
         self.dynamic_threshold = dynamic_threshold
         self.clip = clip
         self.masked = masked
+        self.network = hardware.Recording(self._predict)
         self.random = keras.random.SeedGenerator(0)
         self.jit_compile = hardware.jit_compile()
         self.built = True
@@ -208,7 +209,7 @@ class Program(keras.Model):
             def denoise(x, t):
                 t = ops.broadcast_to(ops.cast(t, "int32"), ops.shape(x)[:1])
                 with scope:
-                    y = self._predict(x, t, condition, scale)
+                    y = self.network(last - first, x, t, scale, *condition)
                 return self.model.diffusion.predict_x0(x, t, y, self.dynamic_threshold, self.clip)
 
             noise, noise_of_known = self._normal(ops.shape(x), seed, index)
@@ -219,7 +220,7 @@ class Program(keras.Model):
 
         return ops.fori_loop(first, last, step, (x, memory))
 
-    def _predict(self, x, t, condition, scale):
+    def _predict(self, x, t, scale, *condition):
         """The network's output, with guidance."""
         network = self.model.network
         if not self.guided:

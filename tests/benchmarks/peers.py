@@ -106,6 +106,8 @@ def products(network):
     """How often each convolution and matrix product occurs in a functional Keras network, by its sizes."""
     import keras
 
+    import keras_ddpm as kd
+
     found = collections.Counter()
     for layer in network.operations:
         if isinstance(layer, keras.layers.Conv2D):
@@ -114,10 +116,11 @@ def products(network):
         elif isinstance(layer, keras.layers.Dense):
             rows = int(np.prod(layer.input.shape[1:-1]))
             found["dense", rows, *layer.kernel.shape] += 1
-        elif layer.name.startswith("dot_product_attention"):
-            _, tokens, heads, channels = layer.output.shape
-            found["dense", tokens, channels, tokens] += heads
-            found["dense", tokens, tokens, channels] += heads
+        elif isinstance(layer, kd.layers.Attention):
+            _, height, width, channels = layer.output.shape
+            tokens = height * width
+            found["dense", tokens, channels, tokens] += 1
+            found["dense", tokens, tokens, channels] += 1
     return [[*sizes, number] for sizes, number in found.items()]
 
 
