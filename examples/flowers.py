@@ -38,6 +38,7 @@ NETWORK = {
     "schedule": "linear",
     "timesteps": 1000,
     "ema_decay": 0.999,
+    "dtype_policy": "auto",
 }
 TRAINING = {
     "batch_size": 64,
@@ -62,6 +63,7 @@ PRESETS = {
         "prediction": "v",
         "schedule": "cosine",
         "ema_decay": 0.99,
+        "dtype_policy": "float32",
         "batch_size": 32,
         "epochs": 5,
         "steps_per_epoch": 300,
@@ -79,7 +81,11 @@ def parse(arguments):
     parser.add_argument("--dataset", default="auto", help="auto, oxford_flowers102, procedural, or a folder of images")
     parser.add_argument("--strict", action="store_true", help="fail on images in the folder that cannot be read")
     parser.add_argument("--init", help="a .keras file to fine-tune: its network and process, a new optimizer")
-    choices = {"prediction": ["epsilon", "x0", "v"], "schedule": ["linear", "cosine"]}
+    choices = {
+        "prediction": ["epsilon", "x0", "v"],
+        "schedule": ["linear", "cosine"],
+        "dtype_policy": ["auto", "float32", "mixed_bfloat16"],
+    }
     for name, value in PRESETS["full"].items():
         several = {"nargs": "*"} if isinstance(value, tuple) else {}
         example = value[0] if several else value
@@ -117,6 +123,8 @@ def load_data(args):
 def make_model(args):
     if args.init:
         return common.load_model(args.init)
+    policy = kd.hardware.dtype_policy() if args.dtype_policy == "auto" else args.dtype_policy
+    keras.config.set_dtype_policy(policy)
     network = kd.networks.unet(
         (args.image_size, args.image_size, 3),
         args.width,
@@ -148,7 +156,8 @@ def main(arguments=None):
     print(
         f"{train.num_examples} images of {args.image_size}x{args.image_size} to train on and {validation.num_examples} "
         f"held out; {args.epochs} epochs of {len(train)} batches of {args.batch_size}; "
-        f"{model.network.count_params():,} parameters; backend {keras.backend.backend()}."
+        f"{model.network.count_params():,} parameters; backend {keras.backend.backend()}, "
+        f"{model.network.dtype_policy.name}."
     )
 
     scale = max(1, 128 // args.image_size)

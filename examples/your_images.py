@@ -1,7 +1,7 @@
 """Trains on a folder of your own pictures at 64x64.
 
     python examples/your_images.py FOLDER
-    python examples/your_images.py          # without one, on flowers that it writes into a folder first
+    python examples/your_images.py          # without one, on five kinds of flowers, which it writes into a folder first
 
 Any image files, in sub-folders too, of any size: the middle is cut out and resized. A hundred pictures are enough to
 see something; the network then learns them by heart, thousands are better. `examples/flowers.py --dataset FOLDER
@@ -24,11 +24,12 @@ import numpy as np
 import keras_ddpm as kd
 
 
-def write_flowers(folder, num, args):
-    """A folder of photographs, or of drawings where there are none."""
-    x = common.load("oxford_flowers102", 64, args, num_drawn=num)[0].x
-    for index, image in enumerate(kd.images.from_uint8(x[:num])):
-        kd.images.save(folder / f"{index}.png", image)
+def write_flowers(folder, args):
+    """A folder of photographs of the five commonest kinds, or of drawings where there are none."""
+    flowers = common.load("oxford_flowers102", 64, args, labels=True)[0]
+    kinds = np.argsort(-np.bincount(flowers.labels))[:5]
+    for index in np.flatnonzero(np.isin(flowers.labels, kinds)):
+        kd.images.save(folder / f"{index}.png", kd.images.from_uint8(flowers.x[index]))
 
 
 def main(arguments=None):
@@ -36,14 +37,14 @@ def main(arguments=None):
     parser.add_argument("folder", nargs="?", help="of image files")
     parser.add_argument("--image-size", type=int, default=64, help="(default: 64)")
     parser.add_argument("--width", type=int, default=16, help="of the network (default: 16)")
-    parser.add_argument("--epochs", type=int, default=8, help="(default: 8)")
+    parser.add_argument("--epochs", type=int, default=12, help="(default: 12)")
     parser.add_argument("--steps-per-epoch", type=int, default=250, help="batches of 16 (default: 250)")
     args = parser.parse_args(arguments)
     keras.utils.set_random_seed(args.seed)
     out, folder = args.output, args.folder
     if folder is None:
         folder = out / "pictures"
-        write_flowers(folder, 2000, args)
+        write_flowers(folder, args)
     x = kd.datasets.from_folder(folder, args.image_size, batch_size=1).x
     kd.images.save(out / "pictures.png", kd.images.from_uint8(x[:16]))
     size = max(1, min(16, len(x) - max(1, len(x) // 10)))

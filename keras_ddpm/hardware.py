@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import pathlib
 import sys
 
 import keras
@@ -21,6 +22,17 @@ def jit_compile():
     """
     backend = keras.backend.backend()
     return backend == "jax" or (backend == "tensorflow" and has_accelerator())
+
+
+def dtype_policy():
+    """The fastest policy for large networks: "mixed_bfloat16" on CPUs with instructions for it, else "float32".
+
+    XLA does not use these instructions. On accelerators, not all of which compute in bfloat16, it is left to the user.
+    """
+    cpu = pathlib.Path("/proc/cpuinfo")
+    flags = cpu.read_text() if cpu.exists() else ""
+    in_bfloat16 = "avx512_bf16" in flags or "amx_bf16" in flags
+    return "mixed_bfloat16" if in_bfloat16 and not jit_compile() and not has_accelerator() else "float32"
 
 
 def keep_memory():

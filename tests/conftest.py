@@ -25,8 +25,9 @@ def data_dir(request):
 
 
 @pytest.fixture(autouse=True)
-def _seeds():
+def _fresh():
     keras.utils.set_random_seed(0)
+    keras.config.set_dtype_policy("float32")
 
 
 @pytest.fixture

@@ -44,6 +44,15 @@ def test_fused_and_arranged_updates_are_keras_own(make, in_order):
         np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("flags", "bfloat16"), [("fma avx512_bf16", True), ("amx_bf16", True), ("avx2", False)])
+def test_bfloat16_where_the_cpu_computes_in_it(monkeypatch, flags, bfloat16):
+    monkeypatch.setattr(hardware.pathlib.Path, "exists", lambda path: True)
+    monkeypatch.setattr(hardware.pathlib.Path, "read_text", lambda path: flags)
+    monkeypatch.setattr(hardware, "has_accelerator", lambda: False)
+    expected = "mixed_bfloat16" if bfloat16 and keras.backend.backend() != "jax" else "float32"
+    assert hardware.dtype_policy() == expected
+
+
 @pytest.mark.skipif(keras.backend.backend() != "torch", reason="the memory of the other backends has one order")
 def test_convolutions_find_their_kernels_in_order():
     import torch

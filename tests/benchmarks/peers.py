@@ -4,6 +4,7 @@
     python tests/benchmarks/peers.py                          # every contestant against diffusers as it comes
     python tests/benchmarks/peers.py --task sampling --against diffusers-tuned
     python tests/benchmarks/peers.py --contestants torch-bfloat16 --size 32 --width 32    # a smaller job
+    python tests/benchmarks/peers.py --output figures.json --plot figures.png
 
 A contestant is this package on a backend in float32 or mixed bfloat16, or diffusers' UNet2DModel of the same widths: as
 it comes, or tuned (channels last, autocast to bfloat16). Each runs in a process of its own; two processes take turns,
@@ -12,12 +13,16 @@ and the median of the ratios of neighbours is printed, as absolute times on a sh
 The limit of the machine is the time that the network's convolutions and matrix products take alone, each one timed by
 itself in PyTorch, forward and backward, in the faster of two layouts and the dtype of the contestant. The share of it
 that a step reaches is that time over the time of the step. It is measured between the turns.
+
+The first step is counted from the start of the process; memory is the largest that the process had; the last column is
+how many times as fast as the step the input pipeline makes its batch: decoded uint8 images, shuffled and flipped.
 """
 
 import argparse
 import collections
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -49,6 +54,18 @@ def our_task(args, dtype):
         model.fit(data, verbose=0)
 
     return train, network
+
+
+def pipeline_seconds(args, batches=200):
+    """The time that the input pipeline takes for a batch."""
+    import keras_ddpm as kd
+
+    x = np.random.default_rng(0).integers(0, 256, (4096, args.size, args.size, 3), dtype="uint8")
+    data = kd.datasets.from_arrays(x, batch_size=args.batch_size, steps_per_epoch=batches, flip=True)
+    start = time.perf_counter()
+    for step in range(batches):
+        data[step]
+    return (time.perf_counter() - start) / batches
 
 
 def diffusers_task(args, tuned):
@@ -188,22 +205,24 @@ def work(args):
     about = {}
     if hasattr(network, "count_params"):
         about = {"parameters": network.count_params(), "products": products(network)}
+        about["pipeline"] = pipeline_seconds(args)
     elif network is not None:
         about = {"parameters": sum(weight.numel() for weight in network.parameters())}
     task(1)
     print("first", flush=True)
-    task(2)
+    task(args.steps)
     print("ready", json.dumps(about), flush=True)
-    for line in sys.stdin:
+    for _ in sys.stdin:
         start = time.perf_counter()
-        result = task(int(line))
-        print("took", result if name.startswith("limit") else (time.perf_counter() - start) / int(line), flush=True)
+        result = task(args.steps)
+        seconds = result if name.startswith("limit") else (time.perf_counter() - start) / args.steps
+        print("took", json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10]), flush=True)
 
 
 class Worker:
     def __init__(self, name, args, *lines):
         command = [sys.executable, __file__, "--worker", name, "--task", args.task]
-        for option in ("size", "width", "batch_size"):
+        for option in ("size", "width", "batch_size", "steps"):
             command += ["--" + option.replace("_", "-"), str(getattr(args, option))]
         environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
         if name in OURS:
@@ -217,9 +236,10 @@ class Worker:
         self.seconds_to_first_step = time.perf_counter() - start
         self.about = json.loads(self._answer("ready"))
 
-    def seconds(self, steps):
-        self._write(str(steps))
-        return float(self._answer("took"))
+    def turn(self):
+        """The seconds of a step, and the largest memory so far in MiB."""
+        self._write("again")
+        return json.loads(self._answer("took"))
 
     def close(self):
         self.process.stdin.close()
@@ -244,46 +264,68 @@ def main():
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--batch-size", type=int, help="(default: 8 to train, 16 to sample)")
-    parser.add_argument("--steps", type=int, default=2, help="in a turn (default: 2)")
+    parser.add_argument("--steps", type=int, help="in a turn (default: 6 to train, 50 to sample)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each (default: 5)")
     parser.add_argument("--output", help="a .json file for the figures")
+    parser.add_argument("--plot", help="a .png file for bars")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.batch_size = args.batch_size or {"training": 8, "sampling": 16}[args.task]
+    args.steps = args.steps or {"training": 6, "sampling": 50}[args.task]
     if args.worker:
         return work(args)
     print(f"{args.task}, {args.size}x{args.size}, base {args.width}, batch {args.batch_size}; against {args.against}")
-    print("contestant             parameters   first step, s   step, s   times as fast   share of the limit")
+    print("contestant           first step, s  step, s  times as fast  share of limit  Gflop/s  memory, MiB  pipeline")
     found = {}
     for name in args.contestants:
-        workers = [Worker(args.against, args), Worker(name, args)]
-        about = workers[1].about
-        if "products" in about:
-            workers.append(Worker(f"limit-{name.split('-')[1]}", args, json.dumps(about["products"])))
-        taken = np.array([[worker.seconds(args.steps) for worker in workers] for _ in range(args.rounds)])
-        for worker in workers:
-            worker.close()
-        row = {
-            "parameters": about["parameters"],
-            "seconds_to_first_step": workers[1].seconds_to_first_step,
-            "seconds": np.median(taken[:, 1]),
-            "times_as_fast": np.median(taken[:, 0] / taken[:, 1]),
-        }
-        if len(workers) == 3:
-            row["share_of_limit"] = np.median(taken[:, 2] / taken[:, 1])
-            row["gigaflops"] = (
-                1e-9 * args.batch_size * (3 if args.task == "training" else 1) * sum(map(operations, about["products"]))
-            ) / row["seconds"]
-        found[name] = row
-        share = f"{row['share_of_limit']:8.2f}   ({row['gigaflops']:.0f} Gflop/s)" if len(workers) == 3 else ""
+        found[name] = row = compare(name, args)
         print(
-            f"{name:20} {row['parameters']:12,} {row['seconds_to_first_step']:15.1f} {row['seconds']:9.3f} "
-            f"{row['times_as_fast']:15.2f}   {share}",
+            f"{name:20} {row['seconds_to_first_step']:13.1f} {row['seconds']:8.3f} {row['times_as_fast']:14.2f} "
+            f"{row.get('share_of_limit', np.nan):15.2f} {row.get('gigaflops', np.nan):8.0f} {row['memory']:12.0f} "
+            f"{row.get('pipeline', np.nan):9.0f}",
             flush=True,
         )
     if args.output:
         with open(args.output, "w") as file:
             json.dump({"arguments": vars(args), "found": found}, file, indent=2)
+    if args.plot:
+        draw(args, found)
+
+
+def compare(name, args):
+    """The figures of a contestant beside those of `args.against`."""
+    workers = [Worker(args.against, args), Worker(name, args)]
+    about = workers[1].about
+    ours = "products" in about
+    if ours:
+        workers.append(Worker(f"limit-{name.split('-')[1]}", args, json.dumps(about["products"])))
+    turns = np.array([[worker.turn() for worker in workers] for _ in range(args.rounds)])
+    taken = turns[:, :, 0]
+    for worker in workers:
+        worker.close()
+    row = {
+        "parameters": about["parameters"],
+        "seconds_to_first_step": workers[1].seconds_to_first_step,
+        "seconds": np.median(taken[:, 1]),
+        "times_as_fast": np.median(taken[:, 0] / taken[:, 1]),
+        "memory": turns[-1, 1, 1],
+    }
+    if ours:
+        flops = args.batch_size * {"training": 3, "sampling": 1}[args.task] * sum(map(operations, about["products"]))
+        row["share_of_limit"] = np.median(taken[:, 2] / taken[:, 1])
+        row["gigaflops"] = 1e-9 * flops / row["seconds"]
+        row["pipeline"] = row["seconds"] / about["pipeline"]
+    return row
+
+
+def draw(args, found):
+    import keras_ddpm as kd
+
+    with kd.plots.figure(args.plot, size=(7, 0.5 + 0.35 * len(found))) as axes:
+        names = list(found)[::-1]
+        axes.barh(names, [found[name]["times_as_fast"] for name in names])
+        axes.axvline(1, color="black", linewidth=1)
+        axes.set_xlabel(f"{args.task}: times as fast as {args.against}")
 
 
 if __name__ == "__main__":
