@@ -247,5 +247,4 @@ def _sampler(model, sampler, num_steps, default):
 
 
 def _run(model, steps, start, images, seed, options, *, clip=True, known=None):
-    x, _ = sampling.run(model, steps, start, len(images), seed, clip=clip, known=known, parts=1, **options)
-    return x[-1]
+    return sampling.run(model, steps, start, len(images), seed, clip=clip, known=known, **options)

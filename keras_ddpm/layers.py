@@ -77,8 +77,8 @@ class GroupNormalization(layers.GroupNormalization):
 
     Each channel's mean and variance come from one reduction over the positions, those of a group from its channels
     (the variance within them and that between their means), and scale and shift are applied as one multiplication
-    and one addition a pixel. On PyTorch images in bfloat16 go to PyTorch's own, which Keras does not call (its variance is
-    a difference of squares, too coarse for float32). Computed in float32 under any dtype policy.
+    and one addition a pixel. On PyTorch images in bfloat16 go to its own, which Keras does not call (its variance is a
+    difference of squares, too coarse for float32). Computed in float32 under any dtype policy.
 
     Args:
         groups: number of groups; divides the channels.

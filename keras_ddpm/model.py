@@ -389,7 +389,7 @@ class DiffusionModel(keras.Model):
         if (return_trajectory or 1) > len(steps):
             raise ValueError(f"{sampler} has {len(steps)} steps. Received: return_trajectory={return_trajectory}")
         seed = sampling.checked_seed(seed)
-        trajectory = sampling.run(
+        states = sampling.run(
             self,
             steps,
             lambda indices: sampling.prior(self, seed, indices),
@@ -403,9 +403,9 @@ class DiffusionModel(keras.Model):
             use_ema=use_ema,
             batch_size=batch_size,
             verbose=verbose,
-            parts=return_trajectory or 1,
+            parts=return_trajectory,
         )
-        return (trajectory[0][-1], *trajectory) if return_trajectory else trajectory[0][-1]
+        return (states[0][-1], *states) if return_trajectory else states
 
     def denoise(self, x_t, t, clip=True, **options):
         """The prediction of x_0 that samplers see, with the compiled program of `sample`.
@@ -427,7 +427,7 @@ class DiffusionModel(keras.Model):
         if not checks.is_count(t) or t > self.diffusion.timesteps:
             raise ValueError(f"`t` must be an integer in 1..{self.diffusion.timesteps}. Received: t={t!r}")
         row = np.array([[t, 0.0, 1.0, 0.0, 0.0, 0.0]])
-        return sampling.run(self, [row], lambda indices: x_t[indices], len(x_t), 0, clip=clip, **options)[0][-1]
+        return sampling.run(self, [row], lambda indices: x_t[indices], len(x_t), 0, clip=clip, **options)
 
     # Saving.
 

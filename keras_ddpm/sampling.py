@@ -91,7 +91,7 @@ def run(
     verbose=0,
     clip=True,
     known=None,
-    parts=1,
+    parts=None,
 ):
     """Runs the steps of a sampler on `num` examples, in batches.
 
@@ -105,10 +105,10 @@ def run(
         clip: whether to clip the predicted x_0.
         known: pair of data x_0, `(num, ...)`, and a mask that broadcasts to it: where it is 1 every step ends with
             noisy data in place of x, the last with the data themselves; or `None`.
-        parts: number of states to return, at the ends of steps evenly spaced.
+        parts: number of states to return, at the ends of steps evenly spaced; `None` for the last x alone.
 
     Returns:
-        Two arrays `(parts, num, ...)`: x and the predicted x_0.
+        Array `(num, ...)`, or with `parts` two arrays `(parts, num, ...)`: x and the predicted x_0.
 
     Raises:
         ValueError: for an invalid option.
@@ -134,13 +134,13 @@ def run(
     stochastic = bool(np.any(table[:, samplers.COLUMNS.index("std")]))
 
     ends = np.cumsum([0, *map(len, steps)], dtype="int32")
-    cuts = ends[np.linspace(0, len(steps), parts + 1).round().astype("int32")]
+    cuts = ends[np.linspace(0, len(steps), (parts or 1) + 1).round().astype("int32")]
     stops = ends[np.linspace(0, len(steps), min(20, len(steps)) + 1).round().astype("int32")] if verbose else []
     stops = np.unique([*cuts, *stops, *(np.flatnonzero(np.diff(guided)) + 1)]).astype("int32")
     if known is not None:
         known = [np.asarray(array, "float32") for array in known]
     progress = keras.utils.Progbar(num_batches * len(table), verbose=verbose, unit_name="step")
-    batches = []
+    states = np.empty((2 if parts else 1, parts or 1, num, *model.data_shape), "float32")
     for batch in range(num_batches):
         # The last batch is filled up.
         indices = np.minimum(np.arange(batch * batch_size, (batch + 1) * batch_size), num - 1)
@@ -151,7 +151,6 @@ def run(
             extras += tuple(array[indices] for array in known)
         # Keras on PyTorch adds seed and step as int32: leave room.
         batch_seed = np.int32(np.random.SeedSequence([seed, batch * batch_size]).generate_state(1)[0] >> 2)
-        states = []
         for first, last in itertools.pairwise(stops):
             program = model.programs(
                 use_ema=bool(use_ema),
@@ -165,9 +164,10 @@ def run(
             x, x_0 = program.predict_on_batch((x, x_0, *extras, rows, batch_seed, first, last))
             progress.update(batch * len(table) + last)
             if last in cuts:
-                states.append((x, x_0))
-        batches.append(np.array(states))  # (part, 2, batch, ...)
-    return np.concatenate(batches, axis=2)[:, :, :num].swapaxes(0, 1)
+                part, chosen = np.searchsorted(cuts, last) - 1, slice(indices[0], indices[-1] + 1)
+                for kept, state in zip(states, (x, x_0)):
+                    kept[part, chosen] = state[: indices[-1] + 1 - indices[0]]
+    return tuple(states) if parts else states[0, 0]
 
 
 class Program(keras.Model):
