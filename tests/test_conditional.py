@@ -150,7 +150,7 @@ def test_rescale_keeps_the_deviation_of_the_conditional_output():
     program = sampling.Program(model, use_ema=False, stochastic=False, guided=True, rescale=1.0)
     x = ops.convert_to_tensor(np.random.default_rng(0).standard_normal((4, 64)), "float32")
     t, label = ops.full((4,), 300, dtype="int32"), ops.convert_to_tensor([0, 1, 2, 0], "int32")
-    got = ops.convert_to_numpy(program._predict(x, t, [label], 4.0))
+    got = ops.convert_to_numpy(program._predict(x, t, 4.0, label))
     conditional, null = (ops.convert_to_numpy(network([x, t, v])) for v in (label, ops.full_like(label, 3)))
     std = got.std(axis=1)
     np.testing.assert_allclose(std, conditional.std(axis=1), rtol=1e-4)
