@@ -25,7 +25,7 @@ import keras_ddpm as kd
 
 
 def write_flowers(folder, args):
-    """A folder of photographs of the five commonest kinds, or of drawings where there are none."""
+    """A folder of photographs of the five commonest kinds, or of drawings of five where there are none."""
     flowers = common.load("oxford_flowers102", 64, args, labels=True)[0]
     kinds = np.argsort(-np.bincount(flowers.labels))[:5]
     for index in np.flatnonzero(np.isin(flowers.labels, kinds)):

@@ -1,7 +1,9 @@
-"""The settings that depend on the hardware at hand, chosen here and nowhere else."""
+"""What depends on the hardware and the backend at hand: the settings, and the shorter ways that PyTorch knows."""
 
+import collections
 import ctypes
 import functools
+import os
 import pathlib
 import sys
 
@@ -25,7 +27,7 @@ def jit_compile():
 
 
 def dtype_policy():
-    """The fastest policy for large networks: "mixed_bfloat16" on CPUs with instructions for it, else "float32".
+    """The fastest policy for large networks: "mixed_bfloat16" on x86 CPUs with instructions for it, else "float32".
 
     XLA does not use these instructions. On accelerators, not all of which compute in bfloat16, it is left to the user.
     """
@@ -40,12 +42,12 @@ def keep_memory():
 
     Otherwise the large arrays of each step are given back to the system, which clears them page by page before the next
     step gets them: a quarter of the time of a training step on PyTorch. TensorFlow's threads have to share one arena
-    for it, as the others always give back what they free.
+    for it, as the others always give back what they free. A MALLOC_ variable in the environment is left its say.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
+    if mallopt and not any(name.startswith("MALLOC_") for name in os.environ):
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
-        mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD, in bytes
+        mallopt(-3, 2**31 - 1) or mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, in bytes; older versions take no more
         if keras.backend.backend() == "tensorflow":
             mallopt(-8, 1)  # M_ARENA_MAX
 
@@ -63,9 +65,11 @@ def arrange(variables):
 
 
 def update_averages(averages, variables, decay):
-    """average = variable + decay (average − variable), on PyTorch in one pass over memory."""
+    """average = variable + decay (average − variable), on PyTorch in one pass over memory; a count is copied."""
     for average, v in zip(averages, variables):
-        if keras.backend.backend() == "torch":
+        if not keras.backend.is_float_dtype(v.dtype):
+            average.assign(v)
+        elif keras.backend.backend() == "torch":
             average.value.data.lerp_(v.value.data, 1.0 - decay)
         else:
             average.assign(v + decay * (average - v))
@@ -74,8 +78,8 @@ def update_averages(averages, variables, decay):
 def longest_written_out():
     """The largest number of tokens whose attention is written out as two products.
 
-    On a CPU that is three times as fast as PyTorch's kernel, which needs no memory for the scores, and it is what the
-    others do in any case.
+    On a CPU that is three times as fast as PyTorch's kernel, which needs no memory for the scores. In bfloat16 they are
+    rounded to it.
     """
     return 0 if has_accelerator() else 1024
 
@@ -84,25 +88,30 @@ class Recording:
     """A function of tensors, such as a network; on PyTorch it is recorded, and then runs without Keras.
 
     What Keras does in Python at each call is a tenth of the time of a large network. Recording takes as long as some
-    fifty calls, once for the shapes of the arguments. Variables that the function reads are read at each call.
+    fifty calls, and so it is done at the fiftieth, for each shape of the arguments. Variables that the function reads
+    are read at each call; a function that looks at the values of tensors is not recorded.
 
     Args:
-        function: returns a tensor; what it does depends on the shapes of its arguments alone.
+        function: returns a tensor.
     """
 
     def __init__(self, function):
         self.function = function
+        self.calls = collections.Counter()
         self.recorded = {}
 
-    def __call__(self, calls, *arguments):
-        """The result; `calls` is how many there are going to be, which decides whether to record."""
+    def __call__(self, *arguments):
         if keras.backend.backend() != "torch":
             return self.function(*arguments)
-        from torch.fx.experimental.proxy_tensor import make_fx
-
         shapes = tuple((tuple(x.shape), x.dtype) for x in arguments)
-        if shapes not in self.recorded and calls >= 50:
-            self.recorded[shapes] = make_fx(self.function)(*arguments)
+        self.calls[shapes] += 1
+        if self.calls[shapes] == 50:
+            from torch.fx.experimental.proxy_tensor import make_fx
+
+            try:
+                self.recorded[shapes] = make_fx(self.function)(*arguments)
+            except RuntimeError:
+                pass
         return self.recorded.get(shapes, self.function)(*arguments)
 
 
@@ -123,8 +132,8 @@ def _fused_adam(optimizer, gradients, variables, learning_rate):
     )
     values = [v.value for v in variables]
     step = int(optimizer.iterations)
-    if any(len({x.stride() for x in group}) > 1 for group in zip(values, gradients, momentums, velocities)):
-        # The function walks through memory, whatever lies there.
+    if any(len(set(map(_order, group))) > 1 for group in zip(values, gradients, momentums, velocities)):
+        # PyTorch's walks through memory, whatever lies there.
         return type(optimizer)._parallel_update_step(optimizer, gradients, variables, learning_rate)
     adam(
         values,
@@ -142,3 +151,8 @@ def _fused_adam(optimizer, gradients, variables, learning_rate):
         eps=optimizer.epsilon / (1 - optimizer.beta_2 ** (step + 1)) ** 0.5,  # Keras adds it before the correction
         maximize=False,
     )
+
+
+def _order(x):
+    """How a tensor lies in memory."""
+    return tuple(stride for stride, size in zip(x.stride(), x.shape) if size > 1)

@@ -77,8 +77,8 @@ class GroupNormalization(layers.GroupNormalization):
 
     Each channel's mean and variance come from one reduction over the positions, those of a group from its channels
     (the variance within them and that between their means), and scale and shift are applied as one multiplication
-    and one addition a pixel. On PyTorch images in bfloat16 go to its own, which Keras does not call (its variance is a
-    difference of squares, too coarse for float32). Computed in float32 under any dtype policy.
+    and one addition a pixel, in float32 under any dtype policy. On PyTorch images in bfloat16 go to its own function,
+    which Keras does not call: it sums in float32, but a difference of squares, too coarse for images in float32.
 
     Args:
         groups: number of groups; divides the channels.
@@ -133,9 +133,9 @@ class Conv2D(layers.Conv2D):
             return super().call(x)
         import torch
 
-        kernel, bias = ops.convert_to_tensor(self.kernel), ops.convert_to_tensor(self.bias)
-        x, kernel = torch.permute(x, (0, 3, 1, 2)), torch.permute(kernel, (3, 2, 0, 1))
-        x = torch.nn.functional.conv2d(x, kernel, bias, padding=self.padding)
+        bias = ops.convert_to_tensor(self.bias) if self.use_bias else None
+        x, kernel = torch.permute(x, (0, 3, 1, 2)), torch.permute(ops.convert_to_tensor(self.kernel), (3, 2, 0, 1))
+        x = torch.nn.functional.conv2d(x, kernel, bias, 1, self.padding, self.dilation_rate, self.groups)
         return self.activation(torch.permute(x, (0, 2, 3, 1)))
 
 
@@ -152,10 +152,14 @@ class Attention(layers.Layer):
     Reference: Vaswani et al., 2017, Eq. 1.
     """
 
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.longest_written_out = hardware.longest_written_out()  # inside a compiled step there is no device to see
+
     def call(self, qkv):
         height, width, channels = self.compute_output_shape(qkv.shape)[1:]
         query, key, value = ops.split(ops.reshape(qkv, (-1, height * width, 3 * channels)), 3, axis=-1)
-        if height * width <= hardware.longest_written_out():
+        if height * width <= self.longest_written_out:
             scores = ops.matmul(query * channels**-0.5, ops.transpose(key, (0, 2, 1)))
             x = ops.matmul(ops.softmax(scores), value)
         else:

@@ -209,7 +209,7 @@ class Program(keras.Model):
             def denoise(x, t):
                 t = ops.broadcast_to(ops.cast(t, "int32"), ops.shape(x)[:1])
                 with scope:
-                    y = self.network(last - first, x, t, scale, *condition)
+                    y = self.network(x, t, scale, *condition)
                 return self.model.diffusion.predict_x0(x, t, y, self.dynamic_threshold, self.clip)
 
             noise, noise_of_known = self._normal(ops.shape(x), seed, index)

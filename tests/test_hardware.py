@@ -1,16 +1,12 @@
-import sys
+import ctypes
 
 import keras
 import numpy as np
 import pytest
 from keras import ops
 
-from keras_ddpm import DiffusionModel
-from keras_ddpm import GaussianDiffusion
 from keras_ddpm import hardware
 from keras_ddpm import networks
-from keras_ddpm import samplers
-from keras_ddpm import schedules
 
 
 @pytest.mark.parametrize(
@@ -28,7 +24,9 @@ def test_fused_and_arranged_updates_are_keras_own(make, in_order):
     results = []
     for changed in (False, True):
         random = np.random.default_rng(0)
-        variables = [keras.Variable(random.normal(size=shape), dtype="float32") for shape in ((3, 3, 4, 5), (7,))]
+        variables = [
+            keras.Variable(random.normal(size=shape), dtype="float32") for shape in ((3, 3, 4, 5), (3, 3, 4, 1), (7,))
+        ]
         optimizer = make()
         optimizer.build(variables)
         if changed:
@@ -64,7 +62,7 @@ def test_convolutions_find_their_kernels_in_order():
     assert variable.value.permute(3, 2, 0, 1).is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc alone is told to keep memory")
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc alone is told to keep memory")
 def test_freed_memory_is_kept():
     """A large array that is allocated again is not cleared page by page again."""
     import resource
@@ -75,20 +73,36 @@ def test_freed_memory_is_kept():
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
     faults()
-    assert faults() < 1000  # of 32768 pages
+    assert faults() < 100  # of 32768 small pages, or 64 and the edges of large ones
 
 
 def test_recorded_network_reads_its_variables():
-    """A program of many steps, kept from one call to the next, against the same steps one by one."""
+    """A network that PyTorch records at the fiftieth step, and its weights change."""
     network = networks.unet((8, 8, 1), 8, (1, 2), 1, (4,), 4, num_classes=2)
     random = np.random.default_rng(0)
     network.set_weights([random.normal(0, 0.1, w.shape) for w in network.get_weights()])
-    model = DiffusionModel(network, GaussianDiffusion(schedules.cosine(60)))
-    options = {"seed": 0, "labels": 1, "guidance_scale": 2.0}
-    before = model.sample(2, samplers.DDIM(60), **options)
-    for average in model.ema_weights:
-        average.assign(0.5 * average)
-    samples = model.sample(2, samplers.DDIM(60), **options)
-    assert np.abs(samples - before).max() > 0.1
-    stepwise = model.sample(2, samplers.DDIM(60), return_trajectory=60, **options)[0]
-    np.testing.assert_allclose(samples, stepwise, atol=1e-5)
+    inputs = [random.normal(size=(2, 8, 8, 1)).astype("float32"), np.array([5, 9]), np.array([0, 2])]
+    inputs = [ops.convert_to_tensor(value) for value in inputs]
+    recording = hardware.Recording(lambda *inputs: ops.stop_gradient(network(list(inputs))))
+    for _ in range(60):
+        before = ops.convert_to_numpy(recording(*inputs))
+    assert len(recording.recorded) == (keras.backend.backend() == "torch")
+    for variable in network.weights:
+        variable.assign(0.5 * variable)
+    expected = ops.convert_to_numpy(network(inputs))
+    assert np.abs(expected - before).max() > 0.1
+    np.testing.assert_allclose(ops.convert_to_numpy(recording(*inputs)), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_looks_at_values_is_not_recorded():
+    recording = hardware.Recording(lambda x: x / float(ops.max(x)))
+    for largest in range(1, 60):
+        x = ops.convert_to_tensor(np.array([0.5, 1.0]) * largest, "float32")
+        np.testing.assert_allclose(ops.convert_to_numpy(recording(x)), [0.5, 1.0], rtol=1e-6)
+
+
+def test_average_of_counts():
+    """Weights that are no floats, as the counts of some of Keras' layers."""
+    average, count = (keras.Variable(value, dtype="int32", trainable=False) for value in (0, 3))
+    hardware.update_averages([average], [count], ops.convert_to_tensor(0.0))
+    assert int(average) == 3

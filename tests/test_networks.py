@@ -224,7 +224,10 @@ def test_group_normalization_in_bfloat16():
     np.testing.assert_allclose(y, expected, rtol=2**-7, atol=2**-8)
 
 
-@pytest.mark.parametrize("options", [{}, {"strides": 2}, {"kernel_size": 1, "activation": "swish"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"strides": 2}, {"kernel_size": 1, "activation": "swish"}, {"dilation_rate": 2}, {"use_bias": False}],
+)
 def test_convolution_is_keras_own(options):
     x = np.random.default_rng(0).normal(size=(2, 6, 5, 3)).astype("float32")
     options = {"filters": 4, "kernel_size": 3, "padding": "same", **options}

@@ -11,7 +11,6 @@ the growth from point to point, of the time and of the memory above that of the 
 import argparse
 import itertools
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -54,7 +53,7 @@ def sample(num):
 def measure(function, **arguments):
     """The function's answer in a process of its own."""
     command = [sys.executable, __file__, "--worker", json.dumps([function, arguments])]
-    return json.loads(subprocess.run(command, env=os.environ, check=True, capture_output=True).stdout.splitlines()[-1])
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
 
 
 def draw(path, found):
