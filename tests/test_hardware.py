@@ -76,9 +76,10 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 print(faults(), faults())
 """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     for variable, kept in ({}, True), ({"MALLOC_ARENA_MAX": "2"}, False):
         run = subprocess.run(
-            [sys.executable, "-c", code], env=os.environ | variable, stdout=subprocess.PIPE, check=True
+            [sys.executable, "-c", code], env=environment | variable, stdout=subprocess.PIPE, check=True
         )
         first, again = map(int, run.stdout.split())
         assert (again < 0.2 * first) == kept, (first, again)
