@@ -141,7 +141,7 @@ class Conv2D(layers.Conv2D):
 
 @keras.saving.register_keras_serializable(package="keras_ddpm")
 class Attention(layers.Layer):
-    """Self-attention of one head between the pixels of an image.
+    """Self-attention of one head between the pixels of an image, in memory that is not quadratic in their number.
 
     Call arguments:
         qkv: queries, keys and values side by side, `(batch, height, width, 3 channels)`.
@@ -160,11 +160,23 @@ class Attention(layers.Layer):
         height, width, channels = self.compute_output_shape(qkv.shape)[1:]
         query, key, value = ops.split(ops.reshape(qkv, (-1, height * width, 3 * channels)), 3, axis=-1)
         if height * width <= self.longest_written_out:
-            scores = ops.matmul(query * channels**-0.5, ops.transpose(key, (0, 2, 1)))
-            x = ops.matmul(ops.softmax(scores), value)
+            x = _attend(query, key, value)
+        elif self.longest_written_out and keras.backend.backend() != "torch":
+            # For some queries at a time, whose scores are computed again for the gradient.
+            tokens = height * width
+            size = max(size for size in range(1, self.longest_written_out + 1) if tokens % size == 0)
+            parts = ops.transpose(ops.reshape(query, (-1, tokens // size, size, channels)), (1, 0, 2, 3))
+            attend = keras.remat(_attend)
+            x = ops.transpose(ops.map(lambda part: attend(part, key, value), parts), (1, 0, 2, 3))
         else:
             x = ops.dot_product_attention(query[:, :, None], key[:, :, None], value[:, :, None])
         return ops.reshape(x, (-1, height, width, channels))
 
     def compute_output_shape(self, input_shape):
         return (*input_shape[:-1], input_shape[-1] // 3)
+
+
+def _attend(query, key, value):
+    """Attention written out, `(batch, tokens, channels)`."""
+    scores = ops.matmul(query * query.shape[-1] ** -0.5, ops.transpose(key, (0, 2, 1)))
+    return ops.matmul(ops.softmax(scores), value)

@@ -118,6 +118,9 @@ class DiffusionModel(keras.Model):
         for average, v in zip(self.ema_weights, network.weights):
             average.assign(ops.copy(v))
         hardware.arrange([*network.weights, *self.ema_weights])
+        self._network_in_training = hardware.Recording(
+            lambda *inputs: network(list(inputs), training=True), self._has_effects
+        )
         self._fit_random = keras.random.SeedGenerator(seed)
         self._test_random = keras.random.SeedGenerator(0)
         self.programs = functools.lru_cache(maxsize=8)(functools.partial(sampling.Program, self))
@@ -135,7 +138,13 @@ class DiffusionModel(keras.Model):
 
     def call(self, inputs, training=None):
         """The network's output for `(x_t, t)` or `(x_t, t, condition)`."""
+        if training:
+            return self._network_in_training(*inputs)
         return self.network(list(inputs), training=training)
+
+    def _has_effects(self):
+        """Whether a training step changes more of the network than its weights, or adds to the loss."""
+        return bool(self.network.non_trainable_variables or self.network.losses)
 
     # Training.
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+import keras_ddpm as kd
 from keras_ddpm import hardware
 from keras_ddpm import networks
 
@@ -101,6 +102,36 @@ def test_recorded_network_reads_its_variables():
     expected = ops.convert_to_numpy(network(inputs))
     assert np.abs(expected - before).max() > 0.1
     np.testing.assert_allclose(ops.convert_to_numpy(recording(*inputs)), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="PyTorch alone records")
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_recorded_training_is_training(monkeypatch, dropout):
+    """The weights after sixty steps, but for a network that draws random numbers, which is not recorded."""
+    trained = []
+    for records in (True, False):
+        keras.utils.set_random_seed(0)
+        model = kd.DiffusionModel(networks.unet((8, 8, 1), 8, (1, 2), 1, (4,), 4, dropout), seed=0)
+        model.compile(loss="mse", optimizer=keras.optimizers.Adam(1e-3, global_clipnorm=0.1))
+        if not records:
+            monkeypatch.setattr(model._network_in_training, "has_effects", lambda: True)
+        x = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 1), dtype="uint8")
+        model.fit(kd.datasets.from_arrays(x, batch_size=4, steps_per_epoch=60), verbose=0)
+        assert bool(model._network_in_training.recorded) == (records and not dropout)
+        trained.append(model.network.get_weights())
+    for recorded, plain in zip(*trained):
+        np.testing.assert_allclose(recorded, plain, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="PyTorch alone records")
+def test_networks_that_add_to_the_loss_are_not_recorded():
+    x_t, t = keras.Input((8, 8, 1)), keras.Input((), dtype="int32")
+    y = keras.layers.Conv2D(1, 3, padding="same", activity_regularizer="l2")(x_t)
+    model = kd.DiffusionModel(keras.Model([x_t, t], y), seed=0)
+    model.compile(loss="mse", optimizer="adam")
+    model.fit(np.zeros((4, 8, 8, 1), "float32"), batch_size=4, epochs=51, verbose=0)
+    assert sum(model._network_in_training.calls.values()) == 51
+    assert not model._network_in_training.recorded
 
 
 def test_what_looks_at_values_is_not_recorded():

@@ -2,6 +2,7 @@
 
     KERAS_BACKEND=torch python tests/benchmarks/growth.py --output figures.json --plot figures.png
     KERAS_BACKEND=torch python tests/benchmarks/growth.py --samples    # memory of sample(n) as n grows
+    KERAS_BACKEND=jax python tests/benchmarks/growth.py --attention    # memory of training with attention everywhere
 
 Each point is a process of its own: the median of five steps and the largest memory. Everything but what is varied is
 small: 32x32 images, width 32, batches of 8, three levels, attention at the lowest. The numbers beside the names are
@@ -23,6 +24,7 @@ import keras_ddpm as kd
 
 AXES = {"size": (32, 64, 128), "batch_size": (8, 16, 32, 64), "width": (32, 64, 128)}
 SAMPLES = (256, 1024, 4096, 10_000)
+SIDES = (32, 64, 96)
 
 
 def memory():
@@ -40,6 +42,17 @@ def train(size=32, batch_size=8, width=32, steps=8):
     end = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: ends.append(time.perf_counter()))
     model.fit(data, verbose=0, callbacks=[end])
     return float(np.median(np.diff(ends)[-5:])), memory()
+
+
+def attend(size, steps=3):
+    """The seconds of a step with attention between all pixels, four times over, and the largest memory in MiB."""
+    model = kd.DiffusionModel(kd.networks.unet((size, size, 1), 8, (1,), 1, (size,), 4), seed=0)
+    model.compile(loss="mse", optimizer="adam")
+    x = np.zeros((2, size, size, 1), "float32")
+    model.fit(x, verbose=0)
+    start = time.perf_counter()
+    model.fit(x, epochs=steps, verbose=0)
+    return (time.perf_counter() - start) / steps, memory()
 
 
 def sample(num):
@@ -71,17 +84,25 @@ def draw(path, found):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", action="store_true", help="memory of sample(n) instead")
+    parser.add_argument(
+        "--attention", action="store_true", help="memory and time of attention between all pixels instead"
+    )
     parser.add_argument("--output", help="a .json file for the figures")
     parser.add_argument("--plot", help="a .png file for curves")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         function, arguments = json.loads(args.worker)
-        return print(json.dumps({"train": train, "sample": sample}[function](**arguments)))
+        return print(json.dumps({"train": train, "sample": sample, "attend": attend}[function](**arguments)))
     if args.samples:
         for num in SAMPLES:
             seconds, mib = measure("sample", num=num)
             print(f"sample({num:6}): {1e3 * seconds:.1f} ms each, {mib:.0f} MiB", flush=True)
+        return
+    if args.attention:
+        for size in SIDES:
+            seconds, mib = measure("attend", size=size)
+            print(f"attention between {size**2:5} pixels: {seconds:.2f} s a step, {mib:.0f} MiB", flush=True)
         return
     found = {name: [measure("train", **{name: value}) for value in values] for name, values in AXES.items()}
     for name, points in found.items():
