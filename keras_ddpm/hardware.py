@@ -1,6 +1,5 @@
 """What depends on the hardware and the backend at hand: the settings, and the shorter ways that PyTorch knows."""
 
-import collections
 import ctypes
 import functools
 import os
@@ -82,55 +81,6 @@ def longest_written_out():
     rounded to it.
     """
     return 0 if has_accelerator() else 1024
-
-
-class Recording:
-    """A function of tensors, such as a network; on PyTorch it is recorded, and then runs without Keras.
-
-    What Keras does in Python at each call is some 5 % of a training step of a large network and more of a small one's.
-    Recording takes as long as some fifty calls, and so it is done after the fiftieth, for each shape of the arguments.
-    Variables that the function reads are read at each call, and gradients flow to them; a function that looks at the
-    values of tensors is not recorded.
-
-    Args:
-        function: returns a tensor.
-        has_effects: function without arguments: whether the last call did more than return a tensor, such as to
-            update a moving average; then it is not recorded either.
-    """
-
-    def __init__(self, function, has_effects=lambda: False):
-        self.function = function
-        self.has_effects = has_effects
-        self.calls = collections.Counter()
-        self.recorded = {}
-
-    def __call__(self, *arguments):
-        if keras.backend.backend() != "torch" or _is_compiling():
-            return self.function(*arguments)
-        shapes = tuple((tuple(x.shape), x.dtype) for x in arguments)
-        if shapes in self.recorded:
-            return self.recorded[shapes](*arguments)
-        result = self.function(*arguments)
-        self.calls[shapes] += 1
-        if self.calls[shapes] == 50 and not self.has_effects():
-            self._record(shapes, arguments)
-        return result
-
-    def _record(self, shapes, arguments):
-        import torch
-        from torch.fx.experimental.proxy_tensor import make_fx
-
-        try:
-            with torch.no_grad():
-                self.recorded[shapes] = make_fx(self.function)(*arguments)
-        except RuntimeError:
-            pass
-
-
-def _is_compiling():
-    import torch
-
-    return torch.compiler.is_compiling()
 
 
 def fuse(optimizer):

@@ -11,6 +11,7 @@ from keras import ops
 
 from keras_ddpm import checks
 from keras_ddpm import hardware
+from keras_ddpm import recording
 from keras_ddpm import samplers
 from keras_ddpm import sampling
 from keras_ddpm.diffusion import GaussianDiffusion
@@ -118,8 +119,8 @@ class DiffusionModel(keras.Model):
         for average, v in zip(self.ema_weights, network.weights):
             average.assign(ops.copy(v))
         hardware.arrange([*network.weights, *self.ema_weights])
-        self._network_in_training = hardware.Recording(
-            lambda *inputs: network(list(inputs), training=True), self._has_effects
+        self._network_in_training = recording.Recording(
+            lambda *inputs: network(list(inputs), training=True), has_effects=self._has_effects
         )
         self._fit_random = keras.random.SeedGenerator(seed)
         self._test_random = keras.random.SeedGenerator(0)

@@ -20,6 +20,7 @@ from keras_ddpm.layers import Conv2D
 from keras_ddpm.layers import GroupNormalization
 from keras_ddpm.layers import PositionEmbedding
 from keras_ddpm.layers import TimestepEmbedding
+from keras_ddpm.layers import UpsampledConv2D
 
 
 def unet(
@@ -100,17 +101,17 @@ def unet(
         h = normalize(h + h_time, f"{name}_2")
         if dropout:
             h = layers.Dropout(dropout, name=f"{name}_dropout")(h)
-        h = _conv(channels, zero=True, name=f"{name}_conv_2")(h)
+        h = _conv(channels, scale=0.0, name=f"{name}_conv_2")(h)
         if x.shape[-1] != channels:
             x = _conv(channels, kernel_size=1, name=f"{name}_skip")(x)
         return layers.Add(name=f"{name}_add")([x, h])
 
     def attention_block(x, name):
         channels = x.shape[-1]
-        # Initialised as three layers would be.
-        qkv = layers.Dense(3 * channels, kernel_initializer=_initializer(2.0), name=f"{name}_qkv")
-        h = Attention(name=f"{name}_attention")(qkv(normalize(x, name, None)))
-        h = layers.Dense(channels, kernel_initializer="zeros", name=f"{name}_out")(h)
+        # Convolutions, as PyTorch's add the bias on the way; and initialised as three layers would be.
+        qkv = _conv(3 * channels, 1, scale=2.0, name=f"{name}_qkv")(normalize(x, name, None))
+        h = Attention(name=f"{name}_attention")(qkv)
+        h = _conv(channels, 1, scale=0.0, name=f"{name}_out")(h)
         return layers.Add(name=f"{name}_add")([x, h])
 
     x_t = keras.Input(tuple(image_shape), name="x_t")
@@ -145,11 +146,10 @@ def unet(
             if resolutions[level] in attention_resolutions:
                 x = attention_block(x, f"up_{level}_{block}_attention")
         if level > 0:
-            x = layers.UpSampling2D(name=f"up_{level}_upsample")(x)
-            x = _conv(width * multiplier, name=f"up_{level}_conv")(x)
+            x = UpsampledConv2D(width * multiplier, _initializer(), name=f"up_{level}_upsample")(x)
     assert not skips
 
-    x = _conv(image_shape[-1], zero=True, dtype="float32", name="conv_out")(normalize(x, "out"))
+    x = _conv(image_shape[-1], scale=0.0, dtype="float32", name="conv_out")(normalize(x, "out"))
     x = layers.Cropping2D(padding, dtype="float32", name="crop")(x)
     return keras.Model([x_t, *conditions], x, name="unet")
 
@@ -283,8 +283,8 @@ def _padding(image_shape, multiple):
     return tuple((-size % multiple // 2, (-size % multiple + 1) // 2) for size in image_shape[:2])
 
 
-def _conv(channels, kernel_size=3, strides=1, zero=False, **kwargs):
-    initializer = "zeros" if zero else _initializer()
+def _conv(channels, kernel_size=3, strides=1, scale=1.0, **kwargs):
+    initializer = _initializer(scale) if scale else "zeros"
     return Conv2D(channels, kernel_size, strides, padding="same", kernel_initializer=initializer, **kwargs)
 
 

@@ -10,7 +10,11 @@ from keras import ops
 
 from keras_ddpm import checks
 from keras_ddpm import hardware
+from keras_ddpm import recording
 from keras_ddpm import samplers
+
+# The number of network calls that make a recording worth its time. It depends on the job alone, and so do the samples.
+RECORDED_FROM = 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +164,7 @@ def run(
                 dynamic_threshold=guidance.dynamic_threshold,
                 clip=clip,
                 masked=known is not None,
+                recorded=num_batches * len(table) >= RECORDED_FROM,
             )
             x, x_0 = program.predict_on_batch((x, x_0, *extras, rows, batch_seed, first, last))
             progress.update(batch * len(table) + last)
@@ -174,7 +179,16 @@ class Program(keras.Model):
     """A stretch of the rows of any sampler's table, as one compiled loop."""
 
     def __init__(
-        self, model, use_ema, stochastic, guided=False, rescale=0.0, dynamic_threshold=None, clip=True, masked=False
+        self,
+        model,
+        use_ema,
+        stochastic,
+        guided=False,
+        rescale=0.0,
+        dynamic_threshold=None,
+        clip=True,
+        masked=False,
+        recorded=False,
     ):
         super().__init__(name="sampling", dtype="float32")
         self.model = model
@@ -185,7 +199,7 @@ class Program(keras.Model):
         self.dynamic_threshold = dynamic_threshold
         self.clip = clip
         self.masked = masked
-        self.network = hardware.Recording(self._predict)
+        self.network = recording.InferenceRecording(self._predict, after=1 if recorded else np.inf)
         self.random = keras.random.SeedGenerator(0)
         self.jit_compile = hardware.jit_compile()
         self.built = True
@@ -218,7 +232,8 @@ class Program(keras.Model):
                 x = ops.where(mask > 0, alpha * known + sigma * noise_of_known, x)
             return x, memory
 
-        return ops.fori_loop(first, last, step, (x, memory))
+        with self.network.fixed_weights():
+            return ops.fori_loop(first, last, step, (x, memory))
 
     def _predict(self, x, t, scale, *condition):
         """The network's output, with guidance."""

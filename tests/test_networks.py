@@ -150,7 +150,7 @@ def test_attention_against_numpy(monkeypatch, written_out):
 
     def dense(h, part):
         kernel, bias = (ops.convert_to_numpy(w) for w in network.get_layer(f"{name}_{part}").weights)
-        return h @ kernel + bias
+        return h @ kernel[0, 0] + bias
 
     groups = x.reshape(2, 64, 2, 4)
     mean, variance = groups.mean((1, 3), keepdims=True), groups.var((1, 3), keepdims=True)
@@ -226,7 +226,15 @@ def test_group_normalization_in_bfloat16():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"strides": 2}, {"kernel_size": 1, "activation": "swish"}, {"dilation_rate": 2}, {"use_bias": False}],
+    [
+        {},
+        {"strides": 2},
+        {"strides": (3, 2), "kernel_size": (2, 4)},
+        {"strides": 2, "padding": "valid"},
+        {"kernel_size": 1, "activation": "swish"},
+        {"dilation_rate": 2},
+        {"use_bias": False},
+    ],
 )
 def test_convolution_is_keras_own(options):
     x = np.random.default_rng(0).normal(size=(2, 6, 5, 3)).astype("float32")
@@ -237,6 +245,26 @@ def test_convolution_is_keras_own(options):
     ours.set_weights([w + 0.1 for w in keras_own.get_weights()])
     keras_own.set_weights(ours.get_weights())
     np.testing.assert_allclose(*(ops.convert_to_numpy(layer(x)) for layer in (ours, keras_own)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+def test_upsampled_convolution_is_a_convolution_of_repeated_pixels(policy):
+    random = np.random.default_rng(0)
+    x = random.normal(size=(2, 5, 4, 3)).astype("float32")
+    ours = layers.UpsampledConv2D(6, dtype=policy)
+    ours.build(x.shape)
+    ours.set_weights([random.normal(size=w.shape) for w in ours.get_weights()])
+    plain = keras.layers.Conv2D(6, 3, padding="same")
+    plain.build(x.shape)
+    kernel, bias = ours.get_weights()
+    plain.set_weights([kernel.transpose(0, 1, 3, 2), bias])
+    expected = ops.convert_to_numpy(plain(x.repeat(2, axis=1).repeat(2, axis=2)))
+    assert expected.shape == ours.compute_output_shape(x.shape)
+    y = ops.convert_to_numpy(ops.cast(ours(x), "float32"))
+    # Sums of 27 products, whose factors are rounded to 24 or 8 binary digits.
+    np.testing.assert_allclose(y, expected, atol={"float32": 1e-5, "mixed_bfloat16": 27 * 2**-8}[policy])
+    from_config = layers.UpsampledConv2D.from_config(ours.get_config())
+    assert from_config.get_config() == ours.get_config()
 
 
 def test_timestep_embedding():

@@ -20,6 +20,7 @@ how many times as fast as the step the input pipeline makes its batch: decoded u
 
 import argparse
 import collections
+import functools
 import json
 import os
 import resource
@@ -30,7 +31,7 @@ import time
 import numpy as np
 
 OURS = [f"{backend}-{dtype}" for backend in ("tensorflow", "jax", "torch") for dtype in ("float32", "bfloat16")]
-PEERS = ["diffusers", "diffusers-tuned"]
+PEERS = ["diffusers", "diffusers-tuned", "diffusers-compiled"]
 
 
 def our_task(args, dtype):
@@ -68,7 +69,7 @@ def pipeline_seconds(args, batches=200):
     return (time.perf_counter() - start) / batches
 
 
-def diffusers_task(args, tuned):
+def diffusers_task(args, form):
     """The same of diffusers, by its own training example: AdamW, clipped gradients; without an average of weights."""
     import contextlib
 
@@ -88,9 +89,11 @@ def diffusers_task(args, tuned):
     )
     scheduler = diffusers.DDPMScheduler(1000)
     autocast = contextlib.nullcontext
-    if tuned:
+    if form:
         network = network.to(memory_format=torch.channels_last)
         autocast = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
+    if form == "compiled":
+        network.compile()
     if args.task == "sampling":
         pipeline = diffusers.DDPMPipeline(network.eval(), scheduler)
         pipeline.set_progress_bar_config(disable=True)
@@ -102,7 +105,7 @@ def diffusers_task(args, tuned):
         return sample, network
     optimizer = torch.optim.AdamW(network.parameters(), 1e-4)
     x = torch.rand(args.batch_size, 3, args.size, args.size) * 2 - 1
-    if tuned:
+    if form:
         x = x.to(memory_format=torch.channels_last)
 
     def train(steps):
@@ -130,6 +133,8 @@ def products(network):
         if isinstance(layer, keras.layers.Conv2D):
             kernel, channels = layer.kernel.shape[0], layer.input.shape[1:]
             found["conv", *channels, layer.filters, kernel, layer.strides[0]] += 1
+        elif isinstance(layer, kd.layers.UpsampledConv2D):
+            found["transposed", *layer.input.shape[1:], layer.filters, 4, 2] += 1
         elif isinstance(layer, keras.layers.Dense):
             rows = int(np.prod(layer.input.shape[1:-1]))
             found["dense", rows, *layer.kernel.shape] += 1
@@ -147,7 +152,8 @@ def operations(entry):
     if kind == "dense":
         return 2 * number * int(np.prod(sizes))
     height, width, channels, filters, kernel, stride = sizes
-    return 2 * number * height * width * channels * filters * kernel**2 // stride**2
+    positions = height * width // (stride**2 if kind == "conv" else 1)
+    return 2 * number * positions * channels * filters * kernel**2
 
 
 def limit_task(args, dtype, entries):
@@ -166,8 +172,11 @@ def limit_task(args, dtype, entries):
         else:
             height, width, channels, filters, kernel, stride = sizes
             x = torch.randn(args.batch_size, channels, height, width, dtype=dtype).to(memory_format=layout)
-            w = torch.randn(filters, channels, kernel, kernel, dtype=dtype).to(memory_format=layout)
-            function = lambda x, w: torch.nn.functional.conv2d(x, w, stride=stride, padding=kernel // 2)  # noqa: E731
+            transposed = kind == "transposed"
+            shape = (channels, filters) if transposed else (filters, channels)
+            w = torch.randn(*shape, kernel, kernel, dtype=dtype).to(memory_format=layout)
+            convolution = torch.nn.functional.conv_transpose2d if transposed else torch.nn.functional.conv2d
+            function = functools.partial(convolution, stride=stride, padding=(kernel - 1) // 2)
         x.requires_grad_(backward)
         w.requires_grad_(backward)
         y = function(x, w)
@@ -186,7 +195,7 @@ def limit_task(args, dtype, entries):
         total = 0.0
         with torch.set_grad_enabled(backward):
             for entry in entries:
-                layouts = [torch.contiguous_format] + [torch.channels_last] * (entry[0] == "conv")
+                layouts = [torch.contiguous_format] + [torch.channels_last] * (entry[0] != "dense")
                 total += entry[-1] * min(min(run() for _ in range(3)) for run in (prepare(entry, it) for it in layouts))
         return total
 
@@ -199,7 +208,7 @@ def work(args):
     if name.startswith("limit"):
         task, network = limit_task(args, name.split("-")[1], json.loads(sys.stdin.readline()))
     elif name.startswith("diffusers"):
-        task, network = diffusers_task(args, tuned=name.endswith("tuned"))
+        task, network = diffusers_task(args, form=name.partition("-")[2])
     else:
         task, network = our_task(args, name.split("-")[1])
     about = {}

@@ -1,0 +1,192 @@
+"""Networks on PyTorch as recordings of their operations, which run without the Python that led to them.
+
+What Keras does in Python at each call is some 5 % of a training step of a large network and more of a small one's. The
+other backends compile and record nothing.
+"""
+
+import collections
+import contextlib
+
+import keras
+
+
+class Recording:
+    """A function of tensors, such as a network; on PyTorch it is recorded after some calls.
+
+    Recording takes as long as some fifty calls. It is done for each shape of the arguments. Variables that the function
+    reads are read at each call, and gradients flow to them; a function that looks at the values of tensors is not
+    recorded.
+
+    Args:
+        function: returns a tensor.
+        after: the number of calls, of which the last is run as a recording already.
+        has_effects: function without arguments: whether the last call did more than return a tensor, such as to
+            update a moving average; then it is not recorded.
+    """
+
+    def __init__(self, function, *, after=50, has_effects=lambda: False):
+        self.function = function
+        self.after = after
+        self.has_effects = has_effects
+        self.calls = collections.Counter()
+        self.recorded = {}
+
+    def __call__(self, *arguments):
+        if keras.backend.backend() != "torch" or _is_compiling():
+            return self.function(*arguments)
+        shapes = tuple((tuple(x.shape), x.dtype) for x in arguments)
+        if shapes not in self.recorded:
+            result = self.function(*arguments)
+            self.calls[shapes] += 1
+            if self.calls[shapes] != self.after or self.has_effects():
+                return result
+            self.recorded[shapes] = self._record(*arguments)
+        return self.recorded[shapes](*arguments)
+
+    def _record(self, *arguments):
+        import torch
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        try:
+            with torch.no_grad():
+                return _roomy(make_fx(self.function)(*arguments))
+        except RuntimeError:
+            return self.function
+
+
+class InferenceRecording(Recording):
+    """A recording for many calls with the same weights and without gradients.
+
+    What depends on weights alone, such as their conversion to bfloat16, is computed once. On a CPU convolutions have
+    their kernels in the order in which oneDNN walks through them, and those of residual blocks add to their input as
+    they write. So results are not those of the function to the last digit.
+    """
+
+    @contextlib.contextmanager
+    def fixed_weights(self):
+        """A time in which no variable changes."""
+        try:
+            yield
+        finally:
+            for network in self.recorded.values():
+                network.constants = None
+
+    def _record(self, *arguments):
+        function = super()._record(*arguments)
+        return function if function is self.function else _Divided(function)
+
+
+class _Divided:
+    """A recording in two parts: from weights to constants, and from those and the arguments to the result."""
+
+    def __init__(self, module):
+        from torch import fx
+
+        graph = module.graph
+        _fuse_convolutions(graph)
+        fixed = _fixed(graph)
+        copies, first = fx.Graph(), next(iter(graph.nodes))
+        originals = {}
+        for node in fixed:
+            originals[node] = copies.node_copy(node, originals.get)
+        needed = [node for node in fixed if any(user not in originals for user in node.users)]
+        copies.output([originals[node] for node in needed])
+        with graph.inserting_before(first):
+            for index, node in enumerate(needed):
+                node.replace_all_uses_with(graph.placeholder(f"constant_{index}"))
+        graph.eliminate_dead_code()
+        self.prepare = fx.GraphModule(module, copies)
+        self.run = _roomy(fx.GraphModule(module, graph))
+        self.constants = None
+
+    def __call__(self, *arguments):
+        if self.constants is None:
+            self.constants = self.prepare()
+        return self.run(*self.constants, *arguments)
+
+
+def _roomy(module):
+    """The recording as a function of more than 2048 local variables.
+
+    CPython takes memory for the variables of functions in chunks of 2048, or larger ones with room for 1000 more where
+    a function needs them. Where the recording's own happened to fill a chunk, each operation that it calls took another
+    one from the system and gave it back, which is slow by a sixth.
+    """
+    names = " = ".join(f"room_{index}" for index in range(2048))
+    module.graph.on_generate_code(lambda _: lambda body: [f"if False:\n    {names} = None\n", *body])
+    module.recompile()
+    return module
+
+
+def _fixed(graph):
+    """The nodes that depend on weights alone, in order."""
+    fixed = {}
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        if node.op == "get_attr" or node.op == "call_function" and inputs and all(n in fixed for n in inputs):
+            fixed[node] = None
+    return list(fixed)
+
+
+def _fuse_convolutions(graph):
+    """Convolutions as PyTorch's inductor writes them for inference on a CPU, where it has oneDNN."""
+    import torch
+
+    aten, mkldnn, fixed = torch.ops.aten, torch.ops.mkldnn, set(_fixed(graph))
+    if not torch.backends.mkldnn.is_available():
+        return
+    for node in list(graph.nodes):
+        if node.target is not aten.convolution.default or node.args[1] not in fixed:
+            continue
+        value = node.meta["val"]
+        if value.device.type != "cpu" or value.dtype == torch.bfloat16 and not mkldnn._is_mkldnn_bf16_supported():
+            continue
+        x, kernel, bias, stride, padding, dilation, transposed, output_padding, groups = node.args
+        size, plain = list(x.meta["val"].shape), ("none", [], "")
+        options = (padding, stride, dilation, groups)
+        add, other = _residual_addition(node)
+        place = node if add is None else add
+        with graph.inserting_before(place):
+            if transposed:
+                options = (padding, output_padding, stride, dilation, groups)
+                kernel = graph.call_function(
+                    mkldnn._reorder_convolution_transpose_weight.default, (kernel, *options, size)
+                )
+                new = graph.call_function(
+                    mkldnn._convolution_transpose_pointwise.default, (x, kernel, bias, *options, *plain)
+                )
+            else:
+                kernel = graph.call_function(mkldnn._reorder_convolution_weight.default, (kernel, *options, size))
+                if add is None:
+                    new = graph.call_function(
+                        mkldnn._convolution_pointwise.default, (x, kernel, bias, *options, *plain)
+                    )
+                else:
+                    other = graph.call_function(aten.permute.default, (other, [0, 3, 1, 2]))
+                    arguments = (x, other, kernel, bias, *options, "add", 1.0, None, [], None)
+                    new = graph.call_function(mkldnn._convolution_pointwise.binary, arguments)
+                    new = graph.call_function(aten.permute.default, (new, [0, 2, 3, 1]))
+        new.meta = dict(place.meta)
+        place.replace_all_uses_with(new)
+    graph.eliminate_dead_code()
+
+
+def _residual_addition(convolution):
+    """The node that adds other images of the same shape to the convolution's, if nothing else needs these, and theirs."""
+    import torch
+
+    node = convolution
+    for target in (torch.ops.aten.permute.default, torch.ops.aten.add.Tensor):
+        summand, (node, *more) = node, node.users
+        if more or node.target is not target:
+            return None, None
+    others = [n for n in node.args if n is not summand]
+    if node.kwargs or len(others) != 1 or not isinstance(others[0], torch.fx.Node):
+        return None, None
+    return (node, others[0]) if others[0].meta["val"].shape == summand.meta["val"].shape else (None, None)
+
+
+def _is_compiling():
+    import torch
+
+    return torch.compiler.is_compiling()

@@ -1,0 +1,159 @@
+import contextlib
+import resource
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_ddpm as kd
+from keras_ddpm import networks
+from keras_ddpm import recording
+
+torch_alone = pytest.mark.skipif(keras.backend.backend() != "torch", reason="PyTorch alone records")
+
+
+def small_network():
+    """With every kind of layer, no weight at zero, and inputs for it."""
+    network = networks.unet((8, 8, 1), 8, (1, 2), 1, (4,), 4, num_classes=2)
+    random = np.random.default_rng(0)
+    network.set_weights([random.normal(0, 0.1, w.shape) for w in network.get_weights()])
+    inputs = random.normal(size=(2, 8, 8, 1)).astype("float32"), np.array([5, 9]), np.array([0, 2])
+    return network, [ops.convert_to_tensor(value) for value in inputs]
+
+
+@pytest.mark.parametrize("make", [recording.Recording, recording.InferenceRecording])
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+def test_recorded_network_reads_its_variables(make, policy):
+    keras.config.set_dtype_policy(policy)
+    network, inputs = small_network()
+    recorded = make(lambda *inputs: ops.stop_gradient(network(list(inputs))), after=3)
+    fixed = getattr(recorded, "fixed_weights", contextlib.nullcontext)
+    for _ in range(5):
+        with fixed():
+            before = ops.convert_to_numpy(recorded(*inputs))
+    assert len(recorded.recorded) == (keras.backend.backend() == "torch")
+    for variable in network.weights:
+        variable.assign(0.5 * variable)
+    expected = ops.convert_to_numpy(network(inputs))
+    assert np.abs(expected - before).max() > 0.1
+    with fixed():
+        result = ops.convert_to_numpy(recorded(*inputs))
+    # In bfloat16 a sum of residuals is rounded once where it was rounded twice.
+    tolerance = {"float32": 1e-5, "mixed_bfloat16": 0.02 if make is recording.InferenceRecording else 0}[policy]
+    np.testing.assert_allclose(result, expected, rtol=tolerance, atol=tolerance * np.abs(expected).max())
+
+
+@torch_alone
+def test_inference_computes_once_what_depends_on_weights_alone():
+    """No weight is converted, and convolutions add residuals themselves."""
+    import torch
+
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    network, inputs = small_network()
+    recorded = recording.InferenceRecording(lambda *inputs: network(list(inputs)), after=1)
+    with torch.no_grad(), recorded.fixed_weights():
+        recorded(*inputs)
+        (divided,) = recorded.recorded.values()
+        assert all(value is not None for value in divided.constants)
+    assert divided.constants is None
+    nodes = list(divided.run.graph.nodes)
+    assert not [node for node in nodes if node.op == "get_attr"]
+    targets = [str(node.target) for node in nodes]
+    assert "aten.convolution.default" not in targets
+    blocks = [layer for layer in network.layers if layer.name.endswith("_add")]
+    assert targets.count("mkldnn._convolution_pointwise.binary") == len(blocks)
+
+
+@torch_alone
+def test_additions_that_are_no_residuals_stay():
+    """Of another shape, of the images to themselves, and where the convolution's are needed besides."""
+    import torch
+
+    kernel = torch.nn.Parameter(torch.randn(4, 4, 1, 1))
+
+    def function(x):
+        y, z, w = (torch.permute(torch.nn.functional.conv2d(x, kernel), (0, 2, 3, 1)) for _ in range(3))
+        return (y + 1.0) + (z + z) + (w + x[:, 0, 0, 0][:, None, None, None]) * torch.add(w, y, alpha=2)
+
+    x = torch.randn(3, 4, 5, 6)
+    recorded = recording.InferenceRecording(function, after=1)
+    with torch.no_grad():
+        np.testing.assert_allclose(recorded(x), function(x), rtol=1e-5, atol=1e-5)
+    (divided,) = recorded.recorded.values()
+    assert "binary" not in divided.run.code and "_convolution_pointwise" in divided.run.code
+
+
+@torch_alone
+def test_operations_find_room_for_their_variables(monkeypatch):
+    """However deep the call is, no operation takes memory from the system."""
+    import torch
+
+    def deepen(depth, function):
+        return deepen(depth - 1, function) if depth else function()
+
+    def faults(recorded, depth):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        deepen(depth, recorded)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    def function():
+        x = torch.zeros(2)
+        for _ in range(300):
+            x = x + 1.0
+        return x
+
+    worst = []
+    for roomy in (True, False):
+        if not roomy:
+            monkeypatch.setattr(recording, "_roomy", lambda module: module)
+        recorded = recording.Recording(function, after=1)
+        recorded()
+        worst.append(max(min(faults(recorded, depth) for _ in range(2)) for depth in range(300)))
+    assert worst[0] < 50 < 250 < worst[1], worst
+
+
+@torch_alone
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_recorded_training_is_training(monkeypatch, dropout):
+    """The weights after sixty steps, but for a network that draws random numbers, which is not recorded."""
+    trained = []
+    for records in (True, False):
+        keras.utils.set_random_seed(0)
+        model = kd.DiffusionModel(networks.unet((8, 8, 1), 8, (1, 2), 1, (4,), 4, dropout), seed=0)
+        model.compile(loss="mse", optimizer=keras.optimizers.Adam(1e-3, global_clipnorm=0.1))
+        if not records:
+            monkeypatch.setattr(model._network_in_training, "has_effects", lambda: True)
+        x = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 1), dtype="uint8")
+        model.fit(kd.datasets.from_arrays(x, batch_size=4, steps_per_epoch=60), verbose=0)
+        assert bool(model._network_in_training.recorded) == (records and not dropout)
+        trained.append(model.network.get_weights())
+    for recorded, plain in zip(*trained):
+        np.testing.assert_allclose(recorded, plain, rtol=1e-4, atol=1e-6)
+
+
+@torch_alone
+def test_networks_that_add_to_the_loss_are_not_recorded():
+    x_t, t = keras.Input((8, 8, 1)), keras.Input((), dtype="int32")
+    y = keras.layers.Conv2D(1, 3, padding="same", activity_regularizer="l2")(x_t)
+    model = kd.DiffusionModel(keras.Model([x_t, t], y), seed=0)
+    model.compile(loss="mse", optimizer="adam")
+    model.fit(np.zeros((4, 8, 8, 1), "float32"), batch_size=4, epochs=51, verbose=0)
+    assert sum(model._network_in_training.calls.values()) == 51
+    assert not model._network_in_training.recorded
+
+
+@pytest.mark.parametrize("make", [recording.Recording, recording.InferenceRecording])
+def test_what_looks_at_values_is_not_recorded(make):
+    recorded = make(lambda x: x / float(ops.max(x)))
+    for largest in range(1, 60):
+        x = ops.convert_to_tensor(np.array([0.5, 1.0]) * largest, "float32")
+        np.testing.assert_allclose(ops.convert_to_numpy(recorded(x)), [0.5, 1.0], rtol=1e-6)
+
+
+def test_samples_do_not_depend_on_what_was_sampled_before():
+    """A long job is recorded from its first call on, a short one never is."""
+    model = kd.DiffusionModel(small_network()[0], seed=0)
+    samplers = [kd.samplers.DDPM(60), kd.samplers.DDIM(6)]
+    first, again = ([model.sample(2, sampler, seed=0, labels=1) for sampler in samplers] for _ in range(2))
+    assert all(map(np.array_equal, first, again))
