@@ -172,7 +172,7 @@ def _fuse_convolutions(graph):
 
 
 def _residual_addition(convolution):
-    """The node that adds other images of the same shape to the convolution's, if nothing else needs these, and theirs."""
+    """The node that adds to what a convolution returns, which nothing else needs, and the node of what it adds."""
     import torch
 
     node = convolution
