@@ -147,11 +147,11 @@ class Conv2D(layers.Conv2D):
 
 @keras.saving.register_keras_serializable(package="keras_ddpm")
 class UpsampledConv2D(layers.Layer):
-    """Nearest-neighbour upsampling by two and a 3x3 convolution of the result, on PyTorch at 4/9 of its multiplications.
+    """Nearest-neighbour upsampling by two and a 3x3 convolution of the result.
 
-    Where pixels are repeated, several entries of the kernel meet the same one, and are added up beforehand: the two are
-    one transposed convolution of stride two, whose 4x4 kernel is the 3x3 one convolved with 2x2 ones. On TensorFlow
-    that is no faster, and its gradient is far slower with XLA.
+    On PyTorch at 4/9 of its multiplications: where pixels are repeated, several entries of the kernel meet the same,
+    and are added up beforehand. The two are one transposed convolution of stride two, whose 4x4 kernel is the 3x3 one
+    convolved with 2x2 ones. On TensorFlow that is no faster, and its gradient is far slower with XLA.
 
     Args:
         filters: channels of the result.

@@ -129,61 +129,60 @@ def _fixed(graph):
 
 
 def _fuse_convolutions(graph):
-    """Convolutions as PyTorch's inductor writes them for inference on a CPU, where it has oneDNN."""
+    """Convolutions of images as PyTorch's inductor writes them for inference on a CPU, where it has oneDNN."""
     import torch
 
-    aten, mkldnn, fixed = torch.ops.aten, torch.ops.mkldnn, set(_fixed(graph))
     if not torch.backends.mkldnn.is_available():
         return
+    aten, mkldnn, fixed = torch.ops.aten, torch.ops.mkldnn, set(_fixed(graph))
+    dtypes = [torch.float32] + [torch.bfloat16] * mkldnn._is_mkldnn_bf16_supported()
     for node in list(graph.nodes):
         if node.target is not aten.convolution.default or node.args[1] not in fixed:
             continue
-        value = node.meta["val"]
-        if value.device.type != "cpu" or value.dtype == torch.bfloat16 and not mkldnn._is_mkldnn_bf16_supported():
-            continue
         x, kernel, bias, stride, padding, dilation, transposed, output_padding, groups = node.args
-        size, plain = list(x.meta["val"].shape), ("none", [], "")
-        options = (padding, stride, dilation, groups)
-        add, other = _residual_addition(node)
-        place = node if add is None else add
+        images, size = x.meta["val"], list(x.meta["val"].shape)
+        if images.device.type != "cpu" or images.dtype not in dtypes or len(size) != 4 or groups != 1:
+            continue
+        if not images.is_contiguous(memory_format=torch.channels_last):
+            continue  # the result would lie in memory in another way than what was recorded after it expects
+        place, other = (node, None) if transposed else _residual_addition(node)
+        name, options, ending = "", (padding, stride, dilation, groups), ("none", [], "")
+        if transposed:
+            name, options = "_transpose", (padding, output_padding, stride, dilation, groups)
+        function, inputs = getattr(mkldnn, f"_convolution{name}_pointwise").default, [x]
         with graph.inserting_before(place):
-            if transposed:
-                options = (padding, output_padding, stride, dilation, groups)
-                kernel = graph.call_function(
-                    mkldnn._reorder_convolution_transpose_weight.default, (kernel, *options, size)
-                )
-                new = graph.call_function(
-                    mkldnn._convolution_transpose_pointwise.default, (x, kernel, bias, *options, *plain)
-                )
-            else:
-                kernel = graph.call_function(mkldnn._reorder_convolution_weight.default, (kernel, *options, size))
-                if add is None:
-                    new = graph.call_function(
-                        mkldnn._convolution_pointwise.default, (x, kernel, bias, *options, *plain)
-                    )
-                else:
-                    other = graph.call_function(aten.permute.default, (other, [0, 3, 1, 2]))
-                    arguments = (x, other, kernel, bias, *options, "add", 1.0, None, [], None)
-                    new = graph.call_function(mkldnn._convolution_pointwise.binary, arguments)
-                    new = graph.call_function(aten.permute.default, (new, [0, 2, 3, 1]))
+            reorder = getattr(mkldnn, f"_reorder_convolution{name}_weight").default
+            kernel = graph.call_function(reorder, (kernel, *options, size))
+            if other is not None:
+                other = graph.call_function(aten.permute.default, (other, [0, 3, 1, 2]))
+                function, inputs, ending = mkldnn._convolution_pointwise.binary, [x, other], ("add", 1, None, [], None)
+            new = graph.call_function(function, (*inputs, kernel, bias, *options, *ending))
+            if other is not None:
+                new = graph.call_function(aten.permute.default, (new, [0, 2, 3, 1]))
         new.meta = dict(place.meta)
         place.replace_all_uses_with(new)
     graph.eliminate_dead_code()
 
 
 def _residual_addition(convolution):
-    """The node that adds to what a convolution returns, which nothing else needs, and the node of what it adds."""
+    """The addition of images of the same kind to a convolution's, if nothing else needs these, and the others' node.
+
+    Otherwise the convolution itself and `None`.
+    """
     import torch
 
     node = convolution
     for target in (torch.ops.aten.permute.default, torch.ops.aten.add.Tensor):
         summand, (node, *more) = node, node.users
         if more or node.target is not target:
-            return None, None
-    others = [n for n in node.args if n is not summand]
-    if node.kwargs or len(others) != 1 or not isinstance(others[0], torch.fx.Node):
-        return None, None
-    return (node, others[0]) if others[0].meta["val"].shape == summand.meta["val"].shape else (None, None)
+            return convolution, None
+    others = [other for other in node.args if other is not summand]
+    if list(summand.args[1]) == [0, 2, 3, 1] and not node.kwargs and len(others) == 1:
+        if isinstance(others[0], torch.fx.Node):
+            value, other = summand.meta["val"], others[0].meta["val"]
+            if (value.shape, value.dtype) == (other.shape, other.dtype):
+                return node, others[0]
+    return convolution, None
 
 
 def _is_compiling():

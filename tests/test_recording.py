@@ -66,22 +66,44 @@ def test_inference_computes_once_what_depends_on_weights_alone():
 
 
 @torch_alone
-def test_additions_that_are_no_residuals_stay():
-    """Of another shape, of the images to themselves, and where the convolution's are needed besides."""
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_convolutions_of_every_kind(channels_last):
+    """Additions of another shape, to themselves, scaled, or in another order of axes stay as they are."""
     import torch
 
-    kernel = torch.nn.Parameter(torch.randn(4, 4, 1, 1))
+    make = lambda *shape: torch.nn.Parameter(torch.randn(shape))  # noqa: E731
+    kernel, grouped, bias, in_1d = make(4, 4, 3, 3), make(4, 2, 3, 3), make(4), make(4, 4, 3)
+    f = torch.nn.functional
 
     def function(x):
-        y, z, w = (torch.permute(torch.nn.functional.conv2d(x, kernel), (0, 2, 3, 1)) for _ in range(3))
-        return (y + 1.0) + (z + z) + (w + x[:, 0, 0, 0][:, None, None, None]) * torch.add(w, y, alpha=2)
+        convolutions = [
+            f.conv2d(x, kernel, bias, padding=1),
+            f.conv2d(x, kernel, None, 1, 2, 2),
+            f.conv2d(x, grouped, bias, padding=1, groups=2),
+            f.conv_transpose2d(x, kernel, bias, padding=1),
+            f.conv1d(x[:, :, 0], in_1d, padding=1)[:, :, None].expand(x.shape),
+        ]
+        h = torch.permute(x, (0, 2, 3, 1))
+        for y in convolutions:
+            h = h + torch.permute(y, (0, 2, 3, 1))
+            h = torch.permute(y, (0, 2, 3, 1)) + h
+        last = [torch.permute(f.conv2d(x, kernel, padding=1), (0, 2, 3, 1)) for _ in range(4)]
+        turned = torch.permute(f.conv2d(x, kernel, padding=1), (0, 3, 2, 1)) + torch.permute(x, (0, 3, 2, 1))
+        h = h + (last[0] + 1.0) + (last[1] + last[1]) + (last[2] + h[0]) * torch.add(last[3], h, alpha=2)
+        only = torch.permute(f.conv2d(x, kernel, bias, padding=1), (0, 2, 3, 1)) + h
+        upsampled = torch.permute(f.conv_transpose2d(x, kernel, padding=1), (0, 2, 3, 1)) + only
+        return torch.cat([upsampled.reshape(-1), turned.reshape(-1), f.conv2d(x, kernel, stride=2).reshape(-1)])
 
-    x = torch.randn(3, 4, 5, 6)
+    x = torch.randn(3, 4, 6, 6)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
     recorded = recording.InferenceRecording(function, after=1)
     with torch.no_grad():
-        np.testing.assert_allclose(recorded(x), function(x), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(recorded(x), function(x), rtol=1e-4, atol=1e-3)
     (divided,) = recorded.recorded.values()
-    assert "binary" not in divided.run.code and "_convolution_pointwise" in divided.run.code
+    assert divided.run.code.count("_convolution_pointwise.binary(") == channels_last
+    assert divided.run.code.count("_convolution_transpose_pointwise.default(") == 2 * channels_last
+    assert divided.run.code.count("aten.convolution.default(") == (2 if channels_last else 13)
 
 
 @torch_alone
