@@ -138,7 +138,8 @@ class Conv2D(layers.Conv2D):
             reach = [dilation * (size - 1) + 1 for dilation, size in zip(self.dilation_rate, self.kernel_size)]
             missing = [max(n - (size % s or s), 0) for n, size, s in zip(reach, x.shape[1:3], self.strides)]
             (top, bottom), (left, right) = ((n // 2, n - n // 2) for n in missing)
-            x, padding = torch.nn.functional.pad(x, (0, 0, left, right, top, bottom)), "valid"
+            x = torch.nn.functional.pad(x, (0, 0, left, right, top, bottom)) if any(missing) else x
+            padding = "valid"
         bias = ops.convert_to_tensor(self.bias) if self.use_bias else None
         x, kernel = torch.permute(x, (0, 3, 1, 2)), torch.permute(ops.convert_to_tensor(self.kernel), (3, 2, 0, 1))
         x = torch.nn.functional.conv2d(x, kernel, bias, self.strides, padding, self.dilation_rate, self.groups)
@@ -173,10 +174,11 @@ class UpsampledConv2D(layers.Layer):
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
 
     def build(self, input_shape):
+        def initialize(shape, dtype):
+            return ops.transpose(self.kernel_initializer((3, 3, input_shape[-1], self.filters), dtype), (0, 1, 3, 2))
+
         # The order of axes of Keras' own transposed convolution.
-        self.kernel = self.add_weight(
-            shape=(3, 3, self.filters, input_shape[-1]), initializer=self.kernel_initializer, name="kernel"
-        )
+        self.kernel = self.add_weight((3, 3, self.filters, input_shape[-1]), initialize, name="kernel")
         self.bias = self.add_weight(shape=(self.filters,), initializer="zeros", name="bias")
 
     def call(self, x):

@@ -14,12 +14,12 @@ class Recording:
     """A function of tensors, such as a network; on PyTorch it is recorded after some calls.
 
     Recording takes as long as some fifty calls. It is done for each shape of the arguments. Variables that the function
-    reads are read at each call, and gradients flow to them; a function that looks at the values of tensors is not
-    recorded.
+    reads are read at each call, and gradients flow to them; a function that asks for the values of tensors by `float`,
+    `int` or `bool` is not recorded, and one that asks for them as arrays must not be.
 
     Args:
         function: returns a tensor.
-        after: the number of calls, of which the last is run as a recording already.
+        after: the number of the call that is recorded; it is made once more, as its result is that of the recording.
         has_effects: function without arguments: whether the last call did more than return a tensor, such as to
             update a moving average; then it is not recorded.
     """
@@ -34,6 +34,7 @@ class Recording:
     def __call__(self, *arguments):
         if keras.backend.backend() != "torch" or _is_compiling():
             return self.function(*arguments)
+        arguments = [x.contiguous() for x in arguments]  # what is recorded depends on how they lie in memory
         shapes = tuple((tuple(x.shape), x.dtype) for x in arguments)
         if shapes not in self.recorded:
             result = self.function(*arguments)
@@ -55,7 +56,7 @@ class Recording:
 
 
 class InferenceRecording(Recording):
-    """A recording for many calls with the same weights and without gradients.
+    """A recording for many calls with the same weights and without gradients, all inside of `fixed_weights`.
 
     What depends on weights alone, such as their conversion to bfloat16, is computed once. On a CPU convolutions have
     their kernels in the order in which oneDNN walks through them, and those of residual blocks add to their input as
@@ -69,11 +70,12 @@ class InferenceRecording(Recording):
             yield
         finally:
             for network in self.recorded.values():
-                network.constants = None
+                if isinstance(network, _Divided):
+                    network.constants = None
 
     def _record(self, *arguments):
         function = super()._record(*arguments)
-        return function if function is self.function else _Divided(function)
+        return function if function is self.function or _changes_fixed(function.graph) else _Divided(function)
 
 
 class _Divided:
@@ -96,13 +98,14 @@ class _Divided:
                 node.replace_all_uses_with(graph.placeholder(f"constant_{index}"))
         graph.eliminate_dead_code()
         self.prepare = fx.GraphModule(module, copies)
-        self.run = _roomy(fx.GraphModule(module, graph))
+        self.run = fx.GraphModule(module, graph)
         self.constants = None
 
     def __call__(self, *arguments):
-        if self.constants is None:
-            self.constants = self.prepare()
-        return self.run(*self.constants, *arguments)
+        constants = self.constants  # which another thread may take away
+        if constants is None:
+            constants = self.constants = self.prepare()
+        return self.run(*constants, *arguments)
 
 
 def _roomy(module):
@@ -120,28 +123,46 @@ def _roomy(module):
 
 def _fixed(graph):
     """The nodes that depend on weights alone, in order."""
+    import torch
+
     fixed = {}
     for node in graph.nodes:
         inputs = node.all_input_nodes
-        if node.op == "get_attr" or node.op == "call_function" and inputs and all(n in fixed for n in inputs):
-            fixed[node] = None
+        random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if node.op == "get_attr" or inputs and node.op == "call_function" and all(n in fixed for n in inputs):
+            if not random:
+                fixed[node] = None
     return list(fixed)
+
+
+def _changes_fixed(graph):
+    """Whether something that depends on weights alone is changed in place by what does not."""
+    fixed = set(_fixed(graph))
+    for node in set(graph.nodes) - fixed:
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and schema.is_mutable and not fixed.isdisjoint(node.all_input_nodes):
+            return True
+    return False
 
 
 def _fuse_convolutions(graph):
     """Convolutions of images as PyTorch's inductor writes them for inference on a CPU, where it has oneDNN."""
     import torch
 
-    if not torch.backends.mkldnn.is_available():
+    aten, mkldnn, backend = torch.ops.aten, torch.ops.mkldnn, torch.backends.mkldnn
+    if not (backend.is_available() and backend.enabled) or mkldnn._is_mkldnn_acl_supported():
         return
-    aten, mkldnn, fixed = torch.ops.aten, torch.ops.mkldnn, set(_fixed(graph))
-    dtypes = [torch.float32] + [torch.bfloat16] * mkldnn._is_mkldnn_bf16_supported()
+    graph.eliminate_dead_code()
+    fixed, dtypes = set(_fixed(graph)), [torch.float32] + [torch.bfloat16] * mkldnn._is_mkldnn_bf16_supported()
     for node in list(graph.nodes):
         if node.target is not aten.convolution.default or node.args[1] not in fixed:
             continue
         x, kernel, bias, stride, padding, dilation, transposed, output_padding, groups = node.args
-        images, size = x.meta["val"], list(x.meta["val"].shape)
-        if images.device.type != "cpu" or images.dtype not in dtypes or len(size) != 4 or groups != 1:
+        images = x.meta.get("val")  # older versions do not say it of weights
+        if images is None or images.device.type != "cpu" or images.dtype not in dtypes:
+            continue
+        size = list(images.shape)
+        if len(size) != 4 or groups != 1 or transposed and any(p >= s for p, s in zip(output_padding, stride)):
             continue
         if not images.is_contiguous(memory_format=torch.channels_last):
             continue  # the result would lie in memory in another way than what was recorded after it expects
@@ -173,14 +194,15 @@ def _residual_addition(convolution):
 
     node = convolution
     for target in (torch.ops.aten.permute.default, torch.ops.aten.add.Tensor):
-        summand, (node, *more) = node, node.users
-        if more or node.target is not target:
+        summand, users = node, list(node.users)
+        if len(users) != 1 or users[0].target is not target:
             return convolution, None
+        node = users[0]
     others = [other for other in node.args if other is not summand]
     if list(summand.args[1]) == [0, 2, 3, 1] and not node.kwargs and len(others) == 1:
-        if isinstance(others[0], torch.fx.Node):
-            value, other = summand.meta["val"], others[0].meta["val"]
-            if (value.shape, value.dtype) == (other.shape, other.dtype):
+        value, other = summand.meta["val"], getattr(others[0], "meta", {}).get("val")
+        if other is not None and (value.shape, value.dtype) == (other.shape, other.dtype):
+            if node.meta["val"].is_contiguous():  # as the fused result is
                 return node, others[0]
     return convolution, None
 

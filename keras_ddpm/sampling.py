@@ -13,8 +13,10 @@ from keras_ddpm import hardware
 from keras_ddpm import recording
 from keras_ddpm import samplers
 
-# The number of network calls that make a recording worth its time. It depends on the job alone, and so do the samples.
-RECORDED_FROM = 50
+# Where the backend records, jobs of as many network calls are run as a recording, which takes as long as fifty calls
+# the first time for a size of the batch. What is recorded depends on the job alone, so that samples do not depend on
+# what was sampled before.
+RECORDED_FROM = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,8 +166,8 @@ def run(
                 dynamic_threshold=guidance.dynamic_threshold,
                 clip=clip,
                 masked=known is not None,
-                recorded=num_batches * len(table) >= RECORDED_FROM,
             )
+            program.recorded = num_batches * len(table) >= RECORDED_FROM
             x, x_0 = program.predict_on_batch((x, x_0, *extras, rows, batch_seed, first, last))
             progress.update(batch * len(table) + last)
             if last in cuts:
@@ -179,16 +181,7 @@ class Program(keras.Model):
     """A stretch of the rows of any sampler's table, as one compiled loop."""
 
     def __init__(
-        self,
-        model,
-        use_ema,
-        stochastic,
-        guided=False,
-        rescale=0.0,
-        dynamic_threshold=None,
-        clip=True,
-        masked=False,
-        recorded=False,
+        self, model, use_ema, stochastic, guided=False, rescale=0.0, dynamic_threshold=None, clip=True, masked=False
     ):
         super().__init__(name="sampling", dtype="float32")
         self.model = model
@@ -199,7 +192,8 @@ class Program(keras.Model):
         self.dynamic_threshold = dynamic_threshold
         self.clip = clip
         self.masked = masked
-        self.network = recording.InferenceRecording(self._predict, after=1 if recorded else np.inf)
+        self.network = recording.InferenceRecording(self._predict, after=1)
+        self.recorded = False
         self.random = keras.random.SeedGenerator(0)
         self.jit_compile = hardware.jit_compile()
         self.built = True
@@ -209,7 +203,7 @@ class Program(keras.Model):
         x, memory, *condition, table, seed, first, last = inputs
         if self.masked:
             *condition, known, mask = condition
-        network = self.model.network
+        network, predict = self.model.network, self.network if self.recorded else self._predict
         # A scope hides the values of the scope around it, so that it needs those of all variables.
         values = [(v, v.value) for v in network.variables]
         if self.use_ema:
@@ -223,7 +217,7 @@ class Program(keras.Model):
             def denoise(x, t):
                 t = ops.broadcast_to(ops.cast(t, "int32"), ops.shape(x)[:1])
                 with scope:
-                    y = self.network(x, t, scale, *condition)
+                    y = predict(x, t, scale, *condition)
                 return self.model.diffusion.predict_x0(x, t, y, self.dynamic_threshold, self.clip)
 
             noise, noise_of_known = self._normal(ops.shape(x), seed, index)

@@ -1,14 +1,16 @@
 """Training and sampling side by side with diffusers, and with what the machine can do at all.
 
-    pip install torch diffusers jax
+    pip install torch diffusers jax     # and denoising-diffusion-pytorch for the contestant of this name
     python tests/benchmarks/peers.py                          # every contestant against diffusers as it comes
     python tests/benchmarks/peers.py --task sampling --against diffusers-tuned
     python tests/benchmarks/peers.py --contestants torch-bfloat16 --size 32 --width 32    # a smaller job
     python tests/benchmarks/peers.py --output figures.json --plot figures.png
 
 A contestant is this package on a backend in float32 or mixed bfloat16, or diffusers' UNet2DModel of the same widths: as
-it comes, or tuned (channels last, autocast to bfloat16). Each runs in a process of its own; two processes take turns,
-and the median of the ratios of neighbours is printed, as absolute times on a shared machine mean little.
+it comes, tuned (channels last, autocast to bfloat16), or compiled by `torch.compile` besides; or the U-Net of
+denoising-diffusion-pytorch of the same widths, which is another, smaller network. Each runs in a
+process of its own; two processes take turns, and the median of the ratios of neighbours is printed, as absolute times
+on a shared machine mean little.
 
 The limit of the machine is the time that the network's convolutions and matrix products take alone, each one timed by
 itself in PyTorch, forward and backward, in the faster of two layouts and the dtype of the contestant. The share of it
@@ -31,7 +33,7 @@ import time
 import numpy as np
 
 OURS = [f"{backend}-{dtype}" for backend in ("tensorflow", "jax", "torch") for dtype in ("float32", "bfloat16")]
-PEERS = ["diffusers", "diffusers-tuned", "diffusers-compiled"]
+PEERS = ["diffusers", "diffusers-tuned", "diffusers-compiled", "denoising-diffusion-pytorch"]
 
 
 def our_task(args, dtype):
@@ -115,6 +117,29 @@ def diffusers_task(args, form):
                 predicted = network(scheduler.add_noise(x, noise, t), t).sample
             loss = torch.nn.functional.mse_loss(predicted.float(), noise)
             loss.backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return train, network
+
+
+def denoising_diffusion_pytorch_task(args):
+    """The same of denoising-diffusion-pytorch, as its Trainer does it; fewer than 1000 steps are of DDIM."""
+    import torch
+    from denoising_diffusion_pytorch import GaussianDiffusion
+    from denoising_diffusion_pytorch import Unet
+
+    network = Unet(args.width)
+    diffusion = GaussianDiffusion(network, image_size=args.size, sampling_timesteps=args.steps)
+    if args.task == "sampling":
+        return lambda steps: diffusion.sample(args.batch_size), network
+    optimizer = torch.optim.Adam(network.parameters(), 1e-4)
+    x = torch.rand(args.batch_size, 3, args.size, args.size)
+
+    def train(steps):
+        for _ in range(steps):
+            diffusion(x).backward()
             torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -209,6 +234,8 @@ def work(args):
         task, network = limit_task(args, name.split("-")[1], json.loads(sys.stdin.readline()))
     elif name.startswith("diffusers"):
         task, network = diffusers_task(args, form=name.partition("-")[2])
+    elif name == "denoising-diffusion-pytorch":
+        task, network = denoising_diffusion_pytorch_task(args)
     else:
         task, network = our_task(args, name.split("-")[1])
     about = {}
@@ -220,7 +247,7 @@ def work(args):
     print("first", flush=True)
     if name in OURS and args.task == "training":
         about["pipeline"] = pipeline_seconds(args)
-    task(50 if name in OURS and name.startswith("torch") else args.steps)  # after 50 calls the network is recorded
+    task(50 if name in OURS and name.startswith("torch") else min(args.steps, 6))  # which is recorded by then
     print("ready", json.dumps(about), flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
@@ -269,7 +296,7 @@ class Worker:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=["training", "sampling"], default="training")
-    parser.add_argument("--contestants", nargs="+", choices=[*OURS, *PEERS], default=[*OURS, PEERS[1]])
+    parser.add_argument("--contestants", nargs="+", choices=[*OURS, *PEERS], default=[*OURS, *PEERS[1:3]])
     parser.add_argument("--against", choices=[*OURS, *PEERS], default="diffusers")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--width", type=int, default=64)
@@ -337,6 +364,8 @@ def draw(args, found):
         axes.barh(names, [found[name]["times_as_fast"] for name in names])
         axes.axvline(1, color="black", linewidth=1)
         axes.set_xlabel(f"{args.task}: times as fast as {args.against}")
+        axes.bar_label(axes.containers[0], fmt="%.2f", padding=3)
+        axes.margins(x=0.1)
 
 
 if __name__ == "__main__":
