@@ -261,7 +261,7 @@ class Worker:
         command = [sys.executable, __file__, "--worker", name, "--task", args.task]
         for option in ("size", "width", "batch_size", "steps"):
             command += ["--" + option.replace("_", "-"), str(getattr(args, option))]
-        environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
+        environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "TQDM_DISABLE": "1"}
         if name in OURS:
             environment["KERAS_BACKEND"] = name.split("-")[0]
         start = time.perf_counter()
