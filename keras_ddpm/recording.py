@@ -128,10 +128,10 @@ def _fixed(graph):
     fixed = {}
     for node in graph.nodes:
         inputs = node.all_input_nodes
-        random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            continue
         if node.op == "get_attr" or inputs and node.op == "call_function" and all(n in fixed for n in inputs):
-            if not random:
-                fixed[node] = None
+            fixed[node] = None
     return list(fixed)
 
 
@@ -153,36 +153,42 @@ def _fuse_convolutions(graph):
     if not (backend.is_available() and backend.enabled) or mkldnn._is_mkldnn_acl_supported():
         return
     graph.eliminate_dead_code()
-    fixed, dtypes = set(_fixed(graph)), [torch.float32] + [torch.bfloat16] * mkldnn._is_mkldnn_bf16_supported()
+    fixed = set(_fixed(graph))
     for node in list(graph.nodes):
-        if node.target is not aten.convolution.default or node.args[1] not in fixed:
+        if node.target is not aten.convolution.default or node.args[1] not in fixed or not _is_replaceable(node):
             continue
         x, kernel, bias, stride, padding, dilation, transposed, output_padding, groups = node.args
-        images = x.meta.get("val")  # older versions do not say it of weights
-        if images is None or images.device.type != "cpu" or images.dtype not in dtypes:
-            continue
-        size = list(images.shape)
-        if len(size) != 4 or groups != 1 or transposed and any(p >= s for p, s in zip(output_padding, stride)):
-            continue
-        if not images.is_contiguous(memory_format=torch.channels_last):
-            continue  # the result would lie in memory in another way than what was recorded after it expects
+        name, more = ("_transpose", [output_padding]) if transposed else ("", [])
+        options = (padding, *more, stride, dilation, groups)
+        reorder = getattr(mkldnn, f"_reorder_convolution{name}_weight").default
+        convolve = getattr(mkldnn, f"_convolution{name}_pointwise")
         place, other = (node, None) if transposed else _residual_addition(node)
-        name, options, ending = "", (padding, stride, dilation, groups), ("none", [], "")
-        if transposed:
-            name, options = "_transpose", (padding, output_padding, stride, dilation, groups)
-        function, inputs = getattr(mkldnn, f"_convolution{name}_pointwise").default, [x]
         with graph.inserting_before(place):
-            reorder = getattr(mkldnn, f"_reorder_convolution{name}_weight").default
-            kernel = graph.call_function(reorder, (kernel, *options, size))
-            if other is not None:
+            kernel = graph.call_function(reorder, (kernel, *options, list(x.meta["val"].shape)))
+            if other is None:
+                new = graph.call_function(convolve.default, (x, kernel, bias, *options, "none", [], ""))
+            else:
                 other = graph.call_function(aten.permute.default, (other, [0, 3, 1, 2]))
-                function, inputs, ending = mkldnn._convolution_pointwise.binary, [x, other], ("add", 1, None, [], None)
-            new = graph.call_function(function, (*inputs, kernel, bias, *options, *ending))
-            if other is not None:
+                arguments = (x, other, kernel, bias, *options, "add", 1, None, [], None)
+                new = graph.call_function(convolve.binary, arguments)
                 new = graph.call_function(aten.permute.default, (new, [0, 2, 3, 1]))
         new.meta = dict(place.meta)
         place.replace_all_uses_with(new)
     graph.eliminate_dead_code()
+
+
+def _is_replaceable(convolution):
+    """Whether oneDNN has it, for images, and the result lies in memory as what was recorded after it expects."""
+    import torch
+
+    x, *_, stride, _, _, transposed, output_padding, groups = convolution.args
+    images = x.meta.get("val")  # older versions do not say it of weights
+    dtypes = [torch.float32] + [torch.bfloat16] * torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if images is None or images.device.type != "cpu" or images.dtype not in dtypes or images.ndim != 4 or groups != 1:
+        return False
+    if transposed and any(p >= s for p, s in zip(output_padding, stride)):
+        return False
+    return images.is_contiguous(memory_format=torch.channels_last)
 
 
 def _residual_addition(convolution):
@@ -199,12 +205,13 @@ def _residual_addition(convolution):
             return convolution, None
         node = users[0]
     others = [other for other in node.args if other is not summand]
-    if list(summand.args[1]) == [0, 2, 3, 1] and not node.kwargs and len(others) == 1:
-        value, other = summand.meta["val"], getattr(others[0], "meta", {}).get("val")
-        if other is not None and (value.shape, value.dtype) == (other.shape, other.dtype):
-            if node.meta["val"].is_contiguous():  # as the fused result is
-                return node, others[0]
-    return convolution, None
+    if list(summand.args[1]) != [0, 2, 3, 1] or node.kwargs or len(others) != 1:
+        return convolution, None
+    value, other = summand.meta["val"], getattr(others[0], "meta", {}).get("val")
+    if other is None or (value.shape, value.dtype) != (other.shape, other.dtype):
+        return convolution, None
+    # The fused result is contiguous.
+    return (node, others[0]) if node.meta["val"].is_contiguous() else (convolution, None)
 
 
 def _is_compiling():

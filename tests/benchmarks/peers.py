@@ -8,9 +8,9 @@
 
 A contestant is this package on a backend in float32 or mixed bfloat16, or diffusers' UNet2DModel of the same widths: as
 it comes, tuned (channels last, autocast to bfloat16), or compiled by `torch.compile` besides; or the U-Net of
-denoising-diffusion-pytorch of the same widths, which is another, smaller network. Each runs in a
-process of its own; two processes take turns, and the median of the ratios of neighbours is printed, as absolute times
-on a shared machine mean little.
+denoising-diffusion-pytorch of the same widths, which is another, smaller network. Each runs in a process of its own;
+two processes take turns, and the median of the ratios of neighbours is printed, as absolute times on a shared machine
+mean little.
 
 The limit of the machine is the time that the network's convolutions and matrix products take alone, each one timed by
 itself in PyTorch, forward and backward, in the faster of two layouts and the dtype of the contestant. The share of it
