@@ -122,28 +122,56 @@ class GroupNormalization(layers.GroupNormalization):
 
 @keras.saving.register_keras_serializable(package="keras_ddpm")
 class Conv2D(layers.Conv2D):
-    """Keras' own for `(batch, height, width, channels)`, without its copies of the images on PyTorch.
+    """Keras' own for `(batch, height, width, channels)`, with shorter ways on PyTorch.
 
-    There Keras turns them to channels first and back in memory, around each convolution. Merely seen as channels first,
-    they lie in memory as PyTorch's convolutions like them best.
+    There Keras turns images to channels first and back in memory, around each convolution. Merely seen as channels
+    first, they lie in memory as PyTorch's convolutions like them best. Narrow images are convolved several at once,
+    with their columns interleaved and a dilated kernel. To train, 1x1 kernels are matrices, whose gradient is faster.
     """
 
-    def call(self, x):
+    def call(self, x, training=False):
         if keras.backend.backend() != "torch":
             return super().call(x)
         import torch
 
-        padding = self.padding
+        kernel, bias = ops.convert_to_tensor(self.kernel), ops.convert_to_tensor(self.bias) if self.use_bias else None
+        plain = self.strides == self.dilation_rate == (1, 1) and self.groups == 1
+        pixelwise = self.kernel_size == (1, 1)
+        if training and plain and pixelwise:
+            return self.activation(torch.nn.functional.linear(x, kernel[0, 0].T, bias))
+        padding, dilation = self.padding, self.dilation_rate
         if padding == "same" and self.strides != (1, 1):  # PyTorch has no such word for strides
             reach = [dilation * (size - 1) + 1 for dilation, size in zip(self.dilation_rate, self.kernel_size)]
             missing = [max(n - (size % s or s), 0) for n, size, s in zip(reach, x.shape[1:3], self.strides)]
             (top, bottom), (left, right) = ((n // 2, n - n // 2) for n in missing)
             x = torch.nn.functional.pad(x, (0, 0, left, right, top, bottom)) if any(missing) else x
             padding = "valid"
-        bias = ops.convert_to_tensor(self.bias) if self.use_bias else None
-        x, kernel = torch.permute(x, (0, 3, 1, 2)), torch.permute(ops.convert_to_tensor(self.kernel), (3, 2, 0, 1))
-        x = torch.nn.functional.conv2d(x, kernel, bias, self.strides, padding, self.dilation_rate, self.groups)
-        return self.activation(torch.permute(x, (0, 2, 3, 1)))
+        several = 1
+        if plain and padding == "same" and not pixelwise and all(size % 2 for size in self.kernel_size):
+            several = hardware.images_at_once(x)
+            dilation = (1, several)
+        x = torch.permute(_interleave(x, several), (0, 3, 1, 2))
+        kernel = torch.permute(kernel, (3, 2, 0, 1))
+        x = torch.nn.functional.conv2d(x, kernel, bias, self.strides, padding, dilation, self.groups)
+        return self.activation(_separate(torch.permute(x, (0, 2, 3, 1)), several))
+
+
+def _interleave(x, several):
+    """Images, `several` at a time in one, whose first columns are the first of each, then come the second of each."""
+    if several == 1:
+        return x
+    batch, height, width, channels = x.shape
+    x = ops.transpose(ops.reshape(x, (batch // several, several, height, width, channels)), (0, 2, 3, 1, 4))
+    return ops.reshape(x, (batch // several, height, several * width, channels))
+
+
+def _separate(x, several):
+    """What `_interleave` has made one."""
+    if several == 1:
+        return x
+    batch, height, width, channels = x.shape
+    x = ops.transpose(ops.reshape(x, (batch, height, width // several, several, channels)), (0, 3, 1, 2, 4))
+    return ops.reshape(x, (batch * several, height, width // several, channels))
 
 
 @keras.saving.register_keras_serializable(package="keras_ddpm")

@@ -234,17 +234,37 @@ def test_group_normalization_in_bfloat16():
         {"kernel_size": 1, "activation": "swish"},
         {"dilation_rate": 2},
         {"use_bias": False},
+        pytest.param({"kernel_size": (2, 3)}, marks=pytest.mark.filterwarnings("ignore:Using padding='same'")),
+        {"kernel_size": (1, 5), "batch": 7},
+        {"kernel_size": (5, 3), "batch": 12},
+        {"batch": 0},
     ],
 )
-def test_convolution_is_keras_own(options):
-    x = np.random.default_rng(0).normal(size=(2, 6, 5, 3)).astype("float32")
+@pytest.mark.parametrize("training", [False, True])
+def test_convolution_is_keras_own(options, training):
+    x = np.random.default_rng(0).normal(size=(options.get("batch", 2), 6, 5, 3)).astype("float32")
+    options = {name: value for name, value in options.items() if name != "batch"}
     options = {"filters": 4, "kernel_size": 3, "padding": "same", **options}
     ours, keras_own = layers.Conv2D(**options), keras.layers.Conv2D(**options)
     for layer in (ours, keras_own):
         layer.build(x.shape)
     ours.set_weights([w + 0.1 for w in keras_own.get_weights()])
     keras_own.set_weights(ours.get_weights())
-    np.testing.assert_allclose(*(ops.convert_to_numpy(layer(x)) for layer in (ours, keras_own)), rtol=1e-5, atol=1e-6)
+    y, expected = ops.convert_to_numpy(ours(x, training=training)), ops.convert_to_numpy(keras_own(x))
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="other backends take them as they are")
+def test_narrow_images_are_convolved_at_once(monkeypatch):
+    import torch
+
+    seen = []
+    convolve = torch.nn.functional.conv2d
+    monkeypatch.setattr(torch.nn.functional, "conv2d", lambda x, *args: seen.append(x.shape) or convolve(x, *args))
+    for shape in [(8, 8, 8, 4), (8, 16, 16, 4), (6, 4, 4, 4), (5, 7, 3, 4), (3, 7, 7, 4)]:
+        layers.Conv2D(4, 3, padding="same")(np.zeros(shape, "float32"))
+    layers.Conv2D(4, 1)(np.zeros((8, 8, 8, 4), "float32"))  # whose pixels are in rows of any length
+    assert seen == [(2, 4, 8, 32), (8, 4, 16, 16), (1, 4, 4, 24), (1, 4, 7, 15), (1, 4, 7, 21), (8, 4, 8, 8)]
 
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])

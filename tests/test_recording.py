@@ -7,6 +7,7 @@ import pytest
 from keras import ops
 
 import keras_ddpm as kd
+from keras_ddpm import hardware
 from keras_ddpm import networks
 from keras_ddpm import recording
 
@@ -45,10 +46,11 @@ def test_recorded_network_reads_its_variables(make, policy):
 
 
 @torch_alone
-def test_inference_computes_once_what_depends_on_weights_alone():
-    """No weight is converted, and convolutions add residuals themselves."""
+def test_inference_computes_once_what_depends_on_weights_alone(monkeypatch):
+    """No weight is converted, and convolutions add residuals themselves, where their images are not interleaved."""
     import torch
 
+    monkeypatch.setattr(hardware, "images_at_once", lambda x: 1)
     keras.config.set_dtype_policy("mixed_bfloat16")
     network, inputs = small_network()
     recorded = recording.InferenceRecording(lambda *inputs: network(list(inputs)), after=1)
