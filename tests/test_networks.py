@@ -237,7 +237,6 @@ def test_group_normalization_in_bfloat16():
         pytest.param({"kernel_size": (2, 3)}, marks=pytest.mark.filterwarnings("ignore:Using padding='same'")),
         {"kernel_size": (1, 5), "batch": 7},
         {"kernel_size": (5, 3), "batch": 12},
-        {"batch": 0},
     ],
 )
 @pytest.mark.parametrize("training", [False, True])
