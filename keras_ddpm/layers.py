@@ -139,17 +139,16 @@ class Conv2D(layers.Conv2D):
         pixelwise = self.kernel_size == (1, 1)
         if training and plain and pixelwise:
             return self.activation(torch.nn.functional.linear(x, kernel[0, 0].T, bias))
-        padding, dilation = self.padding, self.dilation_rate
+        padding = self.padding
         if padding == "same" and self.strides != (1, 1):  # PyTorch has no such word for strides
             reach = [dilation * (size - 1) + 1 for dilation, size in zip(self.dilation_rate, self.kernel_size)]
             missing = [max(n - (size % s or s), 0) for n, size, s in zip(reach, x.shape[1:3], self.strides)]
             (top, bottom), (left, right) = ((n // 2, n - n // 2) for n in missing)
             x = torch.nn.functional.pad(x, (0, 0, left, right, top, bottom)) if any(missing) else x
             padding = "valid"
-        several = 1
-        if plain and padding == "same" and not pixelwise and all(size % 2 for size in self.kernel_size):
-            several = hardware.images_at_once(x)
-            dilation = (1, several)
+        centred = padding == "same" and all(size % 2 for size in self.kernel_size)
+        several = hardware.images_at_once(x) if plain and centred and not pixelwise else 1
+        dilation = (1, several) if plain else self.dilation_rate
         x = torch.permute(_interleave(x, several), (0, 3, 1, 2))
         kernel = torch.permute(kernel, (3, 2, 0, 1))
         x = torch.nn.functional.conv2d(x, kernel, bias, self.strides, padding, dilation, self.groups)

@@ -227,7 +227,8 @@ def limit_task(args, dtype, entries):
         total = 0.0
         with torch.set_grad_enabled(backward):
             for entry in entries:
-                forms = [(entry, layout) for layout in (torch.contiguous_format, torch.channels_last)]
+                layouts = [torch.contiguous_format] + [torch.channels_last] * (entry[0] != "dense")
+                forms = [(entry, layout) for layout in layouts]
                 if entry[0] == "conv" and entry[-3:-1] == [1, 1]:
                     _, height, width, channels, filters, *_ = entry
                     forms.append((["dense", height * width, channels, filters, 1], None))
