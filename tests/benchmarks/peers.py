@@ -375,7 +375,7 @@ def draw(args, found):
         axes.barh(names, [found[name]["times_as_fast"] for name in names])
         axes.axvline(1, color="black", linewidth=1)
         axes.set_xlabel(f"{args.task}: times as fast as {args.against}")
-        axes.bar_label(axes.containers[0], fmt="%.2f", padding=3)
+        axes.bar_label(axes.containers[0], fmt="%.2f", padding=3, bbox={"facecolor": "white", "linewidth": 0, "pad": 1})
         axes.margins(x=0.1)
 
 
