@@ -5,6 +5,7 @@ import functools
 import os
 import pathlib
 import sys
+import time
 
 import keras
 from keras import ops
@@ -26,14 +27,29 @@ def jit_compile():
 
 
 def dtype_policy():
-    """The fastest policy for large networks: "mixed_bfloat16" on x86 CPUs with instructions for it, else "float32".
+    """The faster policy for large networks, "mixed_bfloat16" or "float32".
 
-    XLA does not use these instructions. On accelerators, not all of which compute in bfloat16, it is left to the user.
+    On an accelerator a matrix product in each decides. On a CPU, where one without instructions for bfloat16 would take
+    minutes, it is for x86 with such instructions, which XLA does not use.
     """
-    cpu = pathlib.Path("/proc/cpuinfo")
-    flags = cpu.read_text() if cpu.exists() else ""
-    in_bfloat16 = "avx512_bf16" in flags or "amx_bf16" in flags
-    return "mixed_bfloat16" if in_bfloat16 and not jit_compile() and not has_accelerator() else "float32"
+    if has_accelerator():
+        in_float32, in_bfloat16 = map(_seconds_of_product, ("float32", "bfloat16"))
+        faster = in_bfloat16 < 0.75 * in_float32
+    else:
+        cpu = pathlib.Path("/proc/cpuinfo")
+        flags = cpu.read_text() if cpu.exists() else ""
+        faster = ("avx512_bf16" in flags or "amx_bf16" in flags) and not jit_compile()
+    return "mixed_bfloat16" if faster else "float32"
+
+
+def _seconds_of_product(dtype, size=4096, times=3):
+    x = keras.random.normal((size, size), seed=0, dtype=dtype)
+    taken = []
+    for _ in range(1 + times):  # the first compiles
+        start = time.perf_counter()
+        float(ops.matmul(x, x)[0, 0])
+        taken.append(time.perf_counter() - start)
+    return min(taken[1:])
 
 
 def keep_memory():

@@ -53,6 +53,18 @@ def test_bfloat16_where_the_cpu_computes_in_it(monkeypatch, flags, bfloat16):
     assert hardware.dtype_policy() == expected
 
 
+@pytest.mark.parametrize(("seconds", "expected"), [(0.5, "mixed_bfloat16"), (0.9, "float32"), (9.0, "float32")])
+def test_bfloat16_where_the_accelerator_is_clearly_faster_in_it(monkeypatch, seconds, expected):
+    monkeypatch.setattr(hardware, "has_accelerator", lambda: True)
+    monkeypatch.setattr(hardware, "_seconds_of_product", {"float32": 1.0, "bfloat16": seconds}.get)
+    assert hardware.dtype_policy() == expected
+
+
+def test_products_are_timed_to_their_end():
+    small, large = (hardware._seconds_of_product("float32", size) for size in (64, 2048))
+    assert 0 < 10 * small < large
+
+
 @pytest.mark.skipif(keras.backend.backend() != "torch", reason="the memory of the other backends has one order")
 def test_convolutions_find_their_kernels_in_order():
     import torch

@@ -79,6 +79,7 @@ def diffusers_task(args, form):
     import diffusers
     import torch
 
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     down = ["DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"]
     up = [name.replace("Down", "Up") for name in reversed(down)]
     widths = [args.width * multiplier for multiplier in (1, 2, 4, 8)]
@@ -89,12 +90,12 @@ def diffusers_task(args, form):
         down_block_types=down,
         up_block_types=up,
         **options,
-    )
+    ).to(device)
     scheduler = diffusers.DDPMScheduler(1000)
     autocast = contextlib.nullcontext
     if form:
         network = network.to(memory_format=torch.channels_last)
-        autocast = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
+        autocast = lambda: torch.autocast(device.type, torch.bfloat16)  # noqa: E731
     if form == "compiled":
         network.compile()
     if args.task == "sampling":
@@ -106,23 +107,17 @@ def diffusers_task(args, form):
                 pipeline(args.batch_size, num_inference_steps=steps, output_type="np")
 
         return sample, network
-    optimizer = torch.optim.AdamW(network.parameters(), 1e-4)
-    x = torch.rand(args.batch_size, 3, args.size, args.size) * 2 - 1
+    x = torch.rand(args.batch_size, 3, args.size, args.size, device=device) * 2 - 1
     if form:
         x = x.to(memory_format=torch.channels_last)
 
-    def train(steps):
-        for _ in range(steps):
-            noise, t = torch.randn_like(x), torch.randint(1000, (len(x),))
-            with autocast():
-                predicted = network(scheduler.add_noise(x, noise, t), t).sample
-            loss = torch.nn.functional.mse_loss(predicted.float(), noise)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+    def loss():
+        noise, t = torch.randn_like(x), torch.randint(1000, (len(x),), device=device)
+        with autocast():
+            predicted = network(scheduler.add_noise(x, noise, t), t).sample
+        return torch.nn.functional.mse_loss(predicted.float(), noise)
 
-    return train, network
+    return training_task(network, torch.optim.AdamW(network.parameters(), 1e-4), loss), network
 
 
 def denoising_diffusion_pytorch_task(args):
@@ -131,21 +126,30 @@ def denoising_diffusion_pytorch_task(args):
     from denoising_diffusion_pytorch import GaussianDiffusion
     from denoising_diffusion_pytorch import Unet
 
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     network = Unet(args.width)
-    diffusion = GaussianDiffusion(network, image_size=args.size, sampling_timesteps=args.steps)
+    diffusion = GaussianDiffusion(network, image_size=args.size, sampling_timesteps=args.steps).to(device)
     if args.task == "sampling":
-        return lambda steps: diffusion.sample(args.batch_size), network
+        return lambda steps: diffusion.sample(args.batch_size).cpu(), network
+    x = torch.rand(args.batch_size, 3, args.size, args.size, device=device)
     optimizer = torch.optim.Adam(network.parameters(), 1e-4)
-    x = torch.rand(args.batch_size, 3, args.size, args.size)
+    return training_task(network, optimizer, lambda: diffusion(x)), network
+
+
+def training_task(network, optimizer, loss):
+    """A function from a number of steps that makes as many in PyTorch, with clipped gradients."""
+    import torch
 
     def train(steps):
         for _ in range(steps):
-            diffusion(x).backward()
+            value = loss()
+            value.backward()
             torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
+        value.item()  # an accelerator is done by then
 
-    return train, network
+    return train
 
 
 def products(network):
@@ -273,8 +277,7 @@ class Worker:
         for option in ("size", "width", "batch_size", "steps"):
             command += ["--" + option.replace("_", "-"), str(getattr(args, option))]
         environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "TQDM_DISABLE": "1"}
-        if name in OURS:
-            environment["KERAS_BACKEND"] = name.split("-")[0]
+        environment["KERAS_BACKEND"] = name.split("-")[0] if name in OURS else "torch"
         start = time.perf_counter()
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         self.process = subprocess.Popen(command, env=environment, text=True, **pipes)
