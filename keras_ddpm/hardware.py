@@ -156,7 +156,7 @@ def _fused_adam(optimizer, gradients, variables, learning_rate):
         eps=optimizer.epsilon / (1 - optimizer.beta_2 ** (step + 1)) ** 0.5,  # Keras adds it before the correction
         maximize=False,
         grad_scale=(
-            torch.clamp(norm / clip, min=1.0) + (norm - norm) if clip else None
+            (torch.clamp(norm / clip, min=1.0) + (norm - norm)).float() if clip else None
         ),  # NaN where the norm is infinite
     )
 

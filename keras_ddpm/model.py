@@ -139,7 +139,7 @@ class DiffusionModel(keras.Model):
 
     def call(self, inputs, training=None):
         """The network's output for `(x_t, t)` or `(x_t, t, condition)`."""
-        if training:
+        if training and not self.run_eagerly:
             return self._network_in_training(*inputs)
         return self.network(list(inputs), training=training)
 
@@ -157,9 +157,10 @@ class DiffusionModel(keras.Model):
             self.jit_compile = hardware.jit_compile()
         # Build everything here: `fit` would do it by calling the model on clean data, and TensorFlow traces a step
         # twice that creates variables.
-        self.optimizer.build(self.trainable_variables)
-        hardware.arrange(self.optimizer.variables)
-        hardware.fuse(self.optimizer)
+        if self.optimizer is not None:
+            self.optimizer.build(self.trainable_variables)
+            hardware.arrange(self.optimizer.variables)
+            hardware.fuse(self.optimizer)
         zeros = ops.zeros((1, *self.data_shape))
         self.compute_loss(y=zeros, y_pred=zeros)
         self.compute_metrics(None, zeros, zeros)

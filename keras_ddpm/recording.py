@@ -15,7 +15,11 @@ class Recording:
 
     Recording takes as long as some fifty calls. It is done for each shape of the arguments. Variables that the function
     reads are read at each call, and gradients flow to them; a function that asks for the values of tensors by `float`,
-    `int` or `bool` is not recorded, and one that asks for them as arrays must not be.
+    `int` or `bool` is not recorded, and one that asks for them as arrays must not be. What is above the operations of
+    PyTorch is lost: gradients of the function's own, and memory saved by computing activations again.
+
+    Where gradients are wanted, nothing but a CPU runs a recording, as PyTorch chooses the kernel of attention by whether
+    they are, and those of other devices that a recording would hold have none.
 
     Args:
         function: returns a tensor.
@@ -32,7 +36,7 @@ class Recording:
         self.recorded = {}
 
     def __call__(self, *arguments):
-        if keras.backend.backend() != "torch" or _is_compiling():
+        if keras.backend.backend() != "torch" or not _is_recordable(arguments):
             return self.function(*arguments)
         arguments = [x.contiguous() for x in arguments]  # what is recorded depends on how they lie in memory
         shapes = tuple((tuple(x.shape), x.dtype) for x in arguments)
@@ -41,6 +45,7 @@ class Recording:
             self.calls[shapes] += 1
             if self.calls[shapes] != self.after or self.has_effects():
                 return result
+            del result  # with all that its gradient needs
             self.recorded[shapes] = self._record(*arguments)
         return self.recorded[shapes](*arguments)
 
@@ -214,7 +219,8 @@ def _residual_addition(convolution):
     return (node, others[0]) if node.meta["val"].is_contiguous() else (convolution, None)
 
 
-def _is_compiling():
+def _is_recordable(arguments):
     import torch
 
-    return torch.compiler.is_compiling()
+    on_cpu = all(x.device.type == "cpu" for x in arguments)
+    return not torch.compiler.is_compiling() and (on_cpu or not torch.is_grad_enabled())

@@ -162,6 +162,11 @@ def test_ema_follows_its_recurrence(points, accumulation):
     assert updates == 8 // (accumulation or 1)
 
 
+def test_evaluation_needs_no_optimizer(model):
+    model.compile(loss="mse", optimizer=None)
+    assert np.isfinite(model.evaluate(np.zeros((4, *model.data_shape), "float32"), verbose=0))
+
+
 def test_compilation_is_chosen_anew_where_a_file_is_loaded(model, monkeypatch):
     assert model.get_compile_config()["jit_compile"] == "auto"
     for choice in (True, False):

@@ -143,9 +143,10 @@ def test_operations_find_room_for_their_variables(monkeypatch):
 
 
 @torch_alone
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_recorded_training_is_training(monkeypatch, dropout):
+@pytest.mark.parametrize(("dropout", "written_out"), [(0.0, 1024), (0.0, 0), (0.1, 1024)])
+def test_recorded_training_is_training(monkeypatch, dropout, written_out):
     """The weights after sixty steps, but for a network that draws random numbers, which is not recorded."""
+    monkeypatch.setattr(hardware, "longest_written_out", lambda: written_out)
     trained = []
     for records in (True, False):
         keras.utils.set_random_seed(0)
@@ -159,6 +160,23 @@ def test_recorded_training_is_training(monkeypatch, dropout):
         trained.append(model.network.get_weights())
     for recorded, plain in zip(*trained):
         np.testing.assert_allclose(recorded, plain, rtol=1e-4, atol=1e-6)
+
+
+@torch_alone
+def test_training_without_recordings():
+    """Where it is run eagerly, and on accelerators, where nothing but inference is recorded."""
+    import torch
+
+    model = kd.DiffusionModel(networks.mlp(width=8), seed=0)
+    model.compile(loss="mse", optimizer="adam", run_eagerly=True)
+    model.fit(np.zeros((4, 2), "float32"), batch_size=4, epochs=51, verbose=0)
+    assert not model._network_in_training.calls
+    recorded = recording.Recording(lambda x: 2 * x, after=1)
+    recorded(torch.ones(2, device="meta"))
+    assert not recorded.recorded
+    with torch.no_grad():
+        recorded(torch.ones(2, device="meta"))
+    assert recorded.recorded
 
 
 @torch_alone

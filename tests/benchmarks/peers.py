@@ -1,7 +1,7 @@
 """Training and sampling side by side with diffusers, and with what the machine can do at all.
 
     pip install torch diffusers jax     # and denoising-diffusion-pytorch for the contestant of this name
-    python tests/benchmarks/peers.py                          # every contestant against diffusers as it comes
+    python tests/benchmarks/peers.py                          # ours and diffusers' against diffusers as it comes
     python tests/benchmarks/peers.py --task sampling --against diffusers-tuned
     python tests/benchmarks/peers.py --contestants torch-bfloat16 --size 32 --width 32    # a smaller job
     python tests/benchmarks/peers.py --output figures.json --plot figures.png
@@ -12,7 +12,7 @@ denoising-diffusion-pytorch of the same widths, which is another, smaller networ
 two processes take turns, and the median of the ratios of neighbours is printed, as absolute times on a shared machine
 mean little.
 
-The limit of the machine is the time that the network's convolutions and matrix products take alone, each one timed by
+The limit of the machine, of its CPU, is the time that the network's convolutions and matrix products take alone, each one timed by
 itself in PyTorch, forward and backward, in the dtype of the contestant and the fastest form known: either layout,
 narrow images several at once, 1x1 convolutions as products. The share of it that a step reaches is that time over the
 time of the step. It is measured between the turns.
@@ -128,9 +128,14 @@ def denoising_diffusion_pytorch_task(args):
 
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     network = Unet(args.width)
-    diffusion = GaussianDiffusion(network, image_size=args.size, sampling_timesteps=args.steps).to(device)
+    diffusion = GaussianDiffusion(network, image_size=args.size).to(device)
     if args.task == "sampling":
-        return lambda steps: diffusion.sample(args.batch_size).cpu(), network
+
+        def sample(steps):
+            diffusion.sampling_timesteps, diffusion.is_ddim_sampling = steps, steps < 1000
+            diffusion.sample(args.batch_size).cpu()
+
+        return sample, network
     x = torch.rand(args.batch_size, 3, args.size, args.size, device=device)
     optimizer = torch.optim.Adam(network.parameters(), 1e-4)
     return training_task(network, optimizer, lambda: diffusion(x)), network
