@@ -15,10 +15,10 @@ class Recording:
 
     Recording takes as long as some fifty calls. It is done for each shape of the arguments. Variables that the function
     reads are read at each call, and gradients flow to them; a function that asks for the values of tensors by `float`,
-    `int` or `bool` is not recorded, and one that asks for them as arrays must not be. What is above the operations of
-    PyTorch is lost: gradients of the function's own, and memory saved by computing activations again.
+    `int` or `bool` is not recorded, and one that asks for them as arrays must not be. Gradients of the function's own
+    are lost, and so is memory saved by computing activations again.
 
-    Where gradients are wanted, nothing but a CPU runs a recording, as PyTorch chooses the kernel of attention by whether
+    Where gradients are wanted, nothing but a CPU runs a recording: PyTorch chooses the kernel of attention by whether
     they are, and those of other devices that a recording would hold have none.
 
     Args:

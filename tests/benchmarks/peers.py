@@ -12,10 +12,10 @@ denoising-diffusion-pytorch of the same widths, which is another, smaller networ
 two processes take turns, and the median of the ratios of neighbours is printed, as absolute times on a shared machine
 mean little.
 
-The limit of the machine, of its CPU, is the time that the network's convolutions and matrix products take alone, each one timed by
-itself in PyTorch, forward and backward, in the dtype of the contestant and the fastest form known: either layout,
-narrow images several at once, 1x1 convolutions as products. The share of it that a step reaches is that time over the
-time of the step. It is measured between the turns.
+The limit of the machine, of its CPU, is the time that the network's convolutions and matrix products take alone, each
+one timed by itself in PyTorch, forward and backward, in the dtype of the contestant and the fastest form known: either
+layout, narrow images several at once, 1x1 convolutions as products. The share of it that a step reaches is that time
+over the time of the step. It is measured between the turns.
 
 The first step is counted from the start of the process; memory is the largest that the process had; the last column is
 how many times as fast as the step the input pipeline makes its batch: decoded uint8 images, shuffled and flipped.
