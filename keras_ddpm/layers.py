@@ -233,7 +233,9 @@ class UpsampledConv2D(layers.Layer):
 
 @keras.saving.register_keras_serializable(package="keras_ddpm")
 class Attention(layers.Layer):
-    """Self-attention of one head between the pixels of an image, in memory that is not quadratic in their number.
+    """Self-attention of one head between the pixels of an image.
+
+    On a CPU in memory that is not quadratic in their number, on accelerators as Keras does it.
 
     Call arguments:
         qkv: queries, keys and values side by side, `(batch, height, width, 3 channels)`.

@@ -1,4 +1,5 @@
 import ctypes
+import importlib
 import os
 import subprocess
 import sys
@@ -42,6 +43,21 @@ def test_fused_and_arranged_updates_are_keras_own(make, in_order):
         results.append([ops.convert_to_numpy(v) for v in variables])
     for expected, value in zip(*results):
         np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="nothing is fused on the other backends")
+@pytest.mark.parametrize("in_order", [True, False])
+def test_updates_are_fused_where_memory_is_in_order(monkeypatch, in_order):
+    calls = []
+    adam = importlib.import_module("torch.optim.adam")  # which torch.optim hides
+    monkeypatch.setattr(adam, "adam", lambda *args, **options: calls.append(options["fused"]))
+    variable, gradient = (keras.Variable(np.ones((3, 3, 4, 5), "float32")) for _ in range(2))
+    optimizer = keras.optimizers.Adam()
+    optimizer.build([variable])
+    hardware.arrange([variable, *optimizer.variables, *[gradient] * in_order])
+    hardware.fuse(optimizer)
+    optimizer.apply([gradient.value], [variable])
+    assert calls == [True] * in_order
 
 
 @pytest.mark.parametrize(("flags", "bfloat16"), [("fma avx512_bf16", True), ("amx_bf16", True), ("avx2", False)])
