@@ -72,6 +72,13 @@ def pipeline_seconds(args, batches=200):
     return (time.perf_counter() - start) / batches
 
 
+def torch_device():
+    """Where Keras would put the tensors of PyTorch."""
+    import torch
+
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
 def diffusers_task(args, form):
     """The same of diffusers, by its own training example: AdamW, clipped gradients; without an average of weights."""
     import contextlib
@@ -79,7 +86,7 @@ def diffusers_task(args, form):
     import diffusers
     import torch
 
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    device = torch_device()
     down = ["DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"]
     up = [name.replace("Down", "Up") for name in reversed(down)]
     widths = [args.width * multiplier for multiplier in (1, 2, 4, 8)]
@@ -126,7 +133,7 @@ def denoising_diffusion_pytorch_task(args):
     from denoising_diffusion_pytorch import GaussianDiffusion
     from denoising_diffusion_pytorch import Unet
 
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    device = torch_device()
     network = Unet(args.width)
     diffusion = GaussianDiffusion(network, image_size=args.size).to(device)
     if args.task == "sampling":
