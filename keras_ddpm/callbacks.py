@@ -4,7 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_ddpm import checks
+from keras_ddpm import _checks
 from keras_ddpm import images
 from keras_ddpm import sampling
 
@@ -14,7 +14,7 @@ class _Sampling(keras.callbacks.Callback):
 
     def __init__(self, every, num_samples, seed, sampler, labels, guidance_scale):
         super().__init__()
-        if not checks.is_count(every):
+        if not _checks.is_count(every):
             raise ValueError(f"`every` must be at least 1. Received: every={every!r}")
         self.every = every
         self.num_samples = num_samples

@@ -18,7 +18,7 @@ import keras
 import numpy as np
 from PIL import Image
 
-from keras_ddpm import checks
+from keras_ddpm import _checks
 from keras_ddpm import images
 
 
@@ -313,7 +313,7 @@ def moons(num, seed=0, noise=0.05):
     Raises:
         ValueError: for a number that is not positive or noise below 0.
     """
-    if not checks.is_count(num) or not checks.is_between(noise, 0, np.inf):
+    if not _checks.is_count(num) or not _checks.is_between(noise, 0, np.inf):
         raise ValueError(f"`num` must be positive and `noise` 0 or more. Received: num={num!r}, noise={noise!r}")
     random = np.random.default_rng(seed)
     labels = random.integers(2, size=num, dtype="int32")

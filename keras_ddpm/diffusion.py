@@ -15,7 +15,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_ddpm import checks
+from keras_ddpm import _checks
 from keras_ddpm import schedules
 
 PREDICTIONS = {
@@ -165,7 +165,7 @@ class GaussianDiffusion:
         Raises:
             ValueError: if `gamma` is not positive.
         """
-        if not checks.is_positive(gamma):
+        if not _checks.is_positive(gamma):
             raise ValueError(f"`gamma` must be positive. Received: gamma={gamma!r}")
         return np.minimum(self._snr(), gamma) * self._x0[:, 1] ** 2
 
@@ -182,7 +182,7 @@ class GaussianDiffusion:
         Raises:
             ValueError: if `k` is not positive or `gamma` negative.
         """
-        if not (checks.is_positive(k) and checks.is_between(gamma, 0, np.inf)):
+        if not (_checks.is_positive(k) and _checks.is_between(gamma, 0, np.inf)):
             raise ValueError(f"Expected k > 0 and gamma >= 0. Received: k={k!r}, gamma={gamma!r}")
         snr = self._snr()
         return snr * (k + snr) ** -gamma * self._x0[:, 1] ** 2

@@ -12,7 +12,7 @@ import itertools
 
 import numpy as np
 
-from keras_ddpm import checks
+from keras_ddpm import _checks
 from keras_ddpm import samplers
 from keras_ddpm import sampling
 
@@ -51,7 +51,7 @@ def inpaint(model, images, masks, seed=None, *, sampler=None, num_steps=None, nu
 
     Reference: Lugmayr et al., 2022 ("RePaint"), algorithm 1.
     """
-    images, masks = checks.array(images, "images"), np.asarray(masks)
+    images, masks = _checks.array(images, "images"), np.asarray(masks)
     if masks.shape == (*images.shape[:-1], 1):
         images = np.where(masks == 0, np.float32(0), images)
     images = _images(model, images, "images")
@@ -59,7 +59,7 @@ def inpaint(model, images, masks, seed=None, *, sampler=None, num_steps=None, nu
         raise ValueError(f"`masks` must have the shape {(*images.shape[:-1], 1)}. Received: {masks.shape}")
     if not np.all((masks == 0) | (masks == 1)):
         raise ValueError("`masks` must hold nothing but 0 and 1.")
-    if not checks.is_count(num_resamples):
+    if not _checks.is_count(num_resamples):
         raise ValueError(f"`num_resamples` must be a positive integer. Received: num_resamples={num_resamples!r}")
     seed = sampling.checked_seed(seed)
     schedule = model.diffusion.schedule
@@ -106,7 +106,7 @@ def variations(model, images, strength, seed=None, *, sampler=None, num_steps=No
     Reference: Meng et al., 2022 ("SDEdit"), algorithm 1.
     """
     images = _images(model, images, "images")
-    if not checks.is_between(strength, 0, 1):
+    if not _checks.is_between(strength, 0, 1):
         raise ValueError(f"`strength` must be in [0, 1]. Received: strength={strength!r}")
     seed = sampling.checked_seed(seed)
     sampler = _sampler(model, sampler, num_steps, model.default_sampler)
@@ -176,7 +176,7 @@ def decode(model, noise, *, num_steps=None, **options):
 
     Reference: Song et al., 2021 ("DDIM"), Eq. 12 with σ = 0.
     """
-    noise = checks.data(noise, model.data_shape, name="noise")
+    noise = _checks.data(noise, model.data_shape, name="noise")
     steps = _sampler(model, None, num_steps, INVERTIBLE).steps(model.diffusion.schedule)
     return _run(model, steps, lambda indices: noise[indices], noise, 0, options, clip=False)
 
@@ -201,7 +201,7 @@ def interpolate(model, images_a, images_b, num, seed=None, *, num_steps=None, **
 
     Reference: Song et al., 2021 ("DDIM"), appendix D.5.
     """
-    if not checks.is_count(num, low=2):
+    if not _checks.is_count(num, low=2):
         raise ValueError(f"`num` must be an integer of at least 2. Received: num={num!r}")
     a, b = _images(model, images_a, "images_a"), _images(model, images_b, "images_b")
     if a.shape != b.shape:
@@ -231,7 +231,7 @@ def _slerp(a, b, fraction):
 
 
 def _images(model, x, name):
-    return checks.data(x, model.data_shape, model.diffusion.clip_range, name)
+    return _checks.data(x, model.data_shape, model.diffusion.clip_range, name)
 
 
 def _sampler(model, sampler, num_steps, default):

@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from keras_ddpm import checks
+from keras_ddpm import _checks
 from keras_ddpm import images
 from keras_ddpm import sampling
 from keras_ddpm.diffusion import posterior_coefficients
@@ -66,7 +66,7 @@ def bits_per_dimension(model, x, seed=0, **options):
             f"Received: clip_range={diffusion.clip_range}, timesteps={schedule.timesteps}"
         )
     seed = sampling.checked_seed(seed)
-    x = checks.data(x, model.data_shape, (-1, 1), "x")
+    x = _checks.data(x, model.data_shape, (-1, 1), "x")
     level = images.to_uint8(x).astype("int32")
     if np.max(np.abs(x - images.from_uint8(level))) > 1e-4:
         raise ValueError("`x` must hold 8-bit levels: images.from_uint8(images.to_uint8(x)) rounds.")

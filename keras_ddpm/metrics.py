@@ -22,7 +22,7 @@ import pathlib
 import keras
 import numpy as np
 
-from keras_ddpm import checks
+from keras_ddpm import _checks
 from keras_ddpm import hardware
 
 
@@ -72,7 +72,7 @@ class Extractor:
 
     def __call__(self, images, batch_size=64):
         """Features, float64 `(num, dim)`; ValueError for images that are none or do not fit the model."""
-        images = checks.array(images, "images")
+        images = _checks.array(images, "images")
         if images.ndim != 4 or not len(images):
             raise ValueError(f"Expected images (num, height, width, channels). Received: shape {images.shape}")
         if not np.all(np.isfinite(images)):
@@ -192,7 +192,7 @@ class _Distance(keras.metrics.Metric):
         Raises:
             ValueError: for fewer images than `num`.
         """
-        if not checks.is_count(num) or num > len(images):
+        if not _checks.is_count(num) or num > len(images):
             raise ValueError(f"`num` must be in 1..{len(images)}, the number of images. Received: num={num!r}")
         random = np.random.default_rng(seed)
         chosen = [random.choice(len(images), num, replace=False) for _ in range(num_draws)]
@@ -251,7 +251,7 @@ class KernelInceptionDistance(_FeatureDistance):
     """
 
     def __init__(self, extractor=None, subset_size=1000, seed=0, name="kid"):
-        if not checks.is_count(subset_size, low=2):
+        if not _checks.is_count(subset_size, low=2):
             raise ValueError(f"`subset_size` must be an integer of at least 2. Received: subset_size={subset_size!r}")
         self.subset_size = subset_size
         self.seed = seed
@@ -290,7 +290,7 @@ class KernelInceptionDistance(_FeatureDistance):
 
         Reference: Gretton et al., 2012, section 3 and theorem 12.
         """
-        if not checks.is_count(num_permutations) or not checks.is_count(max_images, low=2):
+        if not _checks.is_count(num_permutations) or not _checks.is_count(max_images, low=2):
             raise ValueError(
                 "Expected at least one permutation and two images. "
                 f"Received: num_permutations={num_permutations!r}, max_images={max_images!r}"
@@ -348,7 +348,7 @@ class PrecisionRecall(_FeatureDistance):
     names = ("precision", "recall")
 
     def __init__(self, extractor=None, k=3, name="precision_recall"):
-        if not checks.is_count(k):
+        if not _checks.is_count(k):
             raise ValueError(f"`k` must be a positive integer. Received: k={k!r}")
         self.k = k
         super().__init__(extractor, name)
@@ -428,7 +428,7 @@ def memorisation(extractor, training_images, held_out_images, generated_images, 
         ValueError: for images that do not fit the extractor, a quantile outside (0, 1), or fewer than 1 / quantile
             held-out images.
     """
-    if not checks.is_positive(quantile) or quantile >= 1:
+    if not _checks.is_positive(quantile) or quantile >= 1:
         raise ValueError(f"`quantile` must be in (0, 1). Received: quantile={quantile!r}")
     if len(held_out_images) < 1 / quantile:
         raise ValueError(f"The quantile {quantile} of {len(held_out_images)} held-out images is not known.")
@@ -545,7 +545,7 @@ def train_classifier(x, labels, epochs=5, verbose=0):
     Raises:
         ValueError: for images that are none, or not as many labels.
     """
-    x, labels = checks.array(x, "x"), np.asarray(labels)
+    x, labels = _checks.array(x, "x"), np.asarray(labels)
     if x.ndim != 4 or min(x.shape[1:3]) < 6 or labels.shape != (len(x),):
         raise ValueError(f"Expected images of at least 6x6 and a label for each. Received: {x.shape}, {labels.shape}")
     inputs = h = keras.Input(x.shape[1:])

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_ddpm import checks
+from keras_ddpm import _checks
 from keras_ddpm import hardware
 from keras_ddpm import recording
 from keras_ddpm import samplers
@@ -88,7 +88,7 @@ class DiffusionModel(keras.Model):
                 "`network` must be a functional model of [x_t, t] or [x_t, t, condition], of a fixed shape, whose "
                 f"output is shaped like x_t. Received: network={network} with inputs {shapes}"
             )
-        if not checks.is_between(label_dropout, 0, 1) or label_dropout == 1:
+        if not _checks.is_between(label_dropout, 0, 1) or label_dropout == 1:
             raise ValueError(f"`label_dropout` must be in [0, 1). Received: label_dropout={label_dropout!r}")
         self.label_dropout = label_dropout
         self.conditional = len(shapes) == 3
@@ -288,7 +288,7 @@ class DiffusionModel(keras.Model):
         if first is None:
             raise ValueError(f"The data hold no batch. Received: {data}")
         x_0, condition, _ = keras.utils.unpack_x_y_sample_weight(first)
-        x_0 = checks.data(ops.convert_to_numpy(x_0), self.data_shape, self.diffusion.clip_range)
+        x_0 = _checks.data(ops.convert_to_numpy(x_0), self.data_shape, self.diffusion.clip_range)
         if self.conditional:
             if condition is None:
                 raise ValueError("The network is conditioned: it needs `(x_0, label)` batches. Received: x_0 alone.")
@@ -387,13 +387,13 @@ class DiffusionModel(keras.Model):
         Raises:
             ValueError: for an invalid number, seed or label, or more steps than the schedule has.
         """
-        if not checks.is_count(num_samples):
+        if not _checks.is_count(num_samples):
             raise ValueError(f"`num_samples` must be a positive integer. Received: num_samples={num_samples!r}")
         sampler = sampler or self.default_sampler
         if not isinstance(sampler, samplers.Sampler):
             raise ValueError(f"`sampler` must be one of `keras_ddpm.samplers`. Received: sampler={sampler!r}")
         steps = sampler.steps(self.diffusion.schedule)
-        if return_trajectory is not None and not checks.is_count(return_trajectory):
+        if return_trajectory is not None and not _checks.is_count(return_trajectory):
             raise ValueError(
                 f"`return_trajectory` must be a positive integer. Received: return_trajectory={return_trajectory!r}"
             )
@@ -434,8 +434,8 @@ class DiffusionModel(keras.Model):
         Raises:
             ValueError: for data of another shape, a time outside 1..T or an invalid option.
         """
-        x_t = checks.data(x_t, self.data_shape, name="x_t")
-        if not checks.is_count(t) or t > self.diffusion.timesteps:
+        x_t = _checks.data(x_t, self.data_shape, name="x_t")
+        if not _checks.is_count(t) or t > self.diffusion.timesteps:
             raise ValueError(f"`t` must be an integer in 1..{self.diffusion.timesteps}. Received: t={t!r}")
         row = np.array([[t, 0.0, 1.0, 0.0, 0.0, 0.0]])
         return sampling.run(self, [row], lambda indices: x_t[indices], len(x_t), 0, clip=clip, **options)

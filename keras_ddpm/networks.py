@@ -14,7 +14,7 @@ import keras
 from keras import layers
 from keras import ops
 
-from keras_ddpm import checks
+from keras_ddpm import _checks
 from keras_ddpm.layers import Attention
 from keras_ddpm.layers import Conv2D
 from keras_ddpm.layers import GroupNormalization
@@ -179,7 +179,7 @@ def dit(image_shape, patch_size=2, width=384, depth=12, num_heads=6, num_classes
     Reference: Peebles and Xie, 2023, section 3.2, "adaLN-Zero".
     """
     sizes = {"patch_size": patch_size, "width": width, "depth": depth, "num_heads": num_heads}
-    if not all(map(checks.is_count, sizes.values())) or width % 4 or width % num_heads:
+    if not all(map(_checks.is_count, sizes.values())) or width % 4 or width % num_heads:
         raise ValueError(
             f"Sizes must be positive integers, the width a multiple of 4 and of the number of heads. Received: {sizes}"
         )
@@ -256,7 +256,7 @@ def mlp(dim=2, width=128, depth=3, num_classes=None, context_dim=None):
 def _embedding(dim, width, num_classes, context_dim):
     """The inputs beside x_t, and the sum of their embeddings, `(batch, width)`."""
     sizes = [size for size in (num_classes, context_dim) if size is not None]
-    if len(sizes) > 1 or not all(map(checks.is_count, sizes)):
+    if len(sizes) > 1 or not all(map(_checks.is_count, sizes)):
         raise ValueError(
             "A network is conditioned on a number of labels or on vectors of a size. "
             f"Received: num_classes={num_classes!r}, context_dim={context_dim!r}"

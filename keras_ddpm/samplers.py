@@ -19,7 +19,7 @@ import itertools
 
 import numpy as np
 
-from keras_ddpm import checks
+from keras_ddpm import _checks
 from keras_ddpm.diffusion import posterior_coefficients
 
 COLUMNS = ("t", "from_x", "from_x_0", "from_memory", "std", "keep")
@@ -62,7 +62,7 @@ class Sampler:
     spacing: str = dataclasses.field(default="uniform", kw_only=True)
 
     def __post_init__(self):
-        if self.num_steps is not None and not checks.is_count(self.num_steps):
+        if self.num_steps is not None and not _checks.is_count(self.num_steps):
             raise ValueError(f"`num_steps` must be a positive integer or None. Received: num_steps={self.num_steps!r}")
         if self.spacing not in ["uniform", *SPACINGS]:
             raise ValueError(f"`spacing` must be one of {['uniform', *SPACINGS]}. Received: spacing={self.spacing!r}")
@@ -141,7 +141,7 @@ class DDPM(Sampler):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.variance not in ["small", "large"] and not checks.is_between(self.variance, 0, 1):
+        if self.variance not in ["small", "large"] and not _checks.is_between(self.variance, 0, 1):
             raise ValueError(
                 f"`variance` must be 'small', 'large' or a number in [0, 1]. Received: variance={self.variance!r}"
             )
@@ -175,7 +175,7 @@ class DDIM(Sampler):
 
     def __post_init__(self):
         super().__post_init__()
-        if not checks.is_between(self.eta, 0, 1):
+        if not _checks.is_between(self.eta, 0, 1):
             raise ValueError(f"`eta` must be in [0, 1]. Received: eta={self.eta!r}")
 
     def coefficients(self, alpha_t, sigma_t, alpha_s, sigma_s):
@@ -236,7 +236,7 @@ class Heun(Sampler):
 
     def __post_init__(self):
         super().__post_init__()
-        if not checks.is_between(self.churn, 0, np.inf):
+        if not _checks.is_between(self.churn, 0, np.inf):
             raise ValueError(f"`churn` must be 0 or more. Received: churn={self.churn!r}")
 
     @property
@@ -302,9 +302,9 @@ class Langevin(Sampler):
 
     def __post_init__(self):
         super().__post_init__()
-        if not checks.is_between(self.step_size, 0, 1) or self.step_size == 0:
+        if not _checks.is_between(self.step_size, 0, 1) or self.step_size == 0:
             raise ValueError(f"`step_size` must be in (0, 1]. Received: step_size={self.step_size!r}")
-        if not checks.is_count(self.num_updates):
+        if not _checks.is_count(self.num_updates):
             raise ValueError(f"`num_updates` must be a positive integer. Received: num_updates={self.num_updates!r}")
         if self.predictor is not None and not (
             isinstance(self.predictor, Sampler)

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_ddpm import checks
+from keras_ddpm import _checks
 from keras_ddpm import hardware
 from keras_ddpm import recording
 from keras_ddpm import samplers
@@ -33,17 +33,17 @@ class Guidance:
     dynamic_threshold: float | None = None
 
     def __post_init__(self):
-        if not checks.is_between(self.scale, 0, np.inf):
+        if not _checks.is_between(self.scale, 0, np.inf):
             raise ValueError(f"`guidance_scale` must be 0 or more. Received: guidance_scale={self.scale!r}")
-        if not checks.is_between(self.rescale, 0, 1):
+        if not _checks.is_between(self.rescale, 0, 1):
             raise ValueError(f"`guidance_rescale` must be in [0, 1]. Received: guidance_rescale={self.rescale!r}")
         ends = self.interval
         if ends is not None and not (
-            isinstance(ends, (tuple, list)) and len(ends) == 2 and checks.is_between(ends[0], -np.inf, ends[1])
+            isinstance(ends, (tuple, list)) and len(ends) == 2 and _checks.is_between(ends[0], -np.inf, ends[1])
         ):
             raise ValueError(f"`guidance_interval` must be (low, high). Received: {ends!r}")
         p = self.dynamic_threshold
-        if p is not None and not (checks.is_positive(p) and p < 1):
+        if p is not None and not (_checks.is_positive(p) and p < 1):
             raise ValueError(f"`dynamic_threshold` must be in (0, 1). Received: dynamic_threshold={p!r}")
 
     def labels(self, model, labels, num):
@@ -62,7 +62,7 @@ def checked_seed(seed):
     """The seed, or one drawn from Python's `random`."""
     if seed is None:
         return random.randrange(2**31)
-    if not checks.is_count(seed, low=0):
+    if not _checks.is_count(seed, low=0):
         raise ValueError(f"`seed` must be a non-negative integer. Received: seed={seed!r}")
     return seed
 
@@ -123,7 +123,7 @@ def run(
         raise ValueError(f"Nothing is clipped here. Received: dynamic_threshold={dynamic_threshold!r}")
     guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval, dynamic_threshold)
     labels = guidance.labels(model, labels, num)
-    if batch_size is not None and not checks.is_count(batch_size):
+    if batch_size is not None and not _checks.is_count(batch_size):
         raise ValueError(f"`batch_size` must be a positive integer. Received: batch_size={batch_size!r}")
     num_batches = -(-num // (batch_size or 256))
     batch_size = batch_size or -(-num // num_batches)

@@ -18,7 +18,7 @@ import dataclasses
 import keras
 import numpy as np
 
-from keras_ddpm import checks
+from keras_ddpm import _checks
 
 
 @keras.saving.register_keras_serializable(package="keras_ddpm")
@@ -143,7 +143,7 @@ def cosine(timesteps=1000, offset=0.008):
     Reference: Nichol and Dhariwal, 2021, Eq. 17.
     """
     _check_timesteps(timesteps)
-    if not checks.is_between(offset, 0, np.inf):
+    if not _checks.is_between(offset, 0, np.inf):
         raise ValueError(f"`offset` must be 0 or more. Received: offset={offset!r}")
     time = np.linspace(0, 1, timesteps + 1)
     return _from_alphas_cumprod(np.cos((time + offset) / (1 + offset) * np.pi / 2) ** 2)
@@ -167,7 +167,7 @@ def sigmoid(timesteps=1000, start=-3.0, end=3.0, tau=1.0):
     Reference: Jabri et al., 2022; Chen, 2023, algorithm 1.
     """
     _check_timesteps(timesteps)
-    if not (checks.is_between(start, -np.inf, end) and start < end and checks.is_positive(tau)):
+    if not (_checks.is_between(start, -np.inf, end) and start < end and _checks.is_positive(tau)):
         raise ValueError(f"Expected start < end and tau > 0. Received: start={start!r}, end={end!r}, tau={tau!r}")
     values = 1 / (1 + np.exp(np.linspace(start, end, timesteps + 1) / tau))
     return _from_alphas_cumprod((values - values[-1]) / (values[0] - values[-1]))
@@ -211,7 +211,7 @@ def input_scaled(schedule, scale):
 
     Reference: Chen, 2023, strategy 2; equal to it for data of variance 1, where x_t is divided by its deviation.
     """
-    if not isinstance(schedule, Schedule) or not checks.is_positive(scale):
+    if not isinstance(schedule, Schedule) or not _checks.is_positive(scale):
         raise ValueError(f"Expected a `Schedule` and a positive number. Received: {schedule!r} and {scale!r}")
     alpha, sigma = scale * schedule.alpha, schedule.sigma
     if np.allclose(schedule.alpha + schedule.sigma, 1):
@@ -241,7 +241,7 @@ def shifted(schedule, image_size, reference_size=64):
     Reference: Hoogeboom et al., 2023 ("simple diffusion"), section 3.1; for the straight line Esser et al., 2024,
         Eq. 23.
     """
-    if not (checks.is_positive(image_size) and checks.is_positive(reference_size)):
+    if not (_checks.is_positive(image_size) and _checks.is_positive(reference_size)):
         raise ValueError(
             f"Sizes must be positive. Received: image_size={image_size!r}, reference_size={reference_size!r}"
         )
@@ -285,5 +285,5 @@ def _check_variance_preserving(schedule):
 
 
 def _check_timesteps(timesteps):
-    if not checks.is_count(timesteps):
+    if not _checks.is_count(timesteps):
         raise ValueError(f"`timesteps` must be a positive integer. Received: timesteps={timesteps!r}")
