@@ -1,130 +1,207 @@
-"""What the examples share: their arguments, their data and how they train."""
+"""What the examples share: command lines, data, training and a metric."""
 
 import argparse
-import functools
+import inspect
 import pathlib
+import re
 import sys
+import typing
 
 import keras
 import numpy as np
 
 import keras_ddpm as kd
 
-DATASETS = ["oxford_flowers102", "mnist", "fashion_mnist", "procedural"]  # no folders, even where one has such a name
+# Names of data sets. A folder of the same name is ignored.
+DATASETS = ["oxford_flowers102", "mnist", "fashion_mnist", "procedural"]
 
 
-def make_parser(doc, name):
-    """The arguments of every example."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--output", type=pathlib.Path, default=pathlib.Path("runs", name), help="(default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
-    parser.add_argument("--data-dir", help="folder of prepared data sets (default: TensorFlow Datasets' own)")
-    return parser
+class UsageError(ValueError):
+    """Raised for arguments that are out of range or exclude each other. The exit status is 2."""
 
 
-def run(main):
-    """Starts an example; what is wrong with its arguments or data is said in one line."""
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit(f"{pathlib.Path(sys.argv[0]).name}: {error}")
+def run(main, *parts, commands=(), presets=None):
+    """Calls `main` with the arguments of the command line, and prints errors in one line.
 
-
-def load(name, image_size, args, *, channels=3, labels=False, insist=False, strict=False, num_drawn=2048, **options):
-    """Training and held-out batches of a data set, or of drawn flowers where it can be neither read nor downloaded.
+    The arguments are the parameters of `main` that have a default or an annotation. The default or the annotation
+    gives the type, and the `Args:` section of the docstring gives the help. Keyword-only parameters become flags.
+    `main` receives only what the command line contains.
 
     Args:
-        name: of TensorFlow Datasets, "procedural" for the flowers, or a folder of images.
-        image_size: side in pixels.
-        args: has `data_dir` and `seed`.
-        channels: of the flowers and of the images in a folder.
-        labels: whether to yield labels.
-        insist: whether to raise ConnectionError instead of drawing flowers.
-        strict: whether to fail on images in the folder that cannot be read.
-        num_drawn: number of drawn flowers.
-        **options: of the training batches.
+        main: function to call. The docstring of its module is the description.
+        *parts: functions that receive the `**settings` of `main`. Their parameters become flags, too.
+        commands: functions of which the command line names one. `main` receives it as `command`, and it receives the
+            `**settings` of `main`.
+        presets: dict from names to dicts of settings, which the help shows next to the defaults.
     """
-    options = {"batch_size": 32, "seed": args.seed, **options}
+    kd.keep_memory()
+    description = main.__globals__["__doc__"]
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if commands:
+        choice = parser.add_subparsers(metavar="command", required=True)
+        for command in commands:
+            summary = inspect.getdoc(command).partition("\n")[0]
+            chosen = choice.add_parser(command.__name__, help=summary, description=summary)
+            chosen.set_defaults(command=command)
+            add_arguments(chosen, main)
+            add_arguments(chosen, command)
+    else:
+        for function in (main, *parts):
+            add_arguments(parser, function, presets)
+    given = vars(parser.parse_args())
+    try:
+        main(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+    except UsageError as error:
+        parser.error(str(error))
+    except (OSError, ValueError) as error:
+        sys.exit(f"{parser.prog}: {error}")
+
+
+def add_arguments(parser, function, presets=None):
+    """Adds the parameters of a function to a parser, as described in `run`."""
+    documented = inspect.getdoc(function).partition("Args:\n")[2]
+    texts = dict(re.findall(r"^    (\w+): (.+(?:\n {5,}.+)*)", documented, re.MULTILINE))
+    for name, parameter in inspect.signature(function).parameters.items():
+        default, kind = parameter.default, parameter.annotation
+        if default is kind is parameter.empty:
+            continue
+        if kind is parameter.empty:
+            kind = type(default)
+        if type(None) in typing.get_args(kind):
+            kind = typing.get_args(kind)[0]
+        options = {"type": kind}
+        if kind is bool:
+            options = {"action": "store_true"}
+        elif typing.get_origin(kind) is typing.Literal:
+            options = {"choices": typing.get_args(kind)}
+        elif typing.get_origin(kind) is tuple:
+            options = {"type": typing.get_args(kind)[0], "nargs": "*"}
+        flag = "--" + name.replace("_", "-") if parameter.kind is parameter.KEYWORD_ONLY else name
+        if flag == name and default is not parameter.empty:
+            options.setdefault("nargs", "?")
+        values = {"default": default} | {preset: settings.get(name) for preset, settings in (presets or {}).items()}
+        note = "; ".join(f"{of}: {value}" for of, value in values.items() if type(value) in (int, float, str, tuple))
+        text = texts[name] + (f" ({note})" if note else "")
+        parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **options)
+
+
+def load(
+    name,
+    image_size,
+    *,
+    data_dir=None,
+    seed=0,
+    batch_size=32,
+    steps_per_epoch=None,
+    channels=3,
+    labels=False,
+    strict=False,
+    num_drawn=2048,
+    require_real_data=False,
+):
+    """Batches of training data and of held-out data.
+
+    If the data can be neither read nor downloaded, drawn flowers take their place.
+
+    Args:
+        name: name of a data set of TensorFlow Datasets, "procedural" for drawn flowers, or a folder of images.
+        image_size: side of the images in pixels.
+        data_dir: folder of prepared data sets.
+        seed: random seed.
+        batch_size: number of images per batch.
+        steps_per_epoch: number of training batches per epoch, by default all.
+        channels: number of channels of drawn flowers and of the images in a folder.
+        labels: whether to yield labels.
+        strict: whether to raise an error for files in the folder that cannot be read.
+        num_drawn: number of drawn flowers.
+        require_real_data: whether to raise ConnectionError instead of drawing flowers.
+
+    Returns:
+        Two `kd.datasets.Batches`.
+    """
+    options = {"batch_size": batch_size, "steps_per_epoch": steps_per_epoch, "seed": seed}
     if name not in DATASETS and pathlib.Path(name).is_dir():
-        folder = kd.datasets.from_folder(name, image_size, channels, labels, strict, batch_size=1)
-        return split(folder.x, folder.labels, **{"flip": True, **options})
-    of_name = functools.partial(kd.datasets.from_tfds, name, image_size=image_size, data_dir=args.data_dir)
+        folder = kd.datasets.from_folder(
+            name, image_size, channels=channels, labels=labels, strict=strict, batch_size=1
+        )
+        return split(folder.x, folder.labels, flip=True, **options)
+    source = {"image_size": image_size, "data_dir": data_dir, "labels": labels}
     try:
         if name == "oxford_flowers102":
-            return kd.datasets.oxford_flowers(image_size, data_dir=args.data_dir, labels=labels, **options)
+            return kd.datasets.oxford_flowers(**source, **options)
         if name != "procedural":
-            train = of_name(split="train", labels=labels, **options)
-            return train, of_name(split="test", labels=labels, batch_size=options["batch_size"], shuffle=False)
+            train = kd.datasets.from_tfds(name, "train", **source, **options)
+            return train, kd.datasets.from_tfds(name, "test", **source, batch_size=batch_size, shuffle=False)
     except ConnectionError as error:
-        if insist:
+        if require_real_data:
             raise
-        print(f"\n*** NOT TRAINING ON {name}: {error}\n*** Going on with drawn flowers.\n")
+        print(f"\n*** NOT TRAINING ON {name}: {error}\n*** Training on drawn flowers instead.\n")
     print(f"Drawing {num_drawn} flowers.", flush=True)
-    x, numbers = kd.datasets.procedural_flowers(num_drawn, image_size, seed=args.seed)
+    x, kinds = kd.datasets.procedural_flowers(num_drawn, image_size, seed=seed)
     x = kd.images.to_uint8(x.mean(axis=-1, keepdims=True) if channels == 1 else x)
-    return split(x, numbers if labels else None, **{"flip": True, **options})
-
-
-def load_model(path):
-    """A trained model of images."""
-    if not pathlib.Path(path).is_file():
-        raise ValueError(f"There is no model {path}. `python examples/flowers.py` trains one.")
-    model = keras.saving.load_model(path)
-    if not isinstance(model, kd.DiffusionModel) or len(model.data_shape) != 3:
-        raise ValueError(f"{path} is no diffusion model of images.")
-    return model
+    return split(x, kinds if labels else None, flip=True, **options)
 
 
 def split(x, labels=None, batch_size=32, seed=0, **options):
-    """Nine tenths of the data to train on, and a tenth that is held out."""
+    """Batches of nine tenths of the data for training, and of the held-out tenth."""
     order = np.random.default_rng(seed).permutation(len(x))
     held_out = max(1, len(x) // 10)
     if held_out == len(x):
-        raise ValueError(f"Some images are to be held out: at least 2 are needed. Received: {len(x)}")
+        raise ValueError(f"At least 2 images are needed, because one tenth is held out. Received: {len(x)}")
     pick = lambda chosen: (x[chosen], None if labels is None else labels[chosen])  # noqa: E731
     train = kd.datasets.Batches(*pick(order[held_out:]), batch_size, seed=seed, **options)
     return train, kd.datasets.Batches(*pick(order[:held_out]), min(batch_size, held_out), shuffle=False)
 
 
+def load_model(path):
+    """Loads a trained model of images."""
+    if not pathlib.Path(path).is_file():
+        raise ValueError(f"There is no model file {path}. `python examples/flowers.py` trains a model.")
+    model = keras.saving.load_model(path)
+    if not isinstance(model, kd.DiffusionModel) or len(model.data_shape) != 3:
+        raise ValueError(f"{path} is not a diffusion model of images.")
+    return model
+
+
 def train(model, data, epochs, learning_rate=2e-3, warmup_steps=200, loss="mse", **options):
-    """Adam with a linear warm-up and a cosine decay to 0; returns the losses by epoch."""
+    """Trains with Adam, a linear warm-up and a cosine decay to 0. Returns the losses of each epoch."""
     rate = keras.optimizers.schedules.CosineDecay(
         0.0, max(1, epochs * len(data) - warmup_steps), warmup_target=learning_rate, warmup_steps=warmup_steps
     )
-    model.compile(loss=loss, optimizer=keras.optimizers.Adam(rate, global_clipnorm=1.0))
+    model.compile(loss=loss, optimizer=kd.optimizers.Adam(rate, global_clipnorm=1.0))
     return model.fit(data, epochs=epochs, **{"verbose": 2, **options}).history
 
 
-def make_metric(train, test, args):
-    """A classifier of the data, and the kernel distance to the images in `test` in its features, with its floor.
+def make_metric(train, test, num_samples, classifier_epochs, seed):
+    """Trains a classifier and makes a kernel distance in its features.
 
     Args:
-        train: labelled batches, that the classifier learns from.
-        test: held-out ones.
-        args: has `classifier_epochs`, `num_samples` and `seed`.
+        train: labeled batches, on which the classifier is trained.
+        test: held-out labeled batches, with which samples are compared.
+        num_samples: number of samples of a comparison.
+        classifier_epochs: number of training epochs of the classifier.
+        seed: random seed of the floor.
 
     Returns:
-        The classifier, a function from images to their distance times 1000, and the floor: mean and deviation of the
-        distances of as many training images.
+        The classifier, a function from images to their distance times 1000, and the floor. The floor is the mean and
+        the standard deviation of the distance of as many training images.
     """
     images = kd.images.from_uint8(train.x)
-    classifier = kd.metrics.train_classifier(images, train.labels, args.classifier_epochs)
+    classifier = kd.metrics.train_classifier(images, train.labels, classifier_epochs)
     x = kd.images.from_uint8(test.x)
     accuracy = classifier.evaluate(x, test.labels, verbose=0, return_dict=True)["accuracy"]
-    print(f"The classifier is right on {accuracy:.1%} of {len(x)} held-out images.", flush=True)
-    num = min(args.num_samples, len(x))
+    print(f"Accuracy of the classifier: {accuracy:.1%} of {len(x)} held-out images.", flush=True)
+    num = min(num_samples, len(x))
     metric = kd.metrics.KernelInceptionDistance(classifier, subset_size=num)
     metric.update_state(real_images=x)
-    mean, std = (1000 * value for value in metric.floor(images, num, seed=args.seed))
-    print(f"{num} samples a row. Kernel distance of as many training images x 1000: {mean:.1f} ± {std:.1f} (10 draws).")
+    mean, std = (1000 * value for value in metric.floor(images, num, seed=seed))
+    print(f"Kernel distance x 1000 of {num} training images: {mean:.1f} ± {std:.1f} (10 draws).")
     return classifier, lambda images: 1000 * metric.compare(images), (mean, std)
 
 
 def draw_denoising(path, model, sampler, seed, num=5):
-    """Writes how samples come out of noise: x_t above, the prediction of x_0 below."""
-    steps = [int(rows[0, 0]) for rows in sampler.steps(model.diffusion.schedule)]
+    """Draws how samples emerge from noise: x_t above, the prediction of x_0 below."""
+    steps = [int(rows["t"][0]) for rows in sampler.steps(model.diffusion.schedule)]
     _, x_t, x_0 = model.sample(num, sampler, seed, return_trajectory=10)
     arrivals = [*steps[1:], 0]
     names = [f"t = {arrivals[i - 1]}" for i in np.linspace(0, len(steps), 11).round().astype(int)[1:]]

@@ -1,18 +1,18 @@
 """Edits images with a trained model.
 
-    python examples/edit.py inpaint photo.jpg --mask mask.png           # fills what is black in the mask
-    python examples/edit.py variations photo.jpg --strengths 0.3 0.6    # other images like it
-    python examples/edit.py interpolate first.jpg second.jpg            # what lies between two
-    python examples/edit.py reconstruct photo.jpg --num-steps 10 50     # to noise and back, and how exactly
+    python examples/edit.py inpaint photo.jpg --mask mask.png           # fills the black part of the mask
+    python examples/edit.py variations photo.jpg --strengths 0.3 0.6    # similar images
+    python examples/edit.py interpolate first.jpg second.jpg            # images between two
+    python examples/edit.py reconstruct photo.jpg --num-steps 10 50     # to noise and back, and the error
 
-The model is that of examples/flowers.py, or any other (--model). Images are cropped and resized to what it was
-trained on. Without files, photographs of flowers are taken from --data-dir, of those held out, or without that the
-package draws some, others than examples/flowers.py trains on by default.
+The model comes from examples/flowers.py, or from another example with --model. Images are cropped and resized to the
+size that the model was trained on. Without files, held-out photographs of flowers are read from --data-dir. Without
+--data-dir, flowers are drawn that examples/flowers.py does not train on by default.
 
-Writes all the images side by side to --output/COMMAND.png, and each by itself to --output/COMMAND/.
+The command writes all images side by side to --output/COMMAND.png, and each image to the folder --output/COMMAND.
 """
 
-import argparse
+import pathlib
 
 import common
 import numpy as np
@@ -20,103 +20,132 @@ import numpy as np
 import keras_ddpm as kd
 
 
-def inpaint(model, x, args, **options):
+def inpaint(
+    model, x, *, seed=0, mask: str | None = None, num=4, num_steps: int | None = None, num_resamples=10, **options
+):
+    """Fills a part of each image.
+
+    Args:
+        model: the model.
+        x: images.
+        seed: random seed of the first filling. The next fillings use the next seeds.
+        mask: image file that is white where pixels are known and black where they are filled. By default the middle
+            is filled.
+        num: number of fillings.
+        num_steps: number of steps of DDPM. By default 50.
+        num_resamples: number of times that each step is repeated.
+        **options: options of `model.sample`.
+    """
     size = x.shape[1]
-    if args.mask:
-        mask = kd.images.load(args.mask, size, channels=1) > 127
+    if mask:
+        known = kd.images.load(mask, size, channels=1) > 127
     else:
-        mask = np.ones((size, size, 1))
-        mask[size // 4 : -size // 4, size // 4 : -size // 4] = 0
-    masks = np.broadcast_to(mask, (*x.shape[:-1], 1))
+        known = np.ones((size, size, 1))
+        known[size // 4 : -size // 4, size // 4 : -size // 4] = 0
+    masks = np.broadcast_to(known, (*x.shape[:-1], 1))
+    options |= {"num_steps": num_steps, "num_resamples": num_resamples}
     columns = {"image": x, "known": np.where(masks, x, 0)}
-    for index in range(args.num):
-        seed = args.seed + index
-        columns[f"filled, seed {seed}"] = kd.editing.inpaint(
-            model, x, masks, seed, num_steps=args.num_steps, num_resamples=args.num_resamples, **options
-        )
+    for number in range(seed, seed + num):
+        columns[f"filled, seed {number}"] = kd.editing.inpaint(model, x, masks, number, **options)
     return columns
 
 
-def variations(model, x, args, **options):
+def variations(model, x, *, seed=0, strengths: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0), **options):
+    """Generates images that are similar to each image.
+
+    Args:
+        model: the model.
+        x: images.
+        seed: random seed.
+        strengths: strengths in [0, 1], from the same image to an unrelated one.
+        **options: options of `model.sample`.
+    """
     columns = {"image": x}
-    for strength in args.strengths:
-        columns[f"strength {strength:g}"] = kd.editing.variations(model, x, strength, args.seed, **options)
+    for strength in strengths:
+        columns[f"strength {strength:g}"] = kd.editing.variations(model, x, strength, seed, **options)
     return columns
 
 
-def interpolate(model, x, args, **options):
+def interpolate(model, x, *, num=7, num_steps: int | None = None, **options):
+    """Generates images between the two images of each pair.
+
+    Args:
+        model: the model.
+        x: images, the pairs one after another.
+        num: number of images, including both ends.
+        num_steps: number of steps of DDIM in each direction. By default 100.
+        **options: options of `model.sample`.
+    """
     if len(x) % 2:
-        raise ValueError(f"Images are taken in pairs. Received: {len(x)}")
-    between = kd.editing.interpolate(model, x[::2], x[1::2], args.num, num_steps=args.num_steps, **options)
-    return {f"{fraction:.0%}": images for fraction, images in zip(np.linspace(0, 1, args.num), between)}
+        raise ValueError(f"Images must come in pairs. Received: {len(x)}")
+    between = kd.editing.interpolate(model, x[::2], x[1::2], num, num_steps=num_steps, **options)
+    return {f"{fraction:.0%}": images for fraction, images in zip(np.linspace(0, 1, num), between)}
 
 
-def reconstruct(model, x, args, **options):
+def reconstruct(model, x, *, num_steps: tuple[int, ...] = (25, 100, 400), **options):
+    """Turns each image into noise and back, and prints the error.
+
+    Args:
+        model: the model.
+        x: images.
+        num_steps: numbers of steps of DDIM in each direction.
+        **options: options of `model.sample`.
+    """
     columns = {"image": x}
-    for steps in args.num_steps:
+    for steps in num_steps:
         steps = min(steps, model.diffusion.timesteps)
         noise = kd.editing.encode(model, x, num_steps=steps, **options)
         again = kd.editing.decode(model, noise, num_steps=steps, **options)
         error = np.sqrt(np.mean((again - x) ** 2))
-        print(f"{steps:5} steps: root of the mean squared error {error:.4f}, of pixels in [-1, 1]", flush=True)
+        print(f"{steps:5} steps: root mean squared error {error:.4f} of pixels in [-1, 1]", flush=True)
         columns |= {f"x_T,\n{steps} steps": noise / 3, f"{steps} steps,\nerror {error:.3f}": again}
     return columns
 
 
-def parse(arguments):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    every = common.make_parser(None, "edit")
-    every.add_argument("images", nargs="*", help="files (default: flowers)")
-    every.add_argument(
-        "--model", default="runs/flowers/model.keras", help="a trained .keras file (default: %(default)s)"
-    )
-    every.add_argument("--num-flowers", type=int, default=4, help="without files (default: 4)")
-    every.add_argument("--label", type=int, help="class, for a model that knows classes")
-    every.add_argument("--guidance-scale", type=float, default=1.0, help="how much the class counts (default: 1)")
-    for edit in (inpaint, variations, interpolate, reconstruct):
-        command = commands.add_parser(edit.__name__, parents=[every], add_help=False)
-        command.set_defaults(edit=edit)
-        if edit is inpaint:
-            command.add_argument("--mask", help="file: white is known, black to be filled (default: the middle)")
-            command.add_argument("--num", type=int, default=4, help="number of fillings (default: %(default)s)")
-            command.add_argument("--num-steps", type=int, help="steps of DDPM (default: 50)")
-            command.add_argument(
-                "--num-resamples", type=int, default=10, help="how often each step is made (default: 10)"
-            )
-        if edit is variations:
-            command.add_argument(
-                "--strengths", type=float, nargs="+", default=[0.2, 0.4, 0.6, 0.8, 1.0], help="in 0..1"
-            )
-        if edit is interpolate:
-            command.add_argument("--num", type=int, default=7, help="number of images, ends and all (default: 7)")
-            command.add_argument("--num-steps", type=int, help="steps of DDIM, each way (default: 100)")
-        if edit is reconstruct:
-            command.add_argument("--num-steps", type=int, nargs="+", default=[25, 100, 400], help="steps, each way")
-    return parser.parse_args(arguments)
+def main(
+    command,
+    images: tuple[str, ...] | None = None,
+    *,
+    output="runs/edit",
+    data_dir: str | None = None,
+    model="runs/flowers/model.keras",
+    num_flowers=4,
+    label: int | None = None,
+    guidance_scale=1.0,
+    **settings,
+):
+    """Edits images and writes the results.
 
-
-def main(arguments=None):
-    args = parse(arguments)
-    model = common.load_model(args.model)
-    size, _, channels = model.data_shape
-    if args.images:
-        x = kd.images.from_uint8(np.stack([kd.images.load(path, size, channels) for path in args.images]))
+    Args:
+        command: one of the functions above.
+        images: image files. By default flowers.
+        output: folder for the output files.
+        data_dir: folder of prepared data sets, for photographs of flowers. By default flowers are drawn.
+        model: trained .keras file.
+        num_flowers: number of flowers.
+        label: class of the images, for a model with classes.
+        guidance_scale: guidance scale of the class.
+        **settings: arguments of `command`.
+    """
+    out, name = pathlib.Path(output), command.__name__
+    trained = common.load_model(model)
+    size, _, channels = trained.data_shape
+    if images:
+        x = kd.images.from_uint8(np.stack([kd.images.load(path, size, channels) for path in images]))
+    elif channels != 3:
+        raise ValueError(f"{model} was not trained on color images. Give image files, because flowers are in color.")
+    elif data_dir:
+        held_out = kd.datasets.oxford_flowers(size, data_dir=data_dir)[1]
+        x = kd.images.from_uint8(held_out.x[:num_flowers])
     else:
-        if channels != 3:
-            raise ValueError(f"The flowers are in colour, images of {args.model} are not: give files.")
-        if args.data_dir:
-            held_out = kd.datasets.oxford_flowers(size, data_dir=args.data_dir)[1]
-            x = kd.images.from_uint8(held_out.x[: args.num_flowers])
-        else:
-            x, _ = kd.datasets.procedural_flowers(args.num_flowers, size, seed=1)
-    columns = args.edit(model, x, args, labels=args.label, guidance_scale=args.guidance_scale)
-    for column, images in enumerate(columns.values()):
-        for row, image in enumerate(images):
-            kd.images.save(args.output / args.command / f"{row + 1}-{column + 1}.png", image)
-    kd.plots.table(args.output / f"{args.command}.png", {"": columns}, size=1.1)
-    print(f"Wrote {args.output / args.command}.png and {args.output / args.command}/.")
+        x, _ = kd.datasets.procedural_flowers(num_flowers, size, seed=1)
+    columns = command(trained, x, labels=label, guidance_scale=guidance_scale, **settings)
+    for column, results in enumerate(columns.values()):
+        for row, image in enumerate(results):
+            kd.images.save(out / name / f"{row + 1}-{column + 1}.png", image)
+    kd.plots.table(out / f"{name}.png", {"": columns}, size=1.1)
+    print(f"Wrote {out / name}.png and {out / name}/.")
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.run(main, commands=(inpaint, variations, interpolate, reconstruct))

@@ -1,29 +1,34 @@
-"""How good a trained model is, in numbers that say what they are of, on one page.
+"""Measures the quality of a trained model and writes a report of one page.
 
     python examples/evaluate.py MODEL.keras --dataset oxford_flowers102                # features of InceptionV3
-    python examples/evaluate.py MODEL.keras --dataset fashion_mnist --train-extractor  # of a classifier of the data
-    python examples/evaluate.py MODEL.keras --dataset FOLDER --extractor FILE.keras    # of any Keras model
+    python examples/evaluate.py MODEL.keras --dataset fashion_mnist --train-extractor  # features of a classifier
+    python examples/evaluate.py MODEL.keras --dataset FOLDER --extractor FILE.keras    # features of any Keras model
 
-Samples, rounded to 8 bits, are compared with as many images that the model was not trained on: the held-out part of
---dataset, which must be what examples/flowers.py, your_images.py and the others trained on, with the same --seed.
-Beside each number stands its floor: what as many real images get in place of the samples, mean and deviation of ten
-draws; from other held-out images where there are enough, else from training images.
+Samples are rounded to 8 bits and compared with as many images that the model was not trained on. These images are the
+held-out part of --dataset. Therefore --dataset and --seed must have the same values as in the training with
+examples/flowers.py, your_images.py or another example.
 
-    KID                 kernel distance of features, without bias: 0 on average for perfect samples
-    p-value             of a permutation test: how probable such a KID is if samples and images are of one distribution
-    FID                 Frechet distance: depends on the number of images, so compare it with its floor alone
-    precision, recall   the share of samples that look real, and of real images that samples come close to
+Next to each number stands its floor, which is the number for as many real images instead of samples. It is given as
+the mean and the standard deviation of ten draws. The real images are other held-out images if there are enough, and
+training images otherwise.
+
+    KID                 unbiased kernel distance of features: 0 on average for perfect samples
+    p-value             probability of a KID of this size if samples and images have the same distribution, by a
+                        permutation test
+    FID                 Frechet distance. It depends on the number of images, so compare it only with its floor.
+    precision, recall   the share of samples that look real, and the share of real images that samples resemble
     memorisation        the share of samples that are nearer to a training image than 95 % of held-out images are
-    bits per dimension  the variational bound for held-out images, with either variance of DDPM
+    bits per dimension  variational bound for held-out images, with either variance of DDPM
 
-Everything goes to --output:
+Output files in --output:
 
-    report.json   the numbers, n, the sampler, and the extractor's name and hash
-    report.png    samples, uncurated; those nearest to training images, beside them; distances to training images of
-                  samples and of held-out images; the numbers; the error and the bound by t
+    report.json   the numbers, n, the sampler, and the name and hash of the extractor
+    report.png    uncurated samples; the samples nearest to training images, next to these images; the distances of
+                  samples and of held-out images to training images; the numbers; the error and the bound by t
 """
 
 import json
+import pathlib
 
 import common
 import keras
@@ -32,34 +37,27 @@ import numpy as np
 import keras_ddpm as kd
 
 
-def make_extractor(args, train):
-    if args.extractor:
-        return kd.metrics.Extractor(args.extractor)
-    if args.train_extractor:
-        print("Training a classifier.", flush=True)
-        x = kd.images.from_uint8(train.x)
-        return kd.metrics.Extractor(kd.metrics.train_classifier(x, train.labels, args.classifier_epochs))
-    return kd.metrics.Extractor()
-
-
 def measure(extractor, samples, held_out, real, seed):
-    """A dict from names to value, standard error, and mean and deviation of the floor."""
+    """Computes the metrics.
+
+    Returns:
+        A dict from names to the value, its standard error, and the mean and the standard deviation of the floor. And
+        the p-value of the KID.
+    """
     num = len(samples)
     found = {}
-    for metric in (
-        kd.metrics.KernelInceptionDistance(extractor, subset_size=num // 10),
-        kd.metrics.FrechetInceptionDistance(extractor),
-        kd.metrics.PrecisionRecall(extractor),
-    ):
+    kid = kd.metrics.KernelInceptionDistance(extractor, subset_size=num // 10)
+    for metric, names in [
+        (kid, ["kid"]),
+        (kd.metrics.FrechetInceptionDistance(extractor), ["fid"]),
+        (kd.metrics.PrecisionRecall(extractor), ["precision", "recall"]),
+    ]:
         metric.update_state(real_images=held_out)
         metric.compare(samples)
         floor = metric.floor(real, num, seed=seed)
-        names = getattr(metric, "names", [metric.name])
         columns = [np.atleast_1d(column).tolist() for column in (metric.result(), metric.standard_error(), *floor)]
         found |= {name: list(row) for name, *row in zip(names, *columns)}
-        if metric.name == "kid":
-            p_value = metric.p_value()
-    return found, p_value
+    return found, kid.p_value()
 
 
 def draw(path, samples, pairs, lines, copies, bits):
@@ -67,11 +65,11 @@ def draw(path, samples, pairs, lines, copies, bits):
         kd.plots.show(grid, samples[:64], 8)
         grid.set_title("Samples, uncurated")
         kd.plots.show(nearest, pairs, 8)
-        nearest.set_title("The samples nearest to training images, each beside its image")
+        nearest.set_title("Samples nearest to training images, each next to its image")
         options = {"bins": 30, "histtype": "step", "density": True}
         distances.hist(copies.held_out_distances, label="held-out images", **options)
         distances.hist(copies.distances, label="samples", **options)
-        distances.set(title="Distance to the nearest training image, in features")
+        distances.set(title="Feature distance to the nearest training image")
         distances.legend()
         text.text(0, 1, "\n".join(lines), family="monospace", va="top", transform=text.transAxes)
         text.set_axis_off()
@@ -82,81 +80,105 @@ def draw(path, samples, pairs, lines, copies, bits):
         kd.plots.curves(bound, terms, xlabel="t", xscale="log", yscale="log", title="Bits per dimension, by t")
 
 
-def parse(arguments):
-    parser = common.make_parser(__doc__, "evaluate")
-    parser.add_argument("model", help="a trained .keras file")
-    parser.add_argument(
-        "--dataset", default="oxford_flowers102", help="or a folder, or procedural (default: %(default)s)"
+def main(
+    model: str,
+    *,
+    output="runs/evaluate",
+    seed=0,
+    data_dir: str | None = None,
+    dataset="oxford_flowers102",
+    num_images=2048,
+    extractor: str | None = None,
+    train_extractor=False,
+    classifier_epochs=5,
+    num_samples=1000,
+    num_steps: int | None = None,
+    num_likelihood=100,
+):
+    """Measures a model and writes the report.
+
+    Args:
+        model: trained .keras file.
+        output: folder for the output files.
+        seed: random seed.
+        data_dir: folder of prepared data sets. By default the folder of TensorFlow Datasets.
+        dataset: name of a data set, "procedural" or a folder of images.
+        num_images: number of procedural flowers.
+        extractor: .keras file of a model from images to features. By default InceptionV3.
+        train_extractor: use the features of a classifier of the data, which is trained first.
+        classifier_epochs: number of training epochs of the classifier.
+        num_samples: number of samples.
+        num_steps: number of steps of DPMSolver. By default the default sampler of the model is used.
+        num_likelihood: number of images for the bits per dimension.
+    """
+    if num_samples < 20 or num_likelihood < 1:
+        raise common.UsageError("At least 20 --num-samples and 1 --num-likelihood are needed.")
+    if extractor and train_extractor:
+        raise common.UsageError("--extractor and --train-extractor exclude each other.")
+    out = pathlib.Path(output)
+    keras.utils.set_random_seed(seed)
+    trained = common.load_model(model)
+    conditional = len(trained.network.inputs) == 3
+    if conditional and trained.num_classes is None:
+        raise ValueError(f"{model} needs vectors as conditions, which this example does not provide.")
+    size, _, channels = trained.data_shape
+    train, test = common.load(
+        dataset,
+        size,
+        data_dir=data_dir,
+        seed=seed,
+        channels=channels,
+        labels=train_extractor or conditional,
+        num_drawn=num_images,
+        require_real_data=True,
     )
-    parser.add_argument("--num-images", type=int, default=2048, help="drawn for procedural (default: 2048)")
-    extractors = parser.add_mutually_exclusive_group()
-    extractors.add_argument("--extractor", help="a .keras file, from images to vectors")
-    extractors.add_argument("--train-extractor", action="store_true", help="train a classifier of the data")
-    parser.add_argument("--classifier-epochs", type=int, default=5)
-    parser.add_argument("--num-samples", type=int, default=1000, help="(default: 1000)")
-    parser.add_argument("--num-steps", type=int, help="of DPMSolver (default: the model's own sampler)")
-    parser.add_argument("--num-likelihood", type=int, default=100, help="images for the bound (default: 100)")
-    args = parser.parse_args(arguments)
-    if args.num_samples < 20 or args.num_likelihood < 1:
-        parser.error("needs at least 20 --num-samples and 1 --num-likelihood.")
-    return args
-
-
-def main(arguments=None):
-    args = parse(arguments)
-    keras.utils.set_random_seed(args.seed)
-    model = common.load_model(args.model)
-    if model.conditional and model.num_classes is None:
-        raise ValueError(f"{args.model} is conditioned on vectors, of which nothing is known here.")
-    size, _, channels = model.data_shape
-    labels = args.train_extractor or model.conditional
-    options = {"channels": channels, "labels": labels, "num_drawn": args.num_images, "insist": True}
-    train, test = common.load(args.dataset, size, args, **options)
-    if train.x.shape[1:] != model.data_shape:
-        raise ValueError(f"{args.model} makes images {model.data_shape}, {args.dataset} has {train.x.shape[1:]}.")
-    order = np.random.default_rng(args.seed).permutation(len(test.x))
-    num = min(args.num_samples, len(test.x))
+    if train.x.shape[1:] != trained.data_shape:
+        raise ValueError(f"{model} generates images {trained.data_shape}, but {dataset} has {train.x.shape[1:]}.")
+    order = np.random.default_rng(seed).permutation(len(test.x))
+    num = min(num_samples, len(test.x))
     held_out, others = (kd.images.from_uint8(test.x[part]) for part in (order[:num], order[num:]))
-    labels = test.labels[order[:num]] if model.conditional else None
+    labels = test.labels[order[:num]] if conditional else None
     training = kd.images.from_uint8(train.x)
     real, of_real = (others, "held-out") if len(others) >= num else (training, "training")
-    extractor = make_extractor(args, train)
+    if train_extractor:
+        print("Training a classifier.", flush=True)
+        features = kd.metrics.Extractor(kd.metrics.train_classifier(training, train.labels, classifier_epochs))
+    else:
+        features = kd.metrics.Extractor(extractor)
 
-    sampler = kd.samplers.DPMSolver(args.num_steps) if args.num_steps else model.default_sampler
-    print(f"Drawing {num} samples by {sampler}.", flush=True)
-    samples = model.sample(num, sampler, args.seed, labels=labels, batch_size=min(250, num))
+    sampler = kd.samplers.DPMSolver(num_steps) if num_steps else trained.default_sampler
+    print(f"Drawing {num} samples with {sampler}.", flush=True)
+    samples = trained.sample(num, sampler, seed, labels=labels, batch_size=min(250, num))
     samples = kd.images.from_uint8(kd.images.to_uint8(samples))
-    found, p_value = measure(extractor, samples, held_out, real, args.seed)
+    found, p_value = measure(features, samples, held_out, real, seed)
     seen = np.concatenate([training, training[:, :, ::-1]]) if train.flip else training
-    copies = kd.metrics.memorisation(extractor, seen, held_out, samples)
+    copies = kd.metrics.memorisation(features, seen, held_out, samples)
     found["memorisation"] = [copies.share, copies.standard_error, copies.quantile, None]
-    few = slice(args.num_likelihood)
-    bits = kd.likelihood.bits_per_dimension(
-        model, held_out[few], args.seed, labels=None if labels is None else labels[few]
-    )
+    few = slice(num_likelihood)
+    of_few = None if labels is None else labels[few]
+    bits = kd.likelihood.bits_per_dimension(trained, held_out[few], seed, labels=of_few)
 
+    keys = ("value", "standard_error", "floor", "floor_deviation")
     report = {
-        "model": args.model,
-        "dataset": args.dataset,
+        "model": model,
+        "dataset": dataset,
         "sampler": str(sampler),
         "num_samples": num,
         "num_held_out": num,
         "num_training": len(training),
         "floor": f"{of_real} images, {num} at a time, 10 draws",
-        "extractor": extractor.name,
-        "extractor_hash": extractor.hash,
-        "seed": args.seed,
-        **{
-            name: dict(zip(("value", "standard_error", "floor", "floor_deviation"), row)) for name, row in found.items()
-        },
+        "extractor": features.name,
+        "extractor_hash": features.hash,
+        "seed": seed,
+        **{name: dict(zip(keys, row)) for name, row in found.items()},
         "kid_p_value": p_value,
         "bits_per_dimension": {
             variance: {"value": of.total, "standard_error": of.standard_error, "num_images": len(held_out[few])}
             for variance, of in bits.items()
         },
     }
-    lines = [f"{args.model}", f"{num} samples by {sampler}", f"against {num} held-out images of {args.dataset}"]
-    lines += [f"features of {extractor.name} ({extractor.hash}); floor: {of_real} images", ""]
+    lines = [f"{model}", f"{num} samples of {sampler}", f"compared with {num} held-out images of {dataset}"]
+    lines += [f"features of {features.name} ({features.hash}); floor: {of_real} images", ""]
     lines += ["                   value          ±      floor          ±"]
     for name, row in found.items():
         lines.append(f"{name:13}" + "".join("" if value is None else f"{value:11.4g}" for value in row))
@@ -165,9 +187,9 @@ def main(arguments=None):
     print("\n".join(lines))
     closest = np.argsort(copies.distances)[:32]
     pairs = np.stack([samples[closest], seen[copies.nearest[closest]]], axis=1).reshape(-1, *samples.shape[1:])
-    draw(args.output / "report.png", samples, pairs, lines, copies, bits)
-    (args.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    print(f"Wrote {args.output}.")
+    draw(out / "report.png", samples, pairs, lines, copies, bits)
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(f"Wrote {out}.")
 
 
 if __name__ == "__main__":

@@ -1,25 +1,26 @@
-"""A tiny model of Fashion-MNIST, and what its network is worth: a basic U-Net, the full one and a transformer.
+"""Small models of Fashion-MNIST with three networks: a basic U-Net, the full U-Net and a transformer.
 
     python examples/fashion_mnist.py
 
-T = 100 steps, and four small models that see the same batches. The first is what tutorials begin with: a U-Net of plain
-convolutions that predicts the noise, with the linear schedule and the 100 steps of DDPM. The second is the same
-network with the package's better choices: v-prediction, the cosine schedule, averaged weights, and a fast sampler. The
-third has residual blocks and attention beside that (Ho et al., 2020), the fourth is a transformer of patches (Peebles
-and Xie, 2023). Any functional Keras model of [x_t, t] is a network: the basic U-Net is written here.
+With T = 100 steps, four small models see the same batches. The first follows common tutorials: a U-Net of plain
+convolutions that predicts the noise, the linear schedule and 100 steps of DDPM. The second has the same network with
+the better choices of this package: v-prediction, the cosine schedule, averaged weights and a fast sampler. The third
+adds residual blocks and attention (Ho et al., 2020). The fourth is a transformer of patches (Peebles and Xie, 2023).
+Any functional Keras model of [x_t, t] can be the network. The basic U-Net is written in this file.
 
-Samples are judged by their kernel distance (KID times 1000) to held-out images in the features of a classifier; 0 is
-perfect, and that of as many training images is printed first.
+Samples are compared with held-out images by their kernel distance (KID times 1000) in the features of a classifier.
+A distance of 0 is perfect. The distance of as many training images is printed first.
 
-Everything goes to --output:
+Output files in --output:
 
-    training.png     25 images of the data
-    networks.png     25 samples of each model, uncurated, with its distance
-    samples.png      25 of the full U-Net
-    denoising.png    how they come out of noise: x_t and the prediction of x_0
+    training.png     25 training images
+    networks.png     25 samples of each model, uncurated, with the distance
+    samples.png      25 samples of the full U-Net
+    denoising.png    how they emerge from noise: x_t and the prediction of x_0
     model.keras      the full U-Net
 """
 
+import pathlib
 import time
 
 import common
@@ -30,7 +31,7 @@ import keras_ddpm as kd
 
 
 def basic_unet(image_shape, widths=(16, 32, 64)):
-    """Two convolutions a level, down and up again, told the time; no residuals, no attention."""
+    """A U-Net with two convolutions per level and the time as input, without residual blocks and attention."""
     x_t, t = keras.Input(image_shape), keras.Input((), dtype="int32")
     embedding = layers.Dense(64, activation="swish")(kd.layers.TimestepEmbedding(64)(t))
 
@@ -52,7 +53,7 @@ def basic_unet(image_shape, widths=(16, 32, 64)):
 
 
 def make_networks(shape):
-    """From names to functions that make a network, and its learning rate."""
+    """A dict from names to a function that makes the network, and its learning rate."""
     size = shape[0] // 4
     return {
         "basic U-Net": (lambda: basic_unet(shape), 2e-3),
@@ -61,17 +62,33 @@ def make_networks(shape):
     }
 
 
-def main(arguments=None):
-    parser = common.make_parser(__doc__, "fashion_mnist")
-    parser.add_argument("--epochs", type=int, default=3, help="(default: 3)")
-    parser.add_argument("--steps-per-epoch", type=int, help="batches of 32 in an epoch (default: all, 1875)")
-    parser.add_argument("--classifier-epochs", type=int, default=5)
-    parser.add_argument("--num-samples", type=int, default=1000, help="to be judged (default: 1000)")
-    args = parser.parse_args(arguments)
-    keras.utils.set_random_seed(args.seed)
-    data, test = common.load("fashion_mnist", 28, args, channels=1, labels=True, steps_per_epoch=args.steps_per_epoch)
-    kd.images.save(args.output / "training.png", kd.images.from_uint8(data.x[:25]), scale=2)
-    _, distance_of, _ = common.make_metric(data, test, args)
+def main(
+    *,
+    output="runs/fashion_mnist",
+    seed=0,
+    data_dir: str | None = None,
+    epochs=3,
+    steps_per_epoch: int | None = None,
+    classifier_epochs=5,
+    num_samples=1000,
+):
+    """Trains four models, measures samples and draws figures.
+
+    Args:
+        output: folder for the output files.
+        seed: random seed.
+        data_dir: folder of prepared data sets. By default the folder of TensorFlow Datasets.
+        epochs: number of training epochs.
+        steps_per_epoch: number of batches of 32 images per epoch. By default all 1875.
+        classifier_epochs: number of training epochs of the classifier.
+        num_samples: number of samples per distance.
+    """
+    out = pathlib.Path(output)
+    keras.utils.set_random_seed(seed)
+    options = {"data_dir": data_dir, "seed": seed, "steps_per_epoch": steps_per_epoch}
+    data, test = common.load("fashion_mnist", 28, channels=1, labels=True, **options)
+    kd.images.save(out / "training.png", kd.images.from_uint8(data.x[:25]), scale=2)
+    _, distance_of, _ = common.make_metric(data, test, num_samples, classifier_epochs, seed)
 
     networks = make_networks(data.x.shape[1:])
     tutorial = kd.GaussianDiffusion(kd.schedules.linear(100))
@@ -82,13 +99,13 @@ def main(arguments=None):
     print("network                           parameters  minutes to train  s to sample  kernel distance x 1000")
     columns = {}
     for title, (name, diffusion, options) in models.items():
-        keras.utils.set_random_seed(args.seed)
+        keras.utils.set_random_seed(seed)
         make, learning_rate = networks[name]
-        model = kd.DiffusionModel(make(), diffusion, seed=args.seed)
+        model = kd.DiffusionModel(make(), diffusion, seed=seed)
         start = time.time()
-        common.train(model, data, args.epochs, learning_rate, verbose=0)
+        common.train(model, data, epochs, learning_rate, verbose=0)
         trained = time.time()
-        x = model.sample(args.num_samples, seed=args.seed, batch_size=min(250, args.num_samples), **options)
+        x = model.sample(num_samples, seed=seed, batch_size=min(250, num_samples), **options)
         sampled, distance = time.time(), distance_of(x)
         columns[f"{title}: {distance:.0f}"] = x[:25]
         print(
@@ -97,11 +114,11 @@ def main(arguments=None):
             flush=True,
         )
         if name == "full U-Net":
-            model.save(args.output / "model.keras")
-            kd.images.save(args.output / "samples.png", x[:25], scale=2)
-            common.draw_denoising(args.output / "denoising.png", model, ddpm, args.seed)
-    kd.plots.table(args.output / "networks.png", {"": columns}, columns=5, size=0.4)
-    print(f"Wrote {args.output}.")
+            model.save(out / "model.keras")
+            kd.images.save(out / "samples.png", x[:25], scale=2)
+            common.draw_denoising(out / "denoising.png", model, ddpm, seed)
+    kd.plots.table(out / "networks.png", {"": columns}, columns=5, size=0.4)
+    print(f"Wrote {out}.")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,23 @@
-"""How good samples are after how many network calls, for every sampler: the figures behind the default.
+"""Sample quality against the number of network calls, for every sampler. The default sampler is based on it.
 
     python examples/samplers.py                                                    # trains on Fashion-MNIST first
-    python examples/samplers.py --model runs/samplers/model.keras --evaluations 10 20  # the trained model again
+    python examples/samplers.py --model runs/samplers/model.keras --evaluations 10 20  # uses the trained model again
 
-Each sampler starts from the same noise. The distance of its samples to held-out images is the kernel distance (KID,
-here times 1000) in the features of a small classifier, which is trained first; its accuracy is printed. It is 0 for
-perfect samples, on average: how far it strays from that is shown by the distances of as many images of the training
-data.
+All samplers start from the same noise. Their samples are compared with held-out images by the kernel distance (KID,
+times 1000) in the features of a small classifier. The classifier is trained first, and its accuracy is printed. The
+expected distance of perfect samples is 0. Its spread is shown by the distances of as many training images.
 
-Everything goes to --output:
+Output files in --output:
 
     model.keras           the trained model
-    distances.csv         sampler, spacing, network calls, distance
+    distances.csv         sampler, spacing, number of network calls and distance
     distances.png         the same as curves
-    samples.png           samples from the same three noises, by sampler and network calls
+    samples.png           samples from the same three noises, by sampler and number of network calls
 """
 
 import csv
 import functools
+import pathlib
 import time
 
 import common
@@ -26,7 +26,7 @@ import keras
 import keras_ddpm as kd
 
 S = kd.samplers
-# From a number of network calls to the sampler that makes as many, or one less.
+# Functions from a number of network calls to a sampler that makes as many calls, or one fewer.
 SAMPLERS = {
     "DDPM": S.DDPM,
     "DDPM, large": functools.partial(S.DDPM, variance="large"),
@@ -40,17 +40,17 @@ SAMPLERS = {
 SPACINGS = ["uniform", "logsnr", "karras"]
 
 
-def make_model(data, args, num_classes=None):
-    """A small network for the images in `data`, with v: in few steps it comes further than the noise."""
+def make_model(data, seed, num_classes=None):
+    """Makes a small model for the images in `data`. It predicts v, which is trained faster than the noise."""
     size = data.x.shape[1:]
     network = kd.networks.unet(size, 16, (1, 2, 4), 1, attention_resolutions=(size[0] // 4,), num_classes=num_classes)
-    return kd.DiffusionModel(network, kd.GaussianDiffusion(prediction="v"), seed=args.seed)
+    return kd.DiffusionModel(network, kd.GaussianDiffusion(prediction="v"), seed=seed)
 
 
 def plot(path, rows, floor):
     with kd.plots.figure(path, size=(8, 6)) as axes:
         lines = {name: tuple(zip(*[row[2:] for row in rows if row[:2] == [name, "uniform"]])) for name in SAMPLERS}
-        axes.axhspan(0, sum(floor), color="lightgrey", label="training images, mean + deviation")
+        axes.axhspan(0, sum(floor), color="lightgray", label="training images, mean + deviation")
         kd.plots.curves(axes, lines, xlabel="network calls", xscale="log", yscale="log")
         axes.set_ylabel("kernel distance × 1000")
         ticks = sorted({row[2] for row in rows if row[0] == "DDIM"})
@@ -58,59 +58,67 @@ def plot(path, rows, floor):
         axes.minorticks_off()
 
 
-def make_parser(doc, name, num_samples):
-    parser = common.make_parser(doc, name)
-    parser.add_argument("--dataset", default="fashion_mnist", help="labelled data set with splits train and test")
-    parser.add_argument("--image-size", type=int, default=28)
-    parser.add_argument("--model", help="a trained .keras file, instead of training")
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--steps-per-epoch", type=int, help="shorter epochs")
-    parser.add_argument("--classifier-epochs", type=int, default=5)
-    parser.add_argument("--num-samples", type=int, default=num_samples)
-    return parser
+def main(
+    *,
+    output="runs/samplers",
+    seed=0,
+    data_dir: str | None = None,
+    dataset="fashion_mnist",
+    image_size=28,
+    model: str | None = None,
+    epochs=4,
+    steps_per_epoch: int | None = None,
+    classifier_epochs=5,
+    num_samples=500,
+    evaluations: tuple[int, ...] = (5, 10, 20, 50, 100, 1000),
+):
+    """Trains a model and measures the samples of every sampler.
 
-
-def load_data(args):
-    """Batches of training and of held-out images; makes the output folder, too."""
-    args.output.mkdir(parents=True, exist_ok=True)
-    keras.utils.set_random_seed(args.seed)
-    return common.load(
-        args.dataset, args.image_size, args, channels=1, labels=True, steps_per_epoch=args.steps_per_epoch
-    )
-
-
-def main(arguments=None):
-    parser = make_parser(__doc__, "samplers", num_samples=500)
-    parser.add_argument("--evaluations", type=int, nargs="+", default=[5, 10, 20, 50, 100, 1000])
-    args = parser.parse_args(arguments)
-    if min(args.evaluations) < 2 or max(args.evaluations) > 1000:
-        parser.error(f"--evaluations must be between 2 and 1000. Received: {args.evaluations}")
-    data, test = load_data(args)
-    _, distance, floor = common.make_metric(data, test, args)
-    if args.model:
-        model = common.load_model(args.model)
+    Args:
+        output: folder for the output files.
+        seed: random seed.
+        data_dir: folder of prepared data sets. By default the folder of TensorFlow Datasets.
+        dataset: labeled data set with splits "train" and "test".
+        image_size: side of the images in pixels.
+        model: trained .keras file. By default a model is trained.
+        epochs: number of training epochs.
+        steps_per_epoch: number of batches of 32 images per epoch. By default all.
+        classifier_epochs: number of training epochs of the classifier.
+        num_samples: number of samples per distance.
+        evaluations: numbers of network calls.
+    """
+    if not evaluations or min(evaluations) < 2 or max(evaluations) > 1000:
+        raise common.UsageError(f"--evaluations must be between 2 and 1000. Received: {evaluations}")
+    out = pathlib.Path(output)
+    out.mkdir(parents=True, exist_ok=True)
+    keras.utils.set_random_seed(seed)
+    options = {"data_dir": data_dir, "seed": seed, "steps_per_epoch": steps_per_epoch}
+    data, test = common.load(dataset, image_size, channels=1, labels=True, **options)
+    _, distance_of, floor = common.make_metric(data, test, num_samples, classifier_epochs, seed)
+    if model:
+        trained = common.load_model(model)
     else:
-        model = make_model(data, args)
-        common.train(model, data, args.epochs)
-        model.save(args.output / "model.keras")
+        trained = make_model(data, seed)
+        common.train(trained, data, epochs)
+        trained.save(out / "model.keras")
 
     rows, samples = [], {name: {} for name in SAMPLERS}
-    for calls in args.evaluations:
+    for calls in evaluations:
         for name, make in SAMPLERS.items():
             for spacing in SPACINGS if calls <= 20 else SPACINGS[:1]:
                 start = time.time()
                 sampler = make(calls, spacing=spacing)
-                x = model.sample(args.num_samples, sampler, seed=args.seed, batch_size=min(250, args.num_samples))
-                rows.append([name, spacing, len(sampler.table(model.diffusion.schedule)), distance(x)])
+                x = trained.sample(num_samples, sampler, seed=seed, batch_size=min(250, num_samples))
+                rows.append([name, spacing, len(sampler.table(trained.diffusion.schedule)), distance_of(x)])
                 if spacing == "uniform":
                     samples[name][f"{calls} calls"] = x[:3]
                 print(
                     "{:16} {:8} {:5} calls: {:8.2f}".format(*rows[-1]) + f"   ({time.time() - start:.0f} s)", flush=True
                 )
-        with open(args.output / "distances.csv", "w", newline="") as file:
+        with open(out / "distances.csv", "w", newline="") as file:
             csv.writer(file).writerows([["sampler", "spacing", "network calls", "distance"], *rows])
-    plot(args.output / "distances.png", rows, floor)
-    kd.plots.table(args.output / "samples.png", samples, columns=3)
+    plot(out / "distances.png", rows, floor)
+    kd.plots.table(out / "samples.png", samples, columns=3)
 
 
 if __name__ == "__main__":

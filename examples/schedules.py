@@ -1,18 +1,20 @@
-"""What a noise schedule does to images, and which prediction is hard at which time.
+"""What a noise schedule does to images, and which prediction is difficult at which time.
 
     python examples/schedules.py                                    # trains a small model for the last figure
-    python examples/schedules.py --model runs/flowers/model.keras   # of a trained model of colour images
+    python examples/schedules.py --model runs/flowers/model.keras   # uses a trained model of color images
 
-A schedule is two curves, x_t = alpha_t x_0 + sigma_t ε: how much signal and how much noise x_t holds.
+A schedule consists of two curves, x_t = alpha_t x_0 + sigma_t ε. They are the scales of signal and noise in x_t.
 
-Everything goes to --output:
+Output files in --output:
 
-    scales.png       alpha_t², the share of signal, and the logarithm of SNR = alpha_t² / sigma_t² of each schedule
-    resolutions.png  the same schedule at two resolutions: neighbouring pixels of a large image tell more of each other,
-                     so that noise of the same size hides less of it (Hoogeboom et al., 2023, shift it therefore)
-    difficulty.png   the error of one model by t, if it is asked for ε, for x_0 or for v: ε is hard to tell where there
-                     is little noise, x_0 where there is little signal
+    scales.png       for each schedule the share of signal, alpha_t², and the logarithm of SNR = alpha_t² / sigma_t²
+    resolutions.png  the same schedule at two resolutions. Neighboring pixels of a large image resemble each other, so
+                     the same noise hides less of it. Therefore Hoogeboom et al., 2023, shift the schedule.
+    difficulty.png   the error of one model by t, as a prediction of ε, x_0 or v. ε is difficult if there is little
+                     noise, and x_0 is difficult if there is little signal.
 """
+
+import pathlib
 
 import common
 import keras
@@ -36,19 +38,19 @@ def draw_scales(path):
     with kd.plots.figure(path, 1, 2, (10, 4)) as (left, right):
         signal = {name: s.alpha**2 / (s.alpha**2 + s.sigma**2) for name, s in SCHEDULES.items()}
         kd.plots.curves(left, signal, xlabel="t", title="share of signal, alpha² / (alpha² + sigma²)")
-        # The logarithm is infinite at the ends.
+        # The logarithm is infinite at both ends.
         log_snr = {name: (np.arange(1, s.timesteps), s.log_snr[1:-1]) for name, s in SCHEDULES.items()}
         kd.plots.curves(right, log_snr, xlabel="t", title="log SNR", ylim=(-15, 10))
 
 
 def reduce(x, factor):
-    """Averages over squares of pixels."""
+    """Reduces images by averaging over squares of pixels."""
     num, side, _, channels = x.shape
     return x.reshape(num, side // factor, factor, side // factor, factor, channels).mean(axis=(2, 4))
 
 
 def draw_resolutions(path, x, seed):
-    """A flower and its average over 4x4 pixels, with noise of the same schedule."""
+    """Draws a flower and its average over 4x4 pixels, with the noise of the same schedule."""
     schedule, times = SCHEDULES["cosine"], [0, 200, 400, 600, 700, 800]
     small = reduce(x, 4)
     large_size, small_size = (f"{len(image[0])}x{len(image[0])}" for image in (x, small))
@@ -66,7 +68,7 @@ def draw_resolutions(path, x, seed):
 
 
 def train(x, steps, seed):
-    """A small model of 16x16 images."""
+    """Trains a small model of 16x16 images."""
     network = kd.networks.unet((16, 16, 3), 16, (1, 2), 1, ())
     model = kd.DiffusionModel(network, kd.GaussianDiffusion(SCHEDULES["cosine"], "v"), ema_decay=0.99, seed=seed)
     common.train(model, kd.datasets.from_arrays(x, batch_size=32, steps_per_epoch=steps, seed=seed), 1)
@@ -97,21 +99,28 @@ def draw_difficulty(path, model, x, seed):
         kd.plots.curves(axes, lines, xlabel="t", ylabel="mean squared error", yscale="log", ylim=(1e-5, 3))
 
 
-def main(arguments=None):
-    parser = common.make_parser(__doc__, "schedules")
-    parser.add_argument("--model", help="a trained .keras file, of colour images")
-    parser.add_argument("--steps", type=int, default=1500, help="batches to train on without --model")
-    args = parser.parse_args(arguments)
-    keras.utils.set_random_seed(args.seed)
-    data, held_out = (kd.images.from_uint8(batches.x) for batches in common.load("oxford_flowers102", 64, args))
-    draw_scales(args.output / "scales.png")
-    draw_resolutions(args.output / "resolutions.png", held_out[:1], args.seed)
-    model = common.load_model(args.model) if args.model else train(reduce(data, 4), args.steps, args.seed)
-    size = model.data_shape[0]
+def main(*, output="runs/schedules", seed=0, data_dir: str | None = None, model: str | None = None, steps=1500):
+    """Draws the schedules and the errors of a model.
+
+    Args:
+        output: folder for the output files.
+        seed: random seed.
+        data_dir: folder of prepared data sets. By default the folder of TensorFlow Datasets.
+        model: trained .keras file of color images. By default a small model is trained.
+        steps: number of training batches of 32 images.
+    """
+    out = pathlib.Path(output)
+    keras.utils.set_random_seed(seed)
+    batches = common.load("oxford_flowers102", 64, data_dir=data_dir, seed=seed)
+    x, held_out = (kd.images.from_uint8(part.x) for part in batches)
+    draw_scales(out / "scales.png")
+    draw_resolutions(out / "resolutions.png", held_out[:1], seed)
+    trained = common.load_model(model) if model else train(reduce(x, 4), steps, seed)
+    size = trained.data_shape[0]
     if size > 64 or 64 % size:
-        raise ValueError(f"The images of {args.model} must have a side that divides 64. Received: {size}")
-    draw_difficulty(args.output / "difficulty.png", model, reduce(held_out[:64], 64 // size), args.seed)
-    print(f"Wrote {args.output}.")
+        raise ValueError(f"The image side of {model} must divide 64. Received: {size}")
+    draw_difficulty(out / "difficulty.png", trained, reduce(held_out[:64], 64 // size), seed)
+    print(f"Wrote {out}.")
 
 
 if __name__ == "__main__":

@@ -1,47 +1,81 @@
 """Checks of arguments."""
 
+import math
 import numbers
+import random
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 
-def is_count(value, low=1):
-    """Whether it is an integer of Python or NumPy, at least `low`."""
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= low
+def require(condition: Any, message: str, **received: Any) -> None:
+    """Raises ValueError unless the condition holds: the message, a sentence without a period, and what was received."""
+    if not condition:
+        values = ", ".join(f"{name}={value!r}" for name, value in received.items())
+        raise ValueError(f"{message}. Received: {values}" if received else f"{message}.")
 
 
-def is_between(value, low, high):
-    """Whether it is a finite number in [low, high], of Python or NumPy."""
-    return (
-        isinstance(value, numbers.Real) and not isinstance(value, bool) and np.isfinite(value) and low <= value <= high
-    )
+def counts(low: int = 1, optional: bool = False, **values: Any) -> None:
+    """Raises ValueError unless every value is an integer of at least `low`, or `None` if they are optional."""
+    for name, value in values.items():
+        valid = is_count(value, low) or (optional and value is None)
+        require(valid, f"`{name}` must be an integer of at least {low}", **{name: value})
 
 
-def is_positive(value):
-    """Whether it is a finite number above 0."""
+def is_count(value: Any, low: int = 1) -> bool:
+    """Whether `value` is an integer, of Python or NumPy, and at least `low`."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(value >= low)
+
+
+def is_between(value: Any, low: float, high: float) -> bool:
+    """Whether `value` is a finite number, of Python or NumPy, and in [low, high]."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return is_number and math.isfinite(value) and bool(low <= value <= high)
+
+
+def is_positive(value: Any) -> bool:
+    """Whether `value` is a finite number above 0."""
     return is_between(value, 0, np.inf) and value > 0
 
 
-def array(x, name):
-    """`x` as a float32 array; ValueError for what is none, such as a list of images of several sizes."""
+def seed(value: int | None) -> int:
+    """Returns `value`, or a seed drawn from Python's `random` if it is `None`.
+
+    Raises:
+        ValueError: if `value` is not a non-negative integer.
+    """
+    if value is None:
+        return random.randrange(2**31)
+    require(is_count(value, low=0), "`seed` must be a non-negative integer", seed=value)
+    return int(value)
+
+
+def array(x: Any, name: str) -> np.ndarray:
+    """Returns `x` as a float32 array.
+
+    Raises:
+        ValueError: if `x` is not an array of numbers, such as a list of images of several sizes.
+    """
     try:
         return np.asarray(x, "float32")
     except (TypeError, ValueError) as error:
         raise ValueError(f"`{name}` must be an array of numbers. {error}") from error
 
 
-def data(x, shape, clip_range=None, name="data"):
-    """`x` as a float32 array; ValueError unless it is finite, `(batch, *shape)` and, up to rounding, in the range."""
+def data(x: Any, shape: Sequence[int], clip_range: Sequence[float] | None = None, name: str = "data") -> np.ndarray:
+    """Returns `x` as a float32 array `(batch, *shape)`.
+
+    Raises:
+        ValueError: if `x` has another shape, is empty or not finite, or is outside `clip_range` by more than rounding.
+    """
     x = array(x, name)
-    if x.shape[1:] != tuple(shape) or not len(x):
-        raise ValueError(f"Expected `{name}` of shape {('batch', *shape)}, as the network's input. Received: {x.shape}")
-    low, high = x.min(), x.max()
-    if not np.isfinite(low) or not np.isfinite(high):
-        raise ValueError(f"`{name}` hold NaN or infinite values. Received: values in [{low}, {high}]")
-    if clip_range is not None and (low < clip_range[0] - 1e-3 or high > clip_range[1] + 1e-3):
+    expected = ("batch", *shape)
+    require(x.shape[1:] == expected[1:] and len(x), f"Expected `{name}` of shape {expected}. Received: {x.shape}")
+    values = [float(x.min()), float(x.max())]
+    require(np.all(np.isfinite(values)), f"`{name}` contains NaN or infinite values. Received: values in {values}")
+    if clip_range is not None:
         hint = "; scale images with x / 127.5 - 1" if tuple(clip_range) == (-1, 1) else ""
-        raise ValueError(
-            f"Expected `{name}` in {list(clip_range)}, the `clip_range` of the diffusion{hint}. "
-            f"Received: values in [{low}, {high}]"
-        )
+        message = f"Expected `{name}` in {list(clip_range)}, the `clip_range`{hint}. Received: values in {values}"
+        require(clip_range[0] - 1e-3 <= values[0] and values[1] <= clip_range[1] + 1e-3, message)
     return x

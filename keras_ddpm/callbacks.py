@@ -1,43 +1,37 @@
 """Callbacks for `DiffusionModel.fit`."""
 
+import warnings
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
 
 from keras_ddpm import _checks
 from keras_ddpm import images
-from keras_ddpm import sampling
+from keras_ddpm.guidance import Guidance
 
 
 class _Sampling(keras.callbacks.Callback):
     """Makes the same number of samples from the same noise every few epochs."""
 
-    def __init__(self, every, num_samples, seed, sampler, labels, guidance_scale):
+    def __init__(self, every, num_samples, seed=0, sampler=None, **options):
         super().__init__()
-        if not _checks.is_count(every):
-            raise ValueError(f"`every` must be at least 1. Received: every={every!r}")
+        _checks.counts(every=every)
         self.every = every
         self.num_samples = num_samples
         self.seed = seed
         self.sampler = sampler
-        self.labels = labels
-        self.guidance_scale = guidance_scale
+        self.options = options
 
     def on_train_begin(self, logs=None):
         """Checks what can be checked before hours of training."""
-        if self.sampler is not None:
-            self.sampler.table(self.model.diffusion.schedule)
-        sampling.Guidance(self.guidance_scale).labels(self.model, self.labels, self.num_samples)
+        sampler = self.sampler or self.model.default_sampler
+        t = sampler.table(self.model.diffusion.schedule)["t"]
+        Guidance(**self.options).resolve(self.model.condition, self.num_samples, t)
 
     def sample(self, use_ema=True):
-        return self.model.sample(
-            self.num_samples,
-            self.sampler,
-            self.seed,
-            labels=self.labels,
-            guidance_scale=self.guidance_scale,
-            use_ema=use_ema,
-        )
+        return self.model.sample(self.num_samples, self.sampler, self.seed, use_ema=use_ema, **self.options)
 
 
 class SampleGrid(_Sampling):
@@ -47,31 +41,20 @@ class SampleGrid(_Sampling):
         path: file name, in which `{epoch}` is replaced, as in "samples/{epoch:04d}.png".
         every: epochs between grids.
         num_samples: images in a grid.
-        seed: seed of the noise.
-        sampler: a `samplers.Sampler`; by default that of `DiffusionModel.sample`.
-        compare_raw: whether to draw the samples of the raw weights to the right of those of the average.
+        compare_raw: whether to draw samples of the raw weights to the right of those of the average.
         scale: whole number by which every pixel is enlarged.
-        labels: what a conditioned network is to draw, as in `DiffusionModel.sample`.
-        guidance_scale: as in `DiffusionModel.sample`.
+        **options: `seed` (by default 0), `sampler`, and what to sample, such as `labels` and `guidance_scale`, as in
+            `DiffusionModel.sample`.
 
     Raises:
-        ValueError: before training, for data that are no images, a path with other names in braces, a sampler
-            with more steps than the schedule, wrong labels or a scale out of range.
+        ValueError: before training, if the data are not images, `path` has other names in braces, the sampler has more
+            steps than the schedule, or labels or scale are invalid.
     """
 
     def __init__(
-        self,
-        path,
-        every=1,
-        num_samples=16,
-        seed=0,
-        sampler=None,
-        compare_raw=False,
-        scale=1,
-        labels=None,
-        guidance_scale=1.0,
+        self, path: Any, every: int = 1, num_samples: int = 16, *, compare_raw: bool = False, scale: int = 1, **options
     ):
-        super().__init__(every, num_samples, seed, sampler, labels, guidance_scale)
+        super().__init__(every, num_samples, **options)
         self.path = str(path)
         self.compare_raw = compare_raw
         self.scale = scale
@@ -79,8 +62,8 @@ class SampleGrid(_Sampling):
     def on_train_begin(self, logs=None):
         super().on_train_begin(logs)
         shape = self.model.data_shape
-        if len(shape) != 3 or shape[-1] not in (1, 3):
-            raise ValueError(f"Only images of 1 or 3 channels can be drawn. Received: data of shape {shape}")
+        drawable = len(shape) == 3 and shape[-1] in (1, 3)
+        _checks.require(drawable, "Only images of 1 or 3 channels can be drawn", shape=shape)
         try:
             self.path.format(epoch=1)
         except (KeyError, IndexError) as error:
@@ -98,8 +81,8 @@ class SampleMetrics(_Sampling):
     """Compares samples with real images every few epochs, and adds the result to Keras' logs.
 
     A metric "kid" appears as "val_kid", with its standard error as "val_kid_standard_error". It is measured in the
-    first epoch and in those whose number is a multiple of `every`; in between, the logs repeat it (so that a `patience`
-    counts these epochs, too). Put this callback before those that read the logs:
+    first epoch and in every epoch that is a multiple of `every`. The logs repeat it in between, and a `patience` counts
+    these epochs, too. Put this callback before the callbacks that read the logs:
 
     >>> kid = metrics.KernelInceptionDistance(classifier, subset_size=50)
     >>> kid.update_state(real_images=held_out)
@@ -110,27 +93,25 @@ class SampleMetrics(_Sampling):
 
     Args:
         metric: a metric of `metrics` that has been given the real images.
-        num_samples: how many.
-        every: epochs between samples.
-        seed: seed of the noise.
-        sampler: a `samplers.Sampler`; by default that of `DiffusionModel.sample`.
-        labels: what a conditioned network is to draw, as in `DiffusionModel.sample`.
-        guidance_scale: as in `DiffusionModel.sample`.
+        num_samples: number of samples.
+        every: epochs between measurements.
+        **options: `seed` (by default 0), `sampler`, and what to sample, such as `labels` and `guidance_scale`, as in
+            `DiffusionModel.sample`.
 
     Raises:
-        ValueError: before training, for a metric without real images, too few samples for it, data that do not fit its
-            extractor, a sampler with more steps than the schedule, wrong labels or a scale out of range.
+        ValueError: before training, if the metric has no real images, the samples are too few for it, the data do not
+            fit its extractor, the sampler has more steps than the schedule, or labels or scale are invalid.
     """
 
-    def __init__(self, metric, num_samples=1000, every=1, seed=0, sampler=None, labels=None, guidance_scale=1.0):
-        super().__init__(every, num_samples, seed, sampler, labels, guidance_scale)
+    def __init__(self, metric: Any, num_samples: int = 1000, every: int = 1, **options):
+        super().__init__(every, num_samples, **options)
         self.metric = metric
         self._found = {}
 
     def on_train_begin(self, logs=None):
         super().on_train_begin(logs)
-        if not self.metric.num_real:
-            raise ValueError(f"The metric {self.metric.name} has no real images: call `update_state(real_images=...)`.")
+        hint = f"The metric {self.metric.name} has no real images: call `update_state(real_images=...)`"
+        _checks.require(self.metric.num_real, hint)
         self.metric.compare(np.zeros((self.num_samples, *self.model.data_shape)))
         self.metric.values()
         self._found = {}
@@ -145,9 +126,9 @@ class SampleMetrics(_Sampling):
 class EMAWeights(keras.callbacks.Callback):
     """Evaluates the averaged weights: `evaluate(callbacks=[EMAWeights()])`, or validation during `fit`.
 
-    The network holds the average from the beginning of the evaluation to its end, and at no other time: a file
-    saved after an epoch holds the raw weights in the network and the average in its own place. An evaluation that
-    is interrupted leaves the two exchanged, until the same callback is used again.
+    The network holds the average from the beginning of the evaluation to its end, and at no other time. A file saved
+    after an epoch thus holds the raw weights in the network and the average in its own place. An interrupted evaluation
+    leaves the two exchanged until the same callback is used again.
     """
 
     def __init__(self):
@@ -164,10 +145,47 @@ class EMAWeights(keras.callbacks.Callback):
         self._exchange(False)
 
     def _exchange(self, exchanged):
-        if exchanged == self._exchanged:
-            return
-        self._exchanged = exchanged
-        for average, v in zip(self.model.ema_weights, self.model.network.weights):
-            averaged, raw = ops.copy(average), ops.copy(v)
-            average.assign(raw)
-            v.assign(averaged)
+        if exchanged != self._exchanged:
+            self._exchanged = exchanged
+            self.model.average.exchange()
+
+
+class LossWatch(keras.callbacks.Callback):
+    """Says in words what it means if the loss is not finite, or does not fall. `DiffusionModel.fit` adds it.
+
+    Args:
+        x_0: clean data, of which it uses at most 256 examples.
+
+    Raises:
+        ValueError: at the end of an epoch whose loss is not finite.
+    """
+
+    patience = 300  # optimizer updates
+
+    def __init__(self, x_0: np.ndarray):
+        super().__init__()
+        self.x_0 = x_0[:256]
+
+    def on_train_begin(self, logs=None):
+        """Computes the loss of a network that always predicts zero."""
+        diffusion = self.model.diffusion
+        t = np.linspace(1, diffusion.timesteps, len(self.x_0)).round().astype("int32")
+        noise = np.random.default_rng(0).standard_normal(self.x_0.shape)
+        target = diffusion.target(self.x_0, t, noise)
+        weight = self.model.weight_of(t)
+        self.trivial = float(self.model.compute_loss(y=target, y_pred=ops.zeros_like(target), sample_weight=weight))
+        self.start = int(self.model.optimizer.iterations)
+
+    def on_epoch_end(self, epoch, logs=None):
+        loss = (logs or {}).get("loss", 0.0)
+        if not np.isfinite(loss):
+            raise ValueError(
+                f"The loss of epoch {epoch + 1} is {loss}: the data hold NaN or infinite values, or the learning "
+                "rate is too high."
+            )
+        if loss > 0.9 * self.trivial and int(self.model.optimizer.iterations) - self.start >= self.patience:
+            warnings.warn(
+                f"After epoch {epoch + 1} the loss is {loss:.3f}; always predicting zero gives {self.trivial:.3f}. "
+                "The network has learned next to nothing: check the learning rate and the data.",
+                stacklevel=2,
+            )

@@ -1,53 +1,64 @@
-"""Editing images with a trained model, by running its sampler from another start, to another end, or on known pixels.
+"""Editing images with a trained model: its sampler runs from another start, to another end, or on known pixels.
 
-All functions take float images `(batch, height, width, channels)` in the data's range (or data of any other shape
-that the model was made for) and return float32 arrays. `num_steps` is the number of steps of the default sampler, at
-most T; `**options` are those of `DiffusionModel.sample`: `labels` (one for all or one for each image),
-`guidance_scale` and its companions, `use_ema`, `batch_size` and `verbose`. A `seed` is a non-negative integer; `None`
-draws one.
+All functions take float images `(batch, height, width, channels)` in the data's range, or data of any other shape for
+which the model was made. They return float32 arrays. `num_steps` is the number of steps of the default sampler, at most
+T. `**options` are those of `DiffusionModel.sample`: `labels` (one for all images or one for each), `guidance_scale` and
+the other options of guidance, `use_ema`, `batch_size` and `verbose`. A `seed` is a non-negative integer; `None` draws
+one.
 """
 
 import dataclasses
-import itertools
+from typing import Any
 
 import numpy as np
 
 from keras_ddpm import _checks
 from keras_ddpm import samplers
 from keras_ddpm import sampling
+from keras_ddpm.model import DiffusionModel
 
-# There and back. With steps even in t the error on images is twice this with the cosine schedule, two thirds of it with
-# the linear one.
+# For `encode` and `decode`. Steps uniform in t have twice its error on images with the cosine schedule, and two thirds
+# of it with the linear one.
 INVERTIBLE = samplers.DDIM(100, spacing="logsnr")
 
 
-def inpaint(model, images, masks, seed=None, *, sampler=None, num_steps=None, num_resamples=10, **options):
+def inpaint(
+    model: DiffusionModel,
+    images: Any,
+    masks: Any,
+    seed: int | None = None,
+    *,
+    sampler: samplers.Sampler | None = None,
+    num_steps: int | None = None,
+    num_resamples: int = 10,
+    **options,
+) -> np.ndarray:
     """Fills the unknown part of images.
 
-    Every step of the sampler but the last is made `num_resamples` times, with noise added in between that leads back
-    to where it started, so that the unknown part comes to fit the known one.
+    Every step of the sampler but the last is made `num_resamples` times. Noise added in between leads back to the start
+    of the step. This makes the unknown part fit the known one.
 
-    With `DDPM(variance="large")` the result tends to a sample of the conditional distribution as the number of steps
-    and of resamplings grows; with "small" its variance stays too low (with T = 1000 and 100 resamplings, for two
-    pixels of correlation 0.8 by a tenth where their deviation is 1, by a quarter where it is 0.2). With few steps
-    "large" leaves more noise than that loses, so that the default is "small". Deterministic samplers fill less well,
-    and multi-step ones are of first order where steps are resampled.
+    With `DDPM(variance="large")` the result tends to a sample of the conditional distribution as the numbers of steps
+    and of resamplings grow. With "small" its variance stays too low. For two pixels of correlation 0.8, T = 1000 and
+    100 resamplings, it is a tenth too low at a standard deviation of 1, and a quarter at 0.2. With few steps "large"
+    leaves more noise than "small" loses, so the default is "small". Deterministic samplers fill less well. Multistep
+    samplers are of first order in resampled steps.
 
     Args:
         model: a `DiffusionModel`.
-        images: `(batch, height, width, channels)`; what they hold where they are unknown does not matter.
-        masks: `(batch, height, width, 1)`, 1 where the image is known and 0 where it is to be filled.
+        images: `(batch, height, width, channels)`; unknown pixels may hold anything.
+        masks: `(batch, height, width, 1)`, 1 for known pixels and 0 for pixels to fill.
         seed: see above.
-        sampler: a `samplers.Sampler`; by default `DDPM(50)`.
+        sampler: a `samplers.Sampler`; `None` for `DDPM(50)`.
         num_steps: see above.
         num_resamples: how often each step is made.
         **options: see above.
 
     Returns:
-        `(batch, height, width, channels)`, equal to `images` where they are known.
+        `(batch, height, width, channels)`, equal to `images` in the known pixels.
 
     Raises:
-        ValueError: for images or masks of another shape or range, or invalid options.
+        ValueError: if images or masks have another shape or range, or an option is invalid.
 
     Reference: Lugmayr et al., 2022 ("RePaint"), algorithm 1.
     """
@@ -55,45 +66,52 @@ def inpaint(model, images, masks, seed=None, *, sampler=None, num_steps=None, nu
     if masks.shape == (*images.shape[:-1], 1):
         images = np.where(masks == 0, np.float32(0), images)
     images = _images(model, images, "images")
-    if masks.shape != (*images.shape[:-1], 1):
-        raise ValueError(f"`masks` must have the shape {(*images.shape[:-1], 1)}. Received: {masks.shape}")
-    if not np.all((masks == 0) | (masks == 1)):
-        raise ValueError("`masks` must hold nothing but 0 and 1.")
-    if not _checks.is_count(num_resamples):
-        raise ValueError(f"`num_resamples` must be a positive integer. Received: num_resamples={num_resamples!r}")
-    seed = sampling.checked_seed(seed)
+    shape = (*images.shape[:-1], 1)
+    _checks.require(masks.shape == shape, f"`masks` must have the shape {shape}", shape=masks.shape)
+    _checks.require(np.all((masks == 0) | (masks == 1)), "`masks` must hold nothing but 0 and 1")
+    _checks.counts(num_resamples=num_resamples)
+    seed = _checks.seed(seed)
     schedule = model.diffusion.schedule
     steps = _sampler(model, sampler, num_steps, samplers.DDPM(50)).steps(schedule)
     if num_resamples > 1:
         for rows in steps:
-            # What resampling does to x_0 is no slope in time: no extrapolation from the step before.
-            rows[0, 2:4] = rows[0, 2] + rows[0, 3], 0.0
+            # Resampling changes x_0, which is not a slope in time. So nothing is extrapolated from the step before.
+            rows["from_x_0"][0] += rows["from_previous"][0].sum()
+            rows["from_previous"][0] = 0.0
     resampled = []
-    for rows, after in itertools.pairwise(steps):
+    for rows, after in zip(steps, steps[1:]):
         again = rows.copy()
-        again[-1] = samplers.renoised(rows[-1], schedule, int(after[0, 0]), int(rows[0, 0]))
+        again[-1] = samplers.add_noise_back(rows[-1], schedule, int(after["t"][0]), int(rows["t"][0]))
         resampled += [again] * (num_resamples - 1) + [rows]
     resampled.append(steps[-1])
-    mask = masks.astype(bool)
 
     def start(indices):
-        noise = sampling.noise(model, seed, indices)
-        known = schedule.alpha[-1] * images[indices] + schedule.sigma[-1] * noise
-        return np.where(mask[indices], known, sampling.prior(model, seed, indices)).astype("float32")
+        known = _noisy(model, images, schedule.timesteps, seed, indices)
+        return np.where(masks[indices], known, sampling.prior(model.diffusion, model.data_shape, seed, indices))
 
-    return _run(model, resampled, start, images, seed, options, known=(images, masks))
+    return model.run(resampled, start, len(images), seed, known=(images, masks), **options)
 
 
-def variations(model, images, strength, seed=None, *, sampler=None, num_steps=None, **options):
-    """Other images like these: noise is added up to a time, and taken away again.
+def variations(
+    model: DiffusionModel,
+    images: Any,
+    strength: float,
+    seed: int | None = None,
+    *,
+    sampler: samplers.Sampler | None = None,
+    num_steps: int | None = None,
+    **options,
+) -> np.ndarray:
+    """Other images like these: noise is added up to a time, and removed again.
 
     Args:
         model: a `DiffusionModel`.
         images: `(batch, height, width, channels)`.
-        strength: the time as a share of T, in [0, 1]: 0 returns the images, 1 forgets them and returns what
+        strength: the time as a share of T, in [0, 1]. 0 returns the images, 1 forgets them and returns what
             `model.sample` does.
         seed: see above.
-        sampler: a `samplers.Sampler`; by default that of `model.sample`. Of its steps the share `strength` is made.
+        sampler: a `samplers.Sampler`; `None` for the default of `model.sample`. It makes the share `strength` of its
+            steps.
         num_steps: see above.
         **options: see above.
 
@@ -101,48 +119,45 @@ def variations(model, images, strength, seed=None, *, sampler=None, num_steps=No
         `(batch, height, width, channels)`.
 
     Raises:
-        ValueError: for images of another shape or range, a strength outside [0, 1] or invalid options.
+        ValueError: if images have another shape or range, `strength` is outside [0, 1], or an option is invalid.
 
     Reference: Meng et al., 2022 ("SDEdit"), algorithm 1.
     """
     images = _images(model, images, "images")
-    if not _checks.is_between(strength, 0, 1):
-        raise ValueError(f"`strength` must be in [0, 1]. Received: strength={strength!r}")
-    seed = sampling.checked_seed(seed)
+    _checks.require(_checks.is_between(strength, 0, 1), "`strength` must be in [0, 1]", strength=strength)
+    seed = _checks.seed(seed)
     sampler = _sampler(model, sampler, num_steps, model.default_sampler)
     schedule = model.diffusion.schedule
     t = round(strength * schedule.timesteps)
-    if t == schedule.timesteps:
-        return _run(model, sampler.steps(schedule), lambda i: sampling.prior(model, seed, i), images, seed, options)
-    if t == 0:
-        steps = [np.array([[1.0, 1.0, 0.0, 0.0, 0.0, 0.0]])]  # leaves x as it is, after all checks
-    else:
-        steps = sampler.shortened(strength, schedule.timesteps).steps(schedule.until(t))
 
     def start(indices):
-        noise = sampling.noise(model, seed, indices)
-        return (schedule.alpha[t] * images[indices] + schedule.sigma[t] * noise).astype("float32")
+        if t == schedule.timesteps:
+            return sampling.prior(model.diffusion, model.data_shape, seed, indices)
+        return _noisy(model, images, t, seed, indices)
 
-    return _run(model, steps, start, images, seed, options)
+    steps = [samplers.row([1], from_x=1.0)]  # leaves x as it is, after all checks
+    if t > 0:
+        steps = sampler.shortened(strength, schedule.timesteps).steps(schedule.until(t))
+    return model.run(steps, start, len(images), seed, **options)
 
 
-def encode(model, images, *, num_steps=None, **options):
-    """The noise from which DDIM makes these images: its steps, made backwards and without clipping.
+def encode(model: DiffusionModel, images: Any, *, num_steps: int | None = None, **options) -> np.ndarray:
+    """The noise from which DDIM makes these images: its steps are made backwards, without clipping.
 
-    `decode(encode(images))` is an image again, with an error that falls with `num_steps`: of 0.07 (root of the mean
-    square, pixels in [-1, 1]) with 100 on the flowers in the README, by `python examples/edit.py reconstruct`.
+    `decode(encode(images))` returns the images with an error that falls with `num_steps`. `python examples/edit.py
+    reconstruct` prints it: with 100 steps 0.07, the root mean square of pixels in [-1, 1], for the README's flowers.
 
     Args:
         model: a `DiffusionModel`.
         images: `(batch, height, width, channels)`.
-        num_steps: see above; by default 100.
+        num_steps: see above; `None` for 100.
         **options: see above.
 
     Returns:
         x_T, `(batch, height, width, channels)`.
 
     Raises:
-        ValueError: for images of another shape or range, or invalid options.
+        ValueError: if images have another shape or range, or an option is invalid.
 
     Reference: Song et al., 2021 ("DDIM"), section 4.3; Dhariwal and Nichol, 2021, appendix F.
     """
@@ -154,12 +169,11 @@ def encode(model, images, *, num_steps=None, **options):
     ratio = alpha_t / schedule.alpha[s]
     # x_t = ratio x_s + from_noise ε, with the ε predicted at the later time, ε = (x_s − alpha_t x_0) / sigma_t.
     from_noise = sigma_t - ratio * schedule.sigma[s]
-    zeros = np.zeros(len(t))
-    rows = np.stack([t, ratio + from_noise / sigma_t, -from_noise * alpha_t / sigma_t, zeros, zeros, zeros], axis=1)
-    return _run(model, list(rows[:, None]), lambda indices: images[indices], images, 0, options, clip=False)
+    rows = samplers.row(t, from_x=ratio + from_noise / sigma_t, from_x_0=-from_noise * alpha_t / sigma_t)
+    return model.run(np.split(rows, len(rows)), lambda indices: images[indices], len(images), clip=False, **options)
 
 
-def decode(model, noise, *, num_steps=None, **options):
+def decode(model: DiffusionModel, noise: Any, *, num_steps: int | None = None, **options) -> np.ndarray:
     """The images that DDIM makes from noise x_T, without clipping.
 
     Args:
@@ -172,46 +186,50 @@ def decode(model, noise, *, num_steps=None, **options):
         `(batch, height, width, channels)`.
 
     Raises:
-        ValueError: for noise of another shape, or invalid options.
+        ValueError: if the noise has another shape, or an option is invalid.
 
     Reference: Song et al., 2021 ("DDIM"), Eq. 12 with σ = 0.
     """
     noise = _checks.data(noise, model.data_shape, name="noise")
     steps = _sampler(model, None, num_steps, INVERTIBLE).steps(model.diffusion.schedule)
-    return _run(model, steps, lambda indices: noise[indices], noise, 0, options, clip=False)
+    return model.run(steps, lambda indices: noise[indices], len(noise), clip=False, **options)
 
 
-def interpolate(model, images_a, images_b, num, seed=None, *, num_steps=None, **options):
+def interpolate(
+    model: DiffusionModel,
+    images_a: Any,
+    images_b: Any,
+    num: int,
+    seed: int | None = None,
+    *,
+    num_steps: int | None = None,
+    **options,
+) -> np.ndarray:
     """Images between pairs of images: their noises are mixed on a sphere and decoded.
 
     Args:
         model: a `DiffusionModel`.
         images_a: `(batch, height, width, channels)`.
         images_b: of the same shape.
-        num: how many, the two ends among them.
-        seed: makes no difference, as nothing is drawn.
-        num_steps: see above; of `encode` and of `decode`.
+        num: number of images, with both ends.
+        seed: ignored, as nothing is drawn.
+        num_steps: see above; for `encode` and for `decode`.
         **options: see above.
 
     Returns:
         `(num, batch, height, width, channels)`, from `images_a` itself to `images_b` itself.
 
     Raises:
-        ValueError: for images of different shapes or another range, fewer than 2, or invalid options.
+        ValueError: if images have different shapes or another range, `num` is below 2, or an option is invalid.
 
     Reference: Song et al., 2021 ("DDIM"), appendix D.5.
     """
-    if not _checks.is_count(num, low=2):
-        raise ValueError(f"`num` must be an integer of at least 2. Received: num={num!r}")
+    _checks.counts(low=2, num=num)
     a, b = _images(model, images_a, "images_a"), _images(model, images_b, "images_b")
-    if a.shape != b.shape:
-        raise ValueError(f"Expected as many images on both sides. Received: shapes {a.shape} and {b.shape}")
+    _checks.require(a.shape == b.shape, "Expected as many images on both sides", shapes=(a.shape, b.shape))
     noises = [encode(model, images, num_steps=num_steps, **options) for images in (a, b)]
-    between = [
-        decode(model, _slerp(*noises, fraction), num_steps=num_steps, **options)
-        for fraction in np.linspace(0, 1, num)[1:-1]
-    ]
-    return np.stack([a, *between, b])
+    mixed = (_slerp(*noises, fraction) for fraction in np.linspace(0, 1, num)[1:-1])
+    return np.stack([a, *(decode(model, noise, num_steps=num_steps, **options) for noise in mixed), b])
 
 
 def _slerp(a, b, fraction):
@@ -223,10 +241,9 @@ def _slerp(a, b, fraction):
 
     lengths = np.sqrt(dot(a, a) * dot(b, b))
     angle = np.arccos(np.clip(dot(a, b) / np.maximum(lengths, 1e-30), -1, 1))
-    near = (np.sin(angle) < 1e-6) | (lengths == 0)  # the sphere is flat there, or there is no one shortest way
-    sine = np.where(near, 1, np.sin(angle))
-    from_a = np.where(near, 1 - fraction, np.sin((1 - fraction) * angle) / sine)
-    from_b = np.where(near, fraction, np.sin(fraction * angle) / sine)
+    angle[(np.sin(angle) < 1e-6) | (lengths == 0)] = 0  # a straight line: the sphere has no unique shortest way
+    # sin(p angle) / sin(angle), which is p at an angle of 0.
+    from_a, from_b = (p * np.sinc(p * angle / np.pi) / np.sinc(angle / np.pi) for p in (1 - fraction, fraction))
     return (from_a * a + from_b * b).astype("float32")
 
 
@@ -238,13 +255,13 @@ def _sampler(model, sampler, num_steps, default):
     if sampler is None:
         num_steps = min(default.num_steps, model.diffusion.timesteps) if num_steps is None else num_steps
         return dataclasses.replace(default, num_steps=num_steps)
-    if num_steps is not None or not isinstance(sampler, samplers.Sampler):
-        raise ValueError(
-            "`sampler` must be one of `keras_ddpm.samplers`, which brings `num_steps`. "
-            f"Received: sampler={sampler!r}, num_steps={num_steps}"
-        )
+    valid = num_steps is None and isinstance(sampler, samplers.Sampler)
+    _checks.require(valid, "Expected `num_steps` or one of `samplers`", sampler=sampler, num_steps=num_steps)
     return sampler
 
 
-def _run(model, steps, start, images, seed, options, *, clip=True, known=None):
-    return sampling.run(model, steps, start, len(images), seed, clip=clip, known=known, **options)
+def _noisy(model, images, t, seed, indices):
+    """Images at time t, with the noise of these samples."""
+    schedule = model.diffusion.schedule
+    noise = sampling.noise(model.data_shape, seed, indices)
+    return (schedule.alpha[t] * images[indices] + schedule.sigma[t] * noise).astype("float32")

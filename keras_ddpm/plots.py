@@ -2,29 +2,35 @@
 
 import contextlib
 import pathlib
+from collections.abc import Iterator
+from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
+from numpy.typing import ArrayLike
 
 from keras_ddpm import images
 
 
 @contextlib.contextmanager
-def figure(path, rows=1, columns=1, size=(6, 4), **options):
-    """A figure of Matplotlib that is written when the block ends; folders are made.
+def figure(
+    path: str | pathlib.Path, rows: int = 1, columns: int = 1, size: tuple[float, float] = (6, 4), **options: Any
+) -> Iterator[Any]:
+    """Opens a Matplotlib figure, and writes it at the end of the block. Missing folders are created.
 
     >>> with figure("curves.png", columns=2) as (left, right):
     ...     left.plot([0, 1], [1, 0])
 
     Args:
-        path: file name; its ending gives the format.
+        path: file name. Its extension selects the format.
         rows: rows of axes.
         columns: columns of axes.
         size: width and height in inches.
-        **options: of `matplotlib.figure.Figure.subplots`.
+        **options: options of `matplotlib.figure.Figure.subplots`.
 
     Yields:
-        The axes, or an array of them, as `subplots` makes it.
+        The axes, or an array of axes, as returned by `subplots`.
     """
     made = Figure(figsize=size, layout="constrained")
     yield made.subplots(rows, columns, **options)
@@ -32,31 +38,29 @@ def figure(path, rows=1, columns=1, size=(6, 4), **options):
     made.savefig(path, dpi=120, bbox_inches="tight")
 
 
-def loss(path, history):
+def loss(path: str | pathlib.Path, history: dict[str, list[float]]) -> None:
     """Writes the curves of the losses, on a logarithmic scale.
 
     Args:
-        path: file name; its ending gives the format.
-        history: a dict of lists, one number an epoch, as `fit` returns in `History.history`; entries whose name
-            does not end in "loss" are left out.
+        path: file name. Its extension selects the format.
+        history: dict of lists with one number per epoch, such as `History.history`, which `fit` returns. Only entries
+            whose name ends in "loss" are drawn.
     """
     with figure(path) as axes:
         lines = {name: (range(1, len(values) + 1), values) for name, values in history.items() if name.endswith("loss")}
         curves(axes, lines, xlabel="epoch", ylabel="loss", yscale="log")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("")
+        axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 3, 5, 7)), major_formatter="{x:g}", minor_formatter="")
         axes.grid(which="both", alpha=0.3)
 
 
-def curves(axes, lines, **settings):
-    """Draws lines with a legend on axes of Matplotlib.
+def curves(axes: Axes, lines: dict[str, Any], **settings: Any) -> None:
+    """Draws lines with a legend on Matplotlib axes.
 
     Args:
         axes: the axes.
-        lines: dict from names to y, or to pairs of x and y.
-        **settings: of `axes.set`, such as `xlabel`, `title`, `yscale`.
+        lines: dict from names to y, or to pairs `(x, y)`.
+        **settings: arguments of `axes.set`, such as `xlabel`, `title`, `yscale`.
     """
     for name, line in lines.items():
         x, y = line if isinstance(line, tuple) else (range(len(line)), line)
@@ -66,27 +70,27 @@ def curves(axes, lines, **settings):
     axes.legend()
 
 
-def show(axes, x, columns=None):
-    """Draws a grid of images on axes of Matplotlib.
+def show(axes: Axes, x: ArrayLike, columns: int | None = None) -> None:
+    """Draws a grid of images on Matplotlib axes.
 
     Args:
         axes: the axes.
         x: `(num, height, width, channels)` in [-1, 1].
-        columns: how many a row; by default as many as make the grid about square.
+        columns: number of images in a row, as in `images.grid`.
     """
     axes.imshow(images.to_uint8(images.grid(x, columns)), cmap="gray", vmin=0, vmax=255)
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
 
 
-def table(path, rows, columns=1, size=0.6):
+def table(path: str | pathlib.Path, rows: dict[str, dict[str, Any]], columns: int = 1, size: float = 0.6) -> None:
     """Writes a table whose cells are grids of images.
 
     Args:
-        path: file name; its ending gives the format.
-        rows: dict from names of rows to dicts from names of columns to images `(num, height, width, channels)` in
-            [-1, 1]; each row has the columns of the first.
-        columns: images side by side in a cell.
+        path: file name. Its extension selects the format.
+        rows: dict from row names to dicts, which map column names to images `(num, height, width, channels)` in
+            [-1, 1]. Every row must have the columns of the first.
+        columns: number of images in a row of a cell.
         size: width of an image in inches.
     """
     names = list(next(iter(rows.values())))

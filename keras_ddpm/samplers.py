@@ -1,50 +1,106 @@
 """Samplers: from noise to data in steps.
 
-Every step of every sampler here is linear in what is at hand. With x_0 = denoise(x_t, t), the only way in which a
-sampler sees the network, one network call leads to
+Every step of every sampler is linear in what is at hand. A sampler sees the network only as x_0 = denoise(x, t). With
+one call of it,
 
-    x ← from_x x + from_x_0 x_0 + from_memory memory + std noise
-    memory ← x_0 + keep (memory − x_0)
+    x ← from_x x + from_x_0 x_0 + Σ_k from_previous[k] previous[k] + std noise
 
-where `memory` is what multi-step methods need, the x_0 of the call before. So a sampler is a table of these numbers,
-one row a call, made on the host in float64 from a `schedules.Schedule`, and `step`, which applies a row, is the body
-of the one compiled loop that runs any of them. For DDIM from t to s, which keeps the noise ε = (x − alpha_t x_0) /
-sigma_t, the row is from_x = sigma_s / sigma_t, from_x_0 = alpha_s − alpha_t sigma_s / sigma_t, and zeros.
+where previous[0] is the x_0 of the call before, previous[1] that of the call before this one, and so on, as multistep
+methods need them. A sampler is thus a table with named columns, `ROW`, one row for each network call. It is made on the
+host, in float64, from a `schedules.Schedule`. `step` applies one row; it is the body of the one compiled loop that runs
+every sampler (`sampling.py`).
 
-To add a sampler, subclass `Sampler` and write `coefficients` (a step of one call) or `steps` (of several).
+For example, DDIM from t to s keeps the noise ε = (x − alpha_t x_0) / sigma_t. Its row is
+
+    row(t, from_x=sigma_s / sigma_t, from_x_0=alpha_s - alpha_t * sigma_s / sigma_t)
+
+To add a sampler, subclass `Sampler`. If its steps call the network once, write `coefficients`, which gets the scales at
+both ends of every step and returns columns by name. Otherwise write `steps`, which returns the rows themselves.
 """
 
 import dataclasses
-import itertools
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from keras_ddpm import _checks
 from keras_ddpm.diffusion import posterior_coefficients
+from keras_ddpm.schedules import Schedule
 
-COLUMNS = ("t", "from_x", "from_x_0", "from_memory", "std", "keep")
+Array = np.ndarray
+Columns = dict[str, Any]  # from names of `ROW` to numbers or arrays
 
-SPACINGS = {
+# How many earlier predictions of x_0 a step can use: as many as a solver of fourth order needs.
+NUM_PREVIOUS = 3
+
+# t is the time at which the network is called; keep is 1 if the x_0 of this call is not to be remembered, else 0.
+ROW = np.dtype(
+    {
+        "names": ["t", "from_x", "from_x_0", "from_previous", "std", "keep"],
+        "formats": ["f8", "f8", "f8", f"{NUM_PREVIOUS}f8", "f8", "f8"],
+    }
+)
+
+SPACINGS: dict[str, Callable] = {
     # Functions of sigma / alpha, in which the visited times are evenly spaced.
     "logsnr": np.log,
     "karras": lambda ratio: ratio ** (1 / 7),  # Karras et al., 2022, Eq. 5 with ρ = 7
 }
 
 
-def step(row, denoise, x, noise, memory):
-    """One row of a table: the new x and the new memory. `noise` may be `None` where every std is 0."""
-    t, from_x, from_x_0, from_memory, std, keep = row
-    x_0 = denoise(x, t)
-    x = from_x * x + from_x_0 * x_0 + from_memory * memory
-    return (x if noise is None else x + std * noise), x_0 + keep * (memory - x_0)
+def row(t: Any, **columns: Any) -> Array:
+    """Rows of a table; the columns that are not given are 0.
+
+    Args:
+        t: the time of one row, or an array `(n,)` of times.
+        **columns: columns of `ROW`, numbers or arrays `(n,)`. `from_previous` is a sequence of at most `NUM_PREVIOUS`
+            of them, the last prediction first.
+
+    Returns:
+        Array of the dtype `ROW`, `()` or `(n,)`.
+    """
+    rows = np.zeros(np.shape(t), ROW)
+    rows["t"] = t
+    for name, values in columns.items():
+        if name == "from_previous":
+            for k, value in enumerate(values):
+                rows[name][..., k] = value
+        else:
+            rows[name] = values
+    return rows
 
 
-def renoised(row, schedule, s, t):
-    """The row that, having arrived at s, adds the noise that leads back to t > s."""
-    _, from_x, from_x_0, from_memory, std, keep = row
+def step(row: Any, denoise: Callable, x: Any, noise: Any, previous: tuple) -> tuple:
+    """Applies one row of a table, to tensors or NumPy arrays.
+
+    Args:
+        row: a row, or a dict of tensors with its names.
+        denoise: function from x and t to the predicted x_0.
+        x: `(batch, ...)`.
+        noise: standard Gaussian noise like x, or `None` if every std is 0.
+        previous: the `NUM_PREVIOUS` last predictions, the last one first, each like x.
+
+    Returns:
+        The new x and the new `previous`.
+    """
+    x_0 = denoise(x, row["t"])
+    x = row["from_x"] * x + row["from_x_0"] * x_0
+    for k, x_0_then in enumerate(previous):
+        x = x + row["from_previous"][k] * x_0_then
+    if noise is not None:
+        x = x + row["std"] * noise
+    return x, tuple(new + row["keep"] * (old - new) for new, old in zip((x_0, *previous), previous))
+
+
+def add_noise_back(row: Array, schedule: Schedule, s: int, t: int) -> Array:
+    """The row that, after it has arrived at s, adds the noise that leads back to t > s."""
     ratio = schedule.alpha[t] / schedule.alpha[s]
-    std = np.sqrt(schedule.sigma[t] ** 2 - ratio**2 * (schedule.sigma[s] ** 2 - std**2))
-    return [row[0], ratio * from_x, ratio * from_x_0, ratio * from_memory, std, keep]
+    back = row.copy()
+    for name in ("from_x", "from_x_0", "from_previous"):
+        back[name] *= ratio
+    back["std"] = np.sqrt(schedule.sigma[t] ** 2 - ratio**2 * (schedule.sigma[s] ** 2 - row["std"] ** 2))
+    return back
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,42 +108,47 @@ class Sampler:
     """A sampler, as a value.
 
     Args:
-        num_steps: how many steps, at most T; `None` for all T.
-        spacing: how the steps are spaced from T down to 0: "uniform" in t, "logsnr" (uniform in log-SNR, the last
-            step from t = 1) or "karras" (uniform in (sigma/alpha)^(1/7), likewise). Times are rounded, and moved to
-            the next free one where two fall on one.
+        num_steps: number of steps, at most T; `None` for all T.
+        spacing: how the visited times are spaced from T down to 0: "uniform" in t, "logsnr" (uniform in the log-SNR)
+            or "karras" (uniform in (sigma/alpha)^(1/7)). The last step of the latter two starts at t = 1. Times are
+            rounded. If two fall on one, one of them moves to the next free time.
+
+    Raises:
+        ValueError: if `num_steps` or `spacing` is invalid.
     """
 
     num_steps: int | None = None
     spacing: str = dataclasses.field(default="uniform", kw_only=True)
 
-    def __post_init__(self):
-        if self.num_steps is not None and not _checks.is_count(self.num_steps):
-            raise ValueError(f"`num_steps` must be a positive integer or None. Received: num_steps={self.num_steps!r}")
-        if self.spacing not in ["uniform", *SPACINGS]:
-            raise ValueError(f"`spacing` must be one of {['uniform', *SPACINGS]}. Received: spacing={self.spacing!r}")
+    def __post_init__(self) -> None:
+        _checks.counts(optional=True, num_steps=self.num_steps)
+        known = ["uniform", *SPACINGS]
+        _checks.require(self.spacing in known, f"`spacing` must be one of {known}", spacing=self.spacing)
 
     @property
-    def evaluations(self):
-        """How often a run calls the network; `None` where that depends on T.
+    def evaluations(self) -> int | None:
+        """Number of network calls in a run; `None` if it depends on T.
 
-        `Heun` and `Langevin` call it less often where a schedule has no signal at T.
+        `Heun` and `Langevin` make fewer calls if the schedule has no signal at T.
         """
         return self.num_steps
 
-    def shortened(self, share, timesteps):
-        """The sampler with the share of its steps that it makes of `timesteps`, at least one."""
+    def shortened(self, share: float, timesteps: int) -> "Sampler":
+        """The same sampler with this share of its steps, at least one; `timesteps` stands for `num_steps=None`."""
         return dataclasses.replace(self, num_steps=max(1, round(share * (self.num_steps or timesteps))))
 
-    def timesteps(self, schedule):
-        """The visited times, `(num_steps + 1,)` integers from T down to 0."""
+    def timesteps(self, schedule: Schedule) -> Array:
+        """The visited times, `(num_steps + 1,)` integers from T down to 0.
+
+        Raises:
+            ValueError: if the schedule has fewer steps than the sampler.
+        """
         end = schedule.timesteps
         num_steps = self.num_steps or end
-        if num_steps > end:
-            raise ValueError(f"A schedule of {end} steps cannot be sampled in more. Received: num_steps={num_steps}")
+        _checks.require(num_steps <= end, f"A schedule of {end} steps cannot be sampled in more", num_steps=num_steps)
         if self.spacing == "uniform" or num_steps == 1:
             return np.linspace(end, 0, num_steps + 1).round().astype("int64")
-        # Without signal at T there is no log-SNR: the others are spaced.
+        # Without signal, T has no finite log-SNR. Then only the later times are spaced.
         highest = end if schedule.alpha[-1] > 0 else end - 1
         times = np.arange(1, highest + 1)
         num = num_steps - (end - highest)
@@ -98,26 +159,32 @@ class Sampler:
         nodes = np.minimum(nodes, highest - order[::-1])
         return np.concatenate([[end][: end - highest], nodes[::-1], [0]]).astype("int64")
 
-    def table(self, schedule):
-        """float64 array `(network calls, 6)` of `COLUMNS`."""
+    def table(self, schedule: Schedule) -> Array:
+        """All rows, an array `(network calls,)` of the dtype `ROW`."""
         return np.concatenate(self.steps(schedule))
 
-    def steps(self, schedule):
-        """The rows of each step, from each of `timesteps` to the next."""
+    def steps(self, schedule: Schedule) -> list[Array]:
+        """The rows of each step, one array for each pair of successive `timesteps`."""
         times = self.timesteps(schedule)
         t, s = times[:-1], times[1:]
         alpha_t, sigma_t, alpha_s, sigma_s = schedule.alpha[t], schedule.sigma[t], schedule.alpha[s], schedule.sigma[s]
         with np.errstate(divide="ignore"):
-            columns = self.coefficients(alpha_t, sigma_t, alpha_s, sigma_s)
-        table = np.stack([np.broadcast_to(column, t.shape) for column in (t, *columns, 0.0)], axis=1)
-        table[-1, 4] = 0.0  # data hold no noise
+            rows = row(t, **self.coefficients(alpha_t, sigma_t, alpha_s, sigma_s))
+        rows["std"][-1] = 0.0  # data hold no noise
         if alpha_t[0] == 0:
-            # Without signal in x_T every sampler keeps its noise, whose log-SNR is not finite.
-            table[0, 1:] = sigma_s[0] / sigma_t[0], alpha_s[0], 0.0, 0.0, 0.0
-        return list(table[:, None])
+            # Without signal in x_T, every sampler keeps its noise, because the log-SNR is not finite.
+            rows[:1] = row(t[:1], from_x=sigma_s[:1] / sigma_t[:1], from_x_0=alpha_s[:1])
+        return np.split(rows, len(rows))
 
-    def coefficients(self, alpha_t, sigma_t, alpha_s, sigma_s):
-        """The columns from_x, from_x_0, from_memory and std of steps from t to s, of float64 arrays `(steps,)`."""
+    def coefficients(self, alpha_t: Array, sigma_t: Array, alpha_s: Array, sigma_s: Array) -> Columns:
+        """The columns of `ROW`, by name, for steps from t to s.
+
+        Args:
+            alpha_t: scale of the signal at the start of each step, float64 `(steps,)`.
+            sigma_t: scale of the noise there.
+            alpha_s: scale of the signal at the end of each step.
+            sigma_s: scale of the noise there.
+        """
         raise NotImplementedError("A sampler needs `coefficients` or `steps`.")
 
 
@@ -126,46 +193,44 @@ class DDPM(Sampler):
     """Ancestral sampling, from the posterior q(x_s | x_t, x_0) with the predicted x_0.
 
     Args:
-        num_steps: how many steps; `None` for all T.
-        variance: "small" (the posterior's), "large" (β_t; right for data that is noise), or a number in [0, 1]
-            between their logarithms, 0 being "small".
+        num_steps: number of steps; `None` for all T.
+        variance: "small" (the posterior's variance), "large" (β_t, right for data that are noise), or a number in
+            [0, 1] that interpolates between their logarithms, 0 for "small".
         spacing: "uniform", "logsnr" or "karras", as in `Sampler`.
 
     Raises:
-        ValueError: for an invalid number of steps, variance or spacing.
+        ValueError: if `num_steps`, `variance` or `spacing` is invalid.
 
     Reference: Ho et al., 2020, algorithm 2 and section 3.2; Nichol and Dhariwal, 2021, Eq. 15.
     """
 
     variance: str | float = "small"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
-        if self.variance not in ["small", "large"] and not _checks.is_between(self.variance, 0, 1):
-            raise ValueError(
-                f"`variance` must be 'small', 'large' or a number in [0, 1]. Received: variance={self.variance!r}"
-            )
+        valid = self.variance in ["small", "large"] or _checks.is_between(self.variance, 0, 1)
+        _checks.require(valid, "`variance` must be 'small', 'large' or a number in [0, 1]", variance=self.variance)
 
-    def coefficients(self, alpha_t, sigma_t, alpha_s, sigma_s):
-        from_x_0, from_x_t, small = posterior_coefficients(alpha_t, sigma_t, alpha_s, sigma_s)
+    def coefficients(self, alpha_t: Array, sigma_t: Array, alpha_s: Array, sigma_s: Array) -> Columns:
+        from_x_0, from_x, small = posterior_coefficients(alpha_t, sigma_t, alpha_s, sigma_s)
         large = sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2
-        fraction = {"small": 0.0, "large": 1.0}.get(self.variance, self.variance)
-        return from_x_t, from_x_0, 0.0, np.sqrt(small ** (1 - fraction) * large**fraction)
+        fraction = float({"small": 0.0, "large": 1.0}.get(str(self.variance), self.variance))
+        return {"from_x": from_x, "from_x_0": from_x_0, "std": np.sqrt(small ** (1 - fraction) * large**fraction)}
 
 
 @dataclasses.dataclass(frozen=True)
 class DDIM(Sampler):
     """Denoising diffusion implicit models: deterministic with `eta=0`, DDPM with `eta=1`.
 
-    The noise is derived again from the (clipped) prediction of x_0.
+    The noise is derived again from the clipped prediction of x_0.
 
     Args:
-        num_steps: how many steps; `None` for all T.
+        num_steps: number of steps; `None` for all T.
         eta: the share of DDPM's noise ("small" variance) that is used, in [0, 1].
         spacing: "uniform", "logsnr" or "karras", as in `Sampler`.
 
     Raises:
-        ValueError: for an invalid number of steps or spacing, or an eta outside [0, 1].
+        ValueError: if `num_steps`, `eta` or `spacing` is invalid.
 
     Reference: Song et al., 2021, Eq. 12 and 16.
     """
@@ -173,95 +238,95 @@ class DDIM(Sampler):
     num_steps: int | None = 50
     eta: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
-        if not _checks.is_between(self.eta, 0, 1):
-            raise ValueError(f"`eta` must be in [0, 1]. Received: eta={self.eta!r}")
+        _checks.require(_checks.is_between(self.eta, 0, 1), "`eta` must be in [0, 1]", eta=self.eta)
 
-    def coefficients(self, alpha_t, sigma_t, alpha_s, sigma_s):
+    def coefficients(self, alpha_t: Array, sigma_t: Array, alpha_s: Array, sigma_s: Array) -> Columns:
         *_, variance = posterior_coefficients(alpha_t, sigma_t, alpha_s, sigma_s)
         variance = self.eta**2 * variance
         from_x = np.sqrt(sigma_s**2 - variance) / sigma_t
-        return from_x, alpha_s - alpha_t * from_x, 0.0, np.sqrt(variance)
+        return {"from_x": from_x, "from_x_0": alpha_s - alpha_t * from_x, "std": np.sqrt(variance)}
 
 
 @dataclasses.dataclass(frozen=True)
 class DPMSolver(DDIM):
-    """DPM-Solver++ (2M): DDIM with x_0 extrapolated from the last two network calls, of second order.
+    """DPM-Solver++ (2M), of second order: DDIM with x_0 extrapolated from the last two network calls.
 
     Args:
-        num_steps: how many steps; `None` for all T.
-        eta: 0 for the solver of the probability-flow equation, 1 for that of the stochastic one, as for `DDIM`.
+        num_steps: number of steps; `None` for all T.
+        eta: 0 solves the probability-flow equation, 1 the stochastic one, as in `DDIM`.
         spacing: "uniform", "logsnr" or "karras", as in `Sampler`.
 
     Raises:
-        ValueError: for an invalid number of steps or spacing, or an eta outside [0, 1].
+        ValueError: if `num_steps`, `eta` or `spacing` is invalid.
 
-    Reference: Lu et al., 2022 ("DPM-Solver++"), algorithm 2 and, with eta = 1, SDE-DPM-Solver++(2M).
+    Reference: Lu et al., 2022 ("DPM-Solver++"), algorithm 2; with eta = 1, SDE-DPM-Solver++(2M).
     """
 
     num_steps: int | None = 20
 
-    def coefficients(self, alpha_t, sigma_t, alpha_s, sigma_s):
-        from_x, from_x_0, _, std = super().coefficients(alpha_t, sigma_t, alpha_s, sigma_s)
+    def coefficients(self, alpha_t: Array, sigma_t: Array, alpha_s: Array, sigma_s: Array) -> Columns:
+        columns = super().coefficients(alpha_t, sigma_t, alpha_s, sigma_s)
         h = np.log(alpha_s * sigma_t) - np.log(sigma_s * alpha_t)  # the step in λ
         extrapolation = np.zeros_like(h)
-        extrapolation[1:-1] = h[1:-1] / (2 * h[:-2])  # none at first, nor in the last step, which is infinite in λ
-        return from_x, (1 + extrapolation) * from_x_0, -extrapolation * from_x_0, std
+        # The first step has no earlier call, and the last is infinite in λ.
+        extrapolation[1:-1] = h[1:-1] / (2 * h[:-2])
+        from_x_0 = columns["from_x_0"]
+        return columns | {"from_x_0": (1 + extrapolation) * from_x_0, "from_previous": [-extrapolation * from_x_0]}
 
 
 @dataclasses.dataclass(frozen=True)
 class Heun(Sampler):
     """Heun's second-order method in sigma/alpha: a step of DDIM, corrected with the x_0 predicted at its end.
 
-    A step calls the network twice; only the last step, and on a schedule without signal at T the first, calls it
-    once. Where sigma/alpha at T is in the thousands (`cosine`) few steps uniform in t are too long at first: take
-    "logsnr".
+    A step calls the network twice. The last step calls it once, and so does the first if the schedule has no signal at
+    T. Prefer "logsnr" with few steps on a schedule like `cosine`, whose sigma/alpha at T is in the thousands: its first
+    steps are too long if they are uniform in t.
 
     Args:
-        num_steps: how many steps; `None` for all T.
-        churn: noise added before each step but the first, in EDM's S_churn: sigma/alpha grows by the factor
-            1 + min(churn / num_steps, √2 − 1), rounded to the schedule's times, which may leave the last few steps
-            without; 0 for a deterministic sampler.
+        num_steps: number of steps; `None` for all T.
+        churn: noise added before each step but the first (EDM's S_churn); 0 for a deterministic sampler. sigma/alpha
+            grows by the factor 1 + min(churn / num_steps, √2 − 1), rounded to the schedule's times. Rounding may leave
+            the last few steps without noise.
         spacing: "uniform", "logsnr" or "karras", as in `Sampler`.
 
     Raises:
-        ValueError: for an invalid number of steps or spacing, or a negative churn.
+        ValueError: if `num_steps`, `churn` or `spacing` is invalid.
 
-    Reference: Karras et al., 2022, algorithm 1 and, with churn, 2.
+    Reference: Karras et al., 2022, algorithm 1; with churn, algorithm 2.
     """
 
     num_steps: int | None = 20
     churn: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
-        if not _checks.is_between(self.churn, 0, np.inf):
-            raise ValueError(f"`churn` must be 0 or more. Received: churn={self.churn!r}")
+        _checks.require(_checks.is_between(self.churn, 0, np.inf), "`churn` must be 0 or more", churn=self.churn)
 
     @property
-    def evaluations(self):
+    def evaluations(self) -> int | None:
         return self.num_steps and 2 * self.num_steps - 1
 
-    def steps(self, schedule):
+    def steps(self, schedule: Schedule) -> list[Array]:
         alpha, sigma = schedule.alpha, schedule.sigma
         times = self.timesteps(schedule)
         starts = [*self._churned(times, schedule), 0]
         steps = []
         for t, s, start in zip(starts, times[1:], starts[1:]):
             from_x = sigma[s] / sigma[t]
-            rows = [[t, from_x, alpha[s] - alpha[t] * from_x, 0.0, 0.0, 0.0]]
+            rows = [row(t, from_x=from_x, from_x_0=alpha[s] - alpha[t] * from_x)]
             if s > 0 and alpha[t] > 0:
-                # The mean of the slopes at both ends, which differ by what their x_0 do.
+                # The mean of the slopes at both ends. The slopes differ by what their x_0 do.
                 gain = alpha[s] / 2 * (alpha[s] * sigma[t] / (sigma[s] * alpha[t]) - 1)
-                rows.append([s, 1.0, gain, -gain, 0.0, 0.0])
+                rows.append(row(s, from_x=1.0, from_x_0=gain, from_previous=[-gain]))
             if start > s:
-                rows[-1] = renoised(rows[-1], schedule, s, start)
-            steps.append(np.array(rows))
+                rows[-1] = add_noise_back(rows[-1], schedule, s, start)
+            steps.append(np.stack(rows))
         return steps
 
-    def _churned(self, times, schedule):
-        """The times at which steps start, noise having been added to all but the first."""
+    def _churned(self, times: Array, schedule: Schedule) -> list:
+        """The times at which the steps start, after noise was added to all but the first."""
         growth = 1 + min(self.churn / (len(times) - 1), np.sqrt(2) - 1)
         t = np.flatnonzero(schedule.alpha)
         ratio = schedule.sigma[t] / schedule.alpha[t]
@@ -273,24 +338,24 @@ class Heun(Sampler):
 class Langevin(Sampler):
     """Annealed Langevin dynamics, alone or as a corrector after each step of another sampler.
 
-    An update at time t, with the score s = −ε/sigma_t of the network and a step of step_size sigma_t², is
+    An update at time t, with the network's score s = −ε/sigma_t and a step of step_size sigma_t², is
 
         x ← x + step_size sigma_t² s + √(2 step_size) sigma_t noise
 
-    and its samples are right as step_size tends to 0 and the number of updates to infinity: for a step of 0.1 the
-    variance at one noise level is at most 5.3 % too large. Alone, x/alpha stays what it is from one level to the
-    next, and the run ends with the x_0 predicted at the last.
+    Its samples are right in the limit of small steps and many updates. A step of 0.1 makes the variance at one noise
+    level at most 5.3 % too large. Alone, it keeps x/alpha from one level to the next, and ends with the x_0 predicted
+    at the last level.
 
     Args:
-        num_steps: number of noise levels; `None` for all T, or for those of the predictor.
+        num_steps: number of noise levels; `None` for all T, or for the steps of the predictor.
         step_size: in units of sigma_t², in (0, 1].
         num_updates: updates at each level.
-        predictor: the sampler whose steps are corrected, at all times that it visits between T and 0, itself no
-            `Langevin`.
-        spacing: "uniform", "logsnr" or "karras", as in `Sampler`; that of the predictor, where there is one.
+        predictor: the sampler whose steps are corrected, at every time that it visits between T and 0. It cannot be a
+            `Langevin` itself.
+        spacing: "uniform", "logsnr" or "karras", as in `Sampler`; with a predictor, its own spacing is used.
 
     Raises:
-        ValueError: for an invalid number, step size, spacing or predictor, or steps beside the predictor's own.
+        ValueError: if an argument is invalid, or if `num_steps` or `spacing` is given together with a predictor.
 
     Reference: Song and Ermon, 2019, algorithm 1; as a corrector, Song et al., 2021 ("Score-based generative
         modeling through SDEs"), algorithm 1.
@@ -300,58 +365,52 @@ class Langevin(Sampler):
     num_updates: int = 1
     predictor: Sampler | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
-        if not _checks.is_between(self.step_size, 0, 1) or self.step_size == 0:
-            raise ValueError(f"`step_size` must be in (0, 1]. Received: step_size={self.step_size!r}")
-        if not _checks.is_count(self.num_updates):
-            raise ValueError(f"`num_updates` must be a positive integer. Received: num_updates={self.num_updates!r}")
-        if self.predictor is not None and not (
-            isinstance(self.predictor, Sampler)
-            and not isinstance(self.predictor, Langevin)
-            and self.num_steps is None
-            and self.spacing == "uniform"
-        ):
-            raise ValueError(
-                "`predictor` must be another sampler, which brings `num_steps` and `spacing`. Received: "
-                f"predictor={self.predictor}, num_steps={self.num_steps}, spacing={self.spacing!r}"
+        valid = _checks.is_between(self.step_size, 0, 1) and self.step_size > 0
+        _checks.require(valid, "`step_size` must be in (0, 1]", step_size=self.step_size)
+        _checks.counts(num_updates=self.num_updates)
+        if self.predictor is not None:
+            valid = isinstance(self.predictor, Sampler) and not isinstance(self.predictor, Langevin)
+            valid = valid and (self.num_steps, self.spacing) == (None, "uniform")
+            _checks.require(
+                valid, "`predictor` is another sampler, with its own `num_steps` and `spacing`", sampler=self
             )
 
     @property
-    def evaluations(self):
+    def evaluations(self) -> int | None:
         if self.predictor is None:
             return self.num_steps and self.num_steps * self.num_updates + 1
         calls, steps = self.predictor.evaluations, self.predictor.num_steps
-        return calls and calls + (steps - 1) * self.num_updates
+        return calls and steps and calls + (steps - 1) * self.num_updates
 
-    def shortened(self, share, timesteps):
+    def shortened(self, share: float, timesteps: int) -> Sampler:
         if self.predictor is None:
             return super().shortened(share, timesteps)
         return dataclasses.replace(self, predictor=self.predictor.shortened(share, timesteps))
 
-    def timesteps(self, schedule):
+    def timesteps(self, schedule: Schedule) -> Array:
         return super().timesteps(schedule) if self.predictor is None else self.predictor.timesteps(schedule)
 
-    def steps(self, schedule):
+    def steps(self, schedule: Schedule) -> list[Array]:
         if self.predictor is not None:
             steps = self.predictor.steps(schedule)
-            pairs = itertools.pairwise(steps)
-            # The predictor finds its own x_0 in memory.
-            return [np.concatenate([rows, self._updates(schedule, after[0, 0], 1.0)]) for rows, after in pairs] + steps[
-                -1:
-            ]
+            for index, after in enumerate(steps[1:]):
+                # The updates are not remembered, so that the predictor finds its own x_0.
+                updates = self._updates(schedule, int(after["t"][0]), keep=1.0)
+                steps[index] = np.concatenate([steps[index], updates])
+            return steps
         times = self.timesteps(schedule)
         steps = [self._updates(schedule, t) for t in times[:-1]]
         for rows, t, s in zip(steps, times, times[1:-1]):
             if schedule.alpha[t] > 0:
-                rows[-1, 1:5] *= schedule.alpha[s] / schedule.alpha[t]
-        denoise = [[times[-2], 0.0, 1.0, 0.0, 0.0, 0.0]]
-        steps[-1] = np.concatenate([steps[-1], denoise])
+                for name in ("from_x", "from_x_0", "std"):
+                    rows[name][-1] *= schedule.alpha[s] / schedule.alpha[t]
+        steps[-1] = np.concatenate([steps[-1], row(times[-2:-1], from_x_0=1.0)])
         if schedule.alpha[-1] == 0:
             steps[0] = DDIM(self.num_steps, spacing=self.spacing).steps(schedule)[0]
         return steps
 
-    def _updates(self, schedule, t, keep=0.0):
-        alpha, sigma = schedule.alpha[int(t)], schedule.sigma[int(t)]
-        row = [t, 1 - self.step_size, self.step_size * alpha, 0.0, np.sqrt(2 * self.step_size) * sigma, keep]
-        return np.array([row] * self.num_updates)
+    def _updates(self, schedule: Schedule, t: int, keep: float = 0.0) -> Array:
+        from_x_0, std = self.step_size * schedule.alpha[t], np.sqrt(2 * self.step_size) * schedule.sigma[t]
+        return row([t] * self.num_updates, from_x=1 - self.step_size, from_x_0=from_x_0, std=std, keep=keep)

@@ -38,6 +38,15 @@ class Mixture:
             low, high = np.where(below, middle, low), np.where(below, high, middle)
         return low
 
+    def denoise(self, x, alpha, sigma, label=None):
+        """E[x_0 | x_t] in float64 at points of any shape: of a component, or of the whole mixture."""
+        variance = alpha**2 * self.std**2 + sigma**2
+        means = [mean + alpha * self.std**2 / variance * (x - alpha * mean) for mean in self.means]
+        if label is not None:
+            return means[label]
+        weights = [w * np.exp(-((x - alpha * m) ** 2) / (2 * variance)) for w, m in zip(self.weights, self.means)]
+        return sum(w * mean for w, mean in zip(weights, means)) / sum(weights)
+
     def model(self, schedule, conditional=False):
         """A `DiffusionModel` that samples it, or, given a label, the component of that number."""
         inputs = [keras.Input((1,)), keras.Input((), dtype="int32")]

@@ -6,12 +6,30 @@ import pathlib
 import keras
 import numpy as np
 import pytest
+from keras import ops
 
 import keras_ddpm as kd
+from keras_ddpm import _devices
+
+TORCH = keras.backend.backend() == "torch"
 
 
 def pytest_addoption(parser):
     parser.addoption("--data-dir", default=os.environ.get("KERAS_DDPM_DATA"), help="folder of prepared real data")
+    parser.addoption("--plain", action="store_true", help="without the fast functions for PyTorch")
+
+
+@pytest.fixture
+def plain_functions(monkeypatch):
+    """A function that switches fast functions off until the test ends: all, or those with the names given."""
+
+    def switch_off(*names):
+        from keras_ddpm import _torch
+
+        names = names or [name for name, value in vars(_torch).items() if callable(value)]
+        monkeypatch.setattr(_devices, "plain_functions", _devices.plain_functions | set(names))
+
+    return switch_off if TORCH else lambda *names: None
 
 
 @pytest.fixture
@@ -25,7 +43,9 @@ def data_dir(request):
 
 
 @pytest.fixture(autouse=True)
-def _fresh():
+def _fresh(request, plain_functions):
+    if request.config.getoption("--plain"):
+        plain_functions()
     keras.utils.set_random_seed(0)
     keras.config.set_dtype_policy("float32")
 
@@ -42,3 +62,21 @@ def model():
 def points():
     """Points in [-1, 1], `(256, 2)`."""
     return np.random.default_rng(0).uniform(-1, 1, (256, 2)).astype("float32")
+
+
+def weights(variables):
+    """The values of variables."""
+    return [ops.convert_to_numpy(v) for v in variables]
+
+
+def randomize(network, scale=0.3):
+    """Gives every weight a random value, as a fresh network outputs zeros."""
+    random = np.random.default_rng(0)
+    network.set_weights([scale * random.standard_normal(w.shape) for w in network.get_weights()])
+
+
+def small_unet(**kwargs):
+    """A compiled model of 8x8 images."""
+    model = kd.DiffusionModel(kd.networks.unet((8, 8, 1), 8, (1, 2), 1, (4,), 4), seed=0, **kwargs)
+    model.compile(loss="mse", optimizer=keras.optimizers.Adam(1e-3))
+    return model

@@ -1,3 +1,5 @@
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -214,3 +216,29 @@ def test_early_stopping_by_a_metric_of_samples(monkeypatch):
     stop = keras.callbacks.EarlyStopping(monitor="val_kid", mode="min", patience=2)
     history = model.fit(IMAGES, epochs=5, batch_size=8, callbacks=[metric, stop], verbose=0).history
     assert history["val_kid"] == [3.0, 1.0, 2.0, 2.0]
+
+
+def test_a_late_nan_stops_the_run(model, points):
+    def batches():
+        while True:
+            yield (points[:64],)
+            yield (np.full((64, 2), np.nan, "float32"),)
+
+    saved = []
+    save = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: saved.append(epoch))
+    with pytest.raises(ValueError, match="loss of epoch 1 is nan"):
+        model.fit(batches(), steps_per_epoch=4, epochs=3, callbacks=save, shuffle=False, verbose=0)
+    assert not saved
+
+
+def test_a_model_that_learns_nothing_says_so(points):
+    data = kd.datasets.from_arrays(points, batch_size=32, steps_per_epoch=320)
+    for learning_rate, warns in [(0.0, True), (1e-2, False)]:
+        model = kd.DiffusionModel(kd.networks.mlp(2, 16, 1), seed=0)
+        model.compile(loss="mae", optimizer=keras.optimizers.Adam(learning_rate))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model.fit(data, epochs=1, verbose=0)
+        texts = [str(w.message) for w in caught if "learned next to nothing" in str(w.message)]
+        assert len(texts) == warns
+        assert not warns or "always predicting zero gives 0.7" in texts[0] or "gives 0.8" in texts[0]

@@ -40,9 +40,9 @@ def ours(sampler, prediction, clip_range):
         times = np.full(len(x), t, "int32")
         return ops.convert_to_numpy(diffusion.predict_x0(x, times, network(x, int(t), prediction)))
 
-    x, memory = NOISE[1000], np.zeros_like(NOISE[1000])
-    for row in sampler.table(LINEAR).astype("float32"):
-        x, memory = samplers.step(row, denoise, x, NOISE[int(row[0]) - 1], memory)
+    x, previous = NOISE[1000], (np.zeros_like(NOISE[1000]),) * samplers.NUM_PREVIOUS
+    for row in sampler.table(LINEAR):
+        x, previous = samplers.step(row, denoise, x, NOISE[int(row["t"]) - 1], previous)
     return x
 
 
@@ -134,7 +134,7 @@ def test_heun(num_steps, spacing):
     sampler = samplers.Heun(num_steps, spacing=spacing)
     times = sampler.timesteps(LINEAR)
     scheduler.set_timesteps(timesteps=(times[:-1] - 1).tolist())
-    assert scheduler.timesteps.tolist() == (sampler.table(LINEAR)[:, 0] - 1).tolist()
+    assert scheduler.timesteps.tolist() == (sampler.table(LINEAR)["t"] - 1).tolist()
     x = torch.tensor(NOISE[1000] / LINEAR.alpha[1000])
     for t in scheduler.timesteps:
         y = network(LINEAR.alpha[int(t) + 1] * x.numpy(), int(t) + 1, "x0")

@@ -1,4 +1,6 @@
-"""Against an independent float64 derivation: Gaussians conditioned by adding precisions, not our formulas."""
+"""The process against an independent derivation in float64, which conditions Gaussians by adding precisions."""
+
+import importlib
 
 import keras
 import numpy as np
@@ -22,6 +24,13 @@ def draw(num, shape=(4, 3), seed=0):
     return random.uniform(-1, 1, (num, *shape)).astype("float32"), random.normal(size=(num, *shape)).astype("float32")
 
 
+def compiled(function):
+    """The function as TensorFlow or JAX compiles it; PyTorch runs it eagerly."""
+    if keras.backend.backend() == "tensorflow":
+        return importlib.import_module("tensorflow").function(function)
+    return importlib.import_module("jax").jit(function) if keras.backend.backend() == "jax" else function
+
+
 def test_scales_and_q_sample(schedule):
     diffusion = GaussianDiffusion(schedule)
     t = np.arange(1001)
@@ -39,7 +48,7 @@ def test_scales_and_q_sample(schedule):
 
 @pytest.mark.parametrize("step", [1, 7, 300])
 def test_q_posterior(schedule, step):
-    """x_s | x_0 is a Gaussian prior and x_t | x_s a Gaussian likelihood: precisions add up."""
+    """x_s | x_0 is a Gaussian prior and x_t | x_s a Gaussian likelihood, so their precisions add up."""
     t = np.arange(step + 1, 1001)
     s = t - step
     betas = 1 - (schedule.alpha[1:] / schedule.alpha[:-1]) ** 2  # beta_t at [t - 1]
@@ -72,7 +81,7 @@ def test_predictions_lead_back_to_the_data(prediction):
     t = np.arange(1001)
     x_t = diffusion.q_sample(x_0, t, noise)
     got = ops.convert_to_numpy(diffusion.predict_x0(x_t, t, diffusion.target(x_0, t, noise)))
-    # Rounding of x_t and y, amplified by 1 / alpha_t where the noise is taken away.
+    # Subtracting the noise amplifies the rounding errors of x_t and y by 1 / alpha_t.
     amplified = 1 / schedule.alpha if prediction == "epsilon" else np.ones(1001)
     assert np.max(np.abs(got - x_0).max(axis=(1, 2)) / amplified) < 2e-6
     got = ops.convert_to_numpy(diffusion.predict_noise(x_t[1:], t[1:], x_0[1:]))
@@ -100,8 +109,8 @@ def test_flow_is_the_velocity_of_the_straight_line():
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_loss_weights_are_those_of_the_data_and_of_the_noise(prediction, schedule):
-    """By their definitions: what an error of 1 in y does to x_0 [Hang et al., 2023] and to ε [Choi et al., 2022]."""
+def test_loss_weights_by_definition(prediction, schedule):
+    """An error of 1 in y causes errors of x_0 [Hang et al., 2023] and ε [Choi et al., 2022]."""
     diffusion = GaussianDiffusion(schedule, prediction, clip_range=None)
     t = np.arange(1, 1001)
     zeros = np.zeros((1000, 1))
@@ -120,7 +129,7 @@ def test_loss_weights_are_those_of_the_data_and_of_the_noise(prediction, schedul
 
 
 def test_published_loss_weights():
-    """min(SNR, γ) / SNR for the noise, min(SNR, γ) / (SNR + 1) for v; P2 with γ = 0 is the simple loss."""
+    """min(SNR, γ) / SNR for the noise, and min(SNR, γ) / (SNR + 1) for v. P2 with γ = 0 is the simple loss."""
     snr = np.exp(schedules.linear().log_snr[1:])
     np.testing.assert_allclose(GaussianDiffusion().min_snr_weight()[1:], np.minimum(snr, 5) / snr)
     np.testing.assert_allclose(GaussianDiffusion(prediction="v").min_snr_weight()[1:], np.minimum(snr, 5) / (snr + 1))
@@ -135,6 +144,28 @@ def test_predict_x0_clips():
     assert np.all(ops.convert_to_numpy(GaussianDiffusion(clip_range=None).predict_x0(x_t, t, y)) > 4)
 
 
+@pytest.mark.parametrize("clip_range", [(-1, 1), (0, 0.5)])
+def test_dynamic_threshold(clip_range):
+    """Against NumPy, with a number and with a tensor, of which a new value is not traced again."""
+    diffusion = GaussianDiffusion(prediction="x0", clip_range=clip_range)
+    middle, half = np.mean(clip_range), np.ptp(clip_range) / 2
+    t, y = np.array([1, 500, 1000]), 1.5 * draw(3)[1]
+    traced = []
+
+    @compiled
+    def predict(y, p):
+        traced.append(p)
+        return diffusion.predict_x0(y, t, y, p)
+
+    for p in (0.3, 0.9, 0.99):
+        scaled = (y - middle) / half
+        threshold = np.maximum(np.quantile(np.abs(scaled), p, axis=(1, 2), keepdims=True), 1)
+        expected = middle + half * np.clip(scaled, -threshold, threshold) / threshold
+        for got in (diffusion.predict_x0(y, t, y, p), predict(y, ops.convert_to_tensor(p, "float32"))):
+            np.testing.assert_allclose(ops.convert_to_numpy(got), expected, atol=1e-6)
+    assert len(traced) == (3 if keras.backend.backend() == "torch" else 1)
+
+
 def test_config():
     diffusion = GaussianDiffusion(np.linspace(0.01, 0.2, 30), prediction="v", clip_range=None)
     copy = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(diffusion))
@@ -142,7 +173,7 @@ def test_config():
     assert np.array_equal(copy.alphas_cumprod, diffusion.alphas_cumprod)
 
 
-def test_no_signal_at_the_end_needs_a_target_that_holds_the_data():
+def test_zero_terminal_signal_needs_a_target_that_contains_the_data():
     schedule = schedules.Schedule([1.0, 0.6, 0.0], [0.0, 0.8, 1.0])
     with pytest.raises(ValueError, match="'epsilon' at t = 2"):
         GaussianDiffusion(schedule)
@@ -180,3 +211,16 @@ def test_bad_loss_weights():
         diffusion.min_snr_weight("5")
     with pytest.raises(ValueError, match="gamma=inf"):
         diffusion.p2_weight(gamma=np.inf)
+
+
+def test_dynamic_threshold_shrinks_and_does_not_cut():
+    """The share p of each example ends inside the range, and nothing outside."""
+    diffusion = GaussianDiffusion(prediction="x0", clip_range=(0.0, 1.0))
+    random = np.random.default_rng(0)
+    y = np.stack([random.normal(0.5, 3.0, 1000), random.normal(0.5, 0.05, 1000)]).astype("float32")
+    got = ops.convert_to_numpy(diffusion.predict_x0(y, np.array([5, 5]), y, dynamic_threshold=0.9))
+    assert abs(np.mean((got[0] > 1e-5) & (got[0] < 1 - 1e-5)) - 0.9) < 0.002 and got.min() >= 0 and got.max() <= 1
+    inside = (got[0] > 1e-5) & (got[0] < 1 - 1e-5)
+    ratio = (got[0] - 0.5)[inside] / (y[0] - 0.5)[inside]
+    assert np.ptp(ratio) < 1e-3  # shrunk, not cut
+    np.testing.assert_allclose(got[1], y[1], atol=1e-6)  # nothing to do

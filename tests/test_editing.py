@@ -55,8 +55,7 @@ def exact_inpainting(sampler, known, num_resamples, schedule=LINEAR, covariance=
     alpha, sigma = schedule.alpha, schedule.sigma
     # The known pixel of x_t is alpha_t known + sigma_t noise, fresh at each arrival.
     for row, s in zip(sampler.table(schedule), times[1:]):
-        t = int(row[0])
-        _, from_x, from_x_0, _, std, _ = row
+        t, from_x, from_x_0, std = int(row["t"]), row["from_x"], row["from_x_0"], row["std"]
         from_known, from_unknown = gain(schedule, t, covariance)[1]
         for resample in range(num_resamples):
             mean_s = (from_x + from_x_0 * from_unknown) * mean + from_x_0 * from_known * alpha[t] * known
@@ -123,7 +122,7 @@ def test_every_image_has_its_own_mask():
 
 def test_resampled_steps(monkeypatch):
     tables = []
-    monkeypatch.setattr(editing, "_run", lambda model, steps, *args, **kwargs: tables.append(steps))
+    monkeypatch.setattr(pixels(), "run", lambda steps, *args, **kwargs: tables.append(steps))
     images, masks = draw(1), np.ones((1, 1, 2, 1))
     for sampler in (samplers.DPMSolver(6), samplers.Heun(6), samplers.Langevin(predictor=samplers.DPMSolver(6))):
         editing.inpaint(pixels(), images, masks, sampler=sampler, num_resamples=3)
@@ -131,10 +130,13 @@ def test_resampled_steps(monkeypatch):
         assert len(steps) == 5 * 3 + 1
         for index, rows in enumerate(steps[:-1]):
             # Where the rows end, the next ones begin.
-            assert steps[index + 1][0, 0] == (rows[0, 0] if index % 3 < 2 else steps[3 * (index // 3 + 1)][0, 0])
-            assert rows[0, 3] == 0
+            next_start = rows if index % 3 < 2 else steps[3 * (index // 3 + 1)]
+            assert steps[index + 1]["t"][0] == next_start["t"][0]
+            assert not np.any(rows["from_previous"][0])
     editing.inpaint(pixels(), images, masks, sampler=samplers.DPMSolver(6), num_resamples=2)
-    np.testing.assert_allclose(np.concatenate(tables.pop()[1::2]), samplers.DDIM(6).table(LINEAR)[:-1], atol=1e-12)
+    rows, ddim = np.concatenate(tables.pop()[1::2]), samplers.DDIM(6).table(LINEAR)[:-1]
+    for name in samplers.ROW.names:
+        np.testing.assert_allclose(rows[name], ddim[name], atol=1e-12)
     editing.inpaint(pixels(), images, masks, sampler=samplers.DPMSolver(6), num_resamples=1)
     assert np.array_equal(np.concatenate(tables.pop()), samplers.DPMSolver(6).table(LINEAR))
 
@@ -142,9 +144,7 @@ def test_resampled_steps(monkeypatch):
 def test_starts_on_schedules_whose_noise_is_not_1(monkeypatch):
     schedule = kd.schedules.Schedule(np.ones(101), np.linspace(0, 10, 101))
     model = kd.DiffusionModel(kd.networks.mlp(1, 8, 1), kd.GaussianDiffusion(schedule, clip_range=None))
-    monkeypatch.setattr(
-        editing, "_run", lambda model, steps, start, images, *args, **kwargs: start(np.arange(len(images)))
-    )
+    monkeypatch.setattr(model, "run", lambda steps, start, num, *args, **kwargs: start(np.arange(num)))
     images = np.zeros((4000, 1))
     for start, std in (
         (editing.variations(model, images, 0.5, seed=0), 5.0),
@@ -267,7 +267,7 @@ def test_labels_and_seeds():
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda m, x: editing.inpaint(m, x, np.ones((2, 1, 2))), r"shape \(2, 1, 2, 1\). Received: \(2, 1, 2\)"),
+        (lambda m, x: editing.inpaint(m, x, np.ones((2, 1, 2))), r"shape \(2, 1, 2, 1\). Received: shape=\(2, 1, 2\)"),
         (lambda m, x: editing.inpaint(m, x, np.full((2, 1, 2, 1), 0.5)), "nothing but 0 and 1"),
         (lambda m, x: editing.inpaint(m, x, np.ones((2, 1, 2, 1)), num_resamples=0), "num_resamples=0"),
         (lambda m, x: editing.inpaint(m, x[..., 0], np.ones((2, 1, 2, 1))), "Expected `images` of shape"),
@@ -284,7 +284,7 @@ def test_labels_and_seeds():
         (lambda m, x: editing.variations(m, x, 0.5, num_steps=0), "num_steps=0"),
         (lambda m, x: editing.variations(m, x, 0.5, guidance_scale=2.0), "needs labels"),
         (lambda m, x: editing.decode(m, x, dynamic_threshold=0.9), "Nothing is clipped"),
-        (lambda m, x: editing.interpolate(m, x, x[:1], 3), r"shapes \(2, 1, 2, 1\) and \(1, 1, 2, 1\)"),
+        (lambda m, x: editing.interpolate(m, x, x[:1], 3), r"shapes=\(\(2, 1, 2, 1\), \(1, 1, 2, 1\)\)"),
         (lambda m, x: editing.interpolate(m, x, np.zeros((2, 2, 2, 1)), 3), "Expected `images_b` of shape"),
         (lambda m, x: editing.interpolate(m, x, x, 1), "num=1"),
         (lambda m, x: editing.decode(m, x[0]), "Expected `noise` of shape"),

@@ -1,4 +1,4 @@
-"""The examples as people start them, with tiny settings, and the README's code as it is printed."""
+"""The examples with tiny settings, as functions and as commands, and the code of the README."""
 
 import importlib
 import json
@@ -8,6 +8,7 @@ import re
 import runpy
 import subprocess
 import sys
+import typing
 
 import keras
 import numpy as np
@@ -20,8 +21,8 @@ import keras_ddpm as kd
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 README_CODE = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-SHORT = "--preset cpu --grid-every 1 --batch-size 8 --epochs 2 --steps-per-epoch 2".split()
-TINY = [*SHORT, *"--image-size 16 --width 8 --width-multipliers 1 2 --groups 4".split()]
+SHORT = {"preset": "cpu", "grid_every": 1, "batch_size": 8, "epochs": 2, "steps_per_epoch": 2}
+TINY = {"image_size": 16, "width": 8, "width_multipliers": (1, 2), "groups": 4}
 
 
 def test_the_readmes_name_every_example():
@@ -31,17 +32,167 @@ def test_the_readmes_name_every_example():
         assert f"python examples/{path.name}" in path.read_text()
 
 
-def flowers(*arguments, **environment):
-    return example("flowers.py", *arguments, **environment)
-
-
-def example(name, *arguments, **environment):
-    """Runs a script; returns exit status and output."""
+def run_script(name, *arguments, **environment):
+    """Runs an example in a process of its own. Returns the exit status and the output."""
     command = [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)]
     run = subprocess.run(
         command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     return run.returncode, run.stdout
+
+
+@pytest.fixture
+def command_line(monkeypatch, capsys):
+    """Runs an example as a command in this process, which is faster. Returns the exit status and the output."""
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+            sys.exit(0)
+        printed = "".join(capsys.readouterr())
+        if isinstance(stop.value.code, str):  # which Python prints
+            return 1, f"{printed}{stop.value.code}\n"
+        return stop.value.code, printed
+
+    return run
+
+
+def check_error(result, status, message):
+    """Checks that the last line of the output is the whole message, after the name of the script."""
+    got, text = result
+    *_, line = text.splitlines()
+    assert got == status and re.match(r"\w+\.py: " + ("error: " if status == 2 else ""), line), text
+    assert re.search(message, line) and "Traceback" not in text, text
+
+
+def call(name, *arguments, **settings):
+    """Calls `main` of an example."""
+    importlib.import_module(name).main(*arguments, **settings)
+
+
+def flags(**settings):
+    """The same settings on the command line."""
+    values = {name: value if isinstance(value, tuple) else (value,) for name, value in settings.items()}
+    return [word for name, value in values.items() for word in ("--" + name.replace("_", "-"), *map(str, value))]
+
+
+def test_the_command_line_is_the_signature(monkeypatch, capsys):
+    common = importlib.import_module("common")
+    received = []
+
+    def main(model: str, folder: str | None = None, *, seed=0, rate: float | None = None, **settings):
+        """Does something.
+
+        Args:
+            model: help of
+                two lines.
+            folder: a folder.
+            seed: an integer.
+            rate: a number.
+            **settings: those of `part`.
+        """
+        if seed < 0:
+            raise common.UsageError("--seed must be 0 or more.")
+        if rate == 0:
+            raise OSError("There is no rate.")
+        received.append((model, folder, seed, rate, settings))
+
+    def part(x, *, widths: tuple[int, ...] = (1, 2), kind: typing.Literal["a", "b"] | None = None, strict=False):
+        """Does a part.
+
+        Args:
+            x: an array.
+            widths: integers.
+            kind: a letter.
+            strict: an option.
+        """
+
+    def run(*functions, line, **options):
+        monkeypatch.setattr(sys, "argv", ["name.py", *line.split()])
+        common.run(*functions, **options)
+
+    def stop(*functions, **options):
+        with pytest.raises(SystemExit) as stopped:
+            run(*functions, **options)
+        return stopped.value.code, capsys.readouterr()
+
+    run(main, part, line="m")
+    run(main, part, line="m f --seed 3 --rate 2 --widths 4 5 --kind b --strict")
+    run(main, part, line="m --widths")
+    assert received == [
+        ("m", None, 0, None, {}),
+        ("m", "f", 3, 2.0, {"widths": (4, 5), "kind": "b", "strict": True}),
+        ("m", None, 0, None, {"widths": ()}),
+    ]
+    for line, message in [
+        ("", "the following arguments are required: model"),
+        ("m --seed 1.5", "argument --seed: invalid int value: '1.5'"),
+        ("m --kind c", "argument --kind: invalid choice: 'c'"),
+        ("m --seed -1", "--seed must be 0 or more."),
+    ]:
+        status, printed = stop(main, part, line=line)
+        assert status == 2 and printed.err.splitlines()[-1].startswith(f"name.py: error: {message}")
+    assert stop(main, part, line="m --rate 0")[0] == "name.py: There is no rate."
+
+    status, printed = stop(main, part, line="--help", presets={"full": {}, "small": {"widths": (1,), "strict": True}})
+    text = " ".join(printed.out.split())
+    assert status == 0 and "x: an array" not in text and __doc__ in text
+    for argument in [
+        " model help of two lines. folder a folder. options:",
+        "--seed SEED an integer. (default: 0)",
+        "--rate RATE a number. --",
+        "--widths [WIDTHS ...] integers. (default: (1, 2); small: (1,))",
+        "--kind {a,b} a letter. --",
+        "--strict an option.",
+    ]:
+        assert argument in text
+
+    def edit(command, images: tuple[str, ...] | None = None, *, output="out", **settings):
+        """Edits.
+
+        Args:
+            command: a function.
+            images: files.
+            output: a folder.
+            **settings: those of `command`.
+        """
+        received.append((command, images, output, settings))
+
+    def darken(x, *, by=0.5):
+        """Makes images darker.
+
+        Args:
+            x: images.
+            by: a number.
+        """
+
+    received.clear()
+    run(edit, commands=(part, darken), line="darken")
+    run(edit, commands=(part, darken), line="darken a b --by 1 --output o")
+    run(edit, commands=(part, darken), line="part a --strict")
+    assert received == [
+        (darken, None, "out", {}),
+        (darken, ("a", "b"), "o", {"by": 1.0}),
+        (part, ("a",), "out", {"strict": True}),
+    ]
+    assert stop(edit, commands=(part, darken), line="part --by 1")[0] == 2
+    assert stop(edit, commands=(part, darken), line="")[0] == 2
+    assert "darken Makes images darker." in " ".join(stop(edit, commands=(darken,), line="--help")[1].out.split())
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(path.name for path in sorted((ROOT / "examples").glob("[!c]*.py"))),
+        *(f"edit.py {name}" for name in ("inpaint", "variations", "interpolate", "reconstruct")),
+    ],
+)
+def test_every_command_has_help(command, command_line):
+    """Making it fails for a parameter that its docstring does not describe."""
+    status, text = command_line(*command.split(), "--help")
+    assert status == 0 and f"usage: {command} [-h]" in text
+    assert command == "edit.py" or "--output OUTPUT" in text
 
 
 def check_output(folder):
@@ -56,37 +207,36 @@ def check_output(folder):
     assert model.sample(1, kd.samplers.DDIM(2)).shape == (1, 16, 16, 3)
 
 
-def test_flowers_without_network_and_data(tmp_path):
-    """The main job on the built-in flowers; then its model is fine-tuned on a folder."""
+def test_flowers_without_network_and_data(tmp_path, command_line):
+    """The main job on drawn flowers. Then its model is fine-tuned on a folder."""
     offline = {"https_proxy": "http://127.0.0.1:9", "TFDS_DATA_DIR": str(tmp_path / "nothing")}
-    options = ["--num-images", 90, "--dtype-policy", "mixed_bfloat16", "--output", tmp_path / "a"]
-    status, text = flowers(*TINY, *options, **offline)
+    options = {"num_images": 90, "dtype_policy": "mixed_bfloat16", "output": tmp_path / "a"}
+    status, text = run_script("flowers.py", *flags(**SHORT, **TINY, **options), **offline)
     assert status == 0, text
-    assert f"backend {keras.backend.backend()}, mixed_bfloat16." in text
+    assert f"Backend: {keras.backend.backend()}. Dtype policy: mixed_bfloat16." in text
     assert "NOT TRAINING ON oxford_flowers102: oxford_flowers102 is not in" in text
-    assert "Going on with drawn flowers." in text
-    assert "Preset: " in text and "81 images of 16x16" in text and "Saw 32 images in" in text
+    assert "Training on drawn flowers instead." in text
+    assert "Preset: cpu." in text and "81 images of 16x16" in text and "Saw 32 images in" in text
     check_output(tmp_path / "a")
 
     for index, flower in enumerate(kd.datasets.procedural_flowers(20, 16)[0]):
         kd.images.save(tmp_path / f"pictures/{index}.png", flower)
     (tmp_path / "pictures/broken.png").write_text("no picture")
-    arguments = ["--init", tmp_path / "a/model.keras", "--dataset", tmp_path / "pictures", "--output", tmp_path / "b"]
-    status, text = flowers(*arguments, *SHORT)
-    assert status == 0 and "18 images of 16x16 to train on and 2 held out" in text, text
+    options = {"init": tmp_path / "a/model.keras", "dataset": tmp_path / "pictures", "output": tmp_path / "b"}
+    arguments = flags(**SHORT, **options)
+    status, text = run_script("flowers.py", *arguments)
+    assert status == 0 and "18 images of 16x16, with 2 held out" in text, text
     assert "Skipped" in text and "broken.png" in text
     check_output(tmp_path / "b")
-    status, text = flowers(*arguments, "--strict")
-    assert status == 1 and "broken.png cannot be read" in text.splitlines()[-1]
-    status, text = flowers(*arguments, "--width", 16)
-    assert status == 2 and "--init brings its own network and process. Received as well: width" in text
+    check_error(command_line("flowers.py", *arguments, "--strict"), 1, "broken.png cannot be read")
+    result = command_line("flowers.py", *arguments, "--width", 16, "--groups", 4)
+    check_error(result, 2, "--init determines the network and the process. Received as well: width, groups$")
 
 
 @pytest.mark.slow
-def test_flowers_on_photographs(tmp_path, data_dir):
-    status, text = flowers(*TINY, "--dataset", "oxford_flowers102", "--data-dir", data_dir, "--output", tmp_path)
-    assert status == 0, text
-    assert "7366 images of 16x16 to train on and 819 held out" in text
+def test_flowers_on_photographs(tmp_path, data_dir, capsys):
+    call("flowers", dataset="oxford_flowers102", data_dir=data_dir, output=tmp_path, **SHORT, **TINY)
+    assert "7366 images of 16x16, with 819 held out" in capsys.readouterr().out
     check_output(tmp_path)
 
 
@@ -95,24 +245,38 @@ def test_flowers_on_photographs(tmp_path, data_dir):
     [
         (["--dataset", "oxford_flowers102", "--data-dir", "nowhere"], 1, "oxford_flowers102 is not in nowhere"),
         (["--preset", "big"], 2, "--preset: invalid choice: 'big' .*full.*cpu"),
-        (["--output", "/dev/null/x"], 1, "--output /dev/null/x cannot be written to"),
+        (["--output", "/dev/null/x"], 1, "Cannot write to --output /dev/null/x: "),
         (["--dataset", "roses"], 2, "auto, oxford_flowers102, procedural or a folder. Received: roses"),
-        (["--image-size", "2"], 1, r"at least 4x4. Received: image_shape=\(2, 2, 3\)"),
+        (["--image-size", "2"], 1, r"\b4x4\b.*\. Received: image_shape=\(2, 2, 3\)"),
         (
             ["--dataset", "procedural", "--num-images", "20", "--batch-size", "64"],
             1,
-            "size of the data, 18. Received: 64",
+            r"\b18\b.*\. Received: .*\b64$",
         ),
     ],
 )
-def test_flowers_says_in_one_line_what_is_wrong(tmp_path, monkeypatch, capsys, arguments, status, message):
-    """In this process, which is quicker: the message of `sys.exit` is what would be printed, with a status of 1."""
+def test_flowers_says_in_one_line_what_is_wrong(tmp_path, monkeypatch, command_line, arguments, status, message):
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
-    monkeypatch.setattr(sys, "argv", ["flowers.py", "--preset", "cpu", "--output", str(tmp_path), *arguments])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / "examples/flowers.py"), run_name="__main__")
-    got, text = (2, capsys.readouterr().err) if stop.value.code == 2 else (1, stop.value.code)
-    assert got == status and re.search(message, text.splitlines()[-1]), text
+    result = command_line("flowers.py", "--preset", "cpu", "--output", tmp_path, *arguments)
+    check_error(result, status, message)
+
+
+def test_presets_of_flowers(monkeypatch):
+    """Settings that are not given come from the preset, and the rest from the defaults."""
+    flowers = importlib.import_module("flowers")
+    called = []
+    monkeypatch.setattr(flowers, "train", lambda model, dataset, seed, **settings: called.append((model, settings)))
+    flowers.main(preset="cpu", epochs=7, width=8, groups=4)
+    flowers.main(preset="full", epochs=7, dtype_policy="float32", **TINY)
+    (cpu, of_cpu), (full, of_full) = called
+    assert (cpu.data_shape, cpu.diffusion.prediction) == ((32, 32, 3), "v")
+    assert (full.data_shape, full.diffusion.prediction) == ((16, 16, 3), "epsilon")
+    assert of_cpu | {"epochs": 7, "steps_per_epoch": 300, "batch_size": 32} == of_cpu
+    assert of_full == {"epochs": 7}
+    for accelerator, epochs in [(True, None), (False, 5)]:
+        monkeypatch.setattr(kd, "has_accelerator", lambda found=accelerator: found)
+        flowers.main(dtype_policy="float32", **TINY)
+        assert called[-1][1].get("epochs") == epochs
 
 
 def test_the_readmes_code(tmp_path, monkeypatch):
@@ -179,43 +343,51 @@ def test_the_readmes_metrics(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_samplers(tmp_path, data_dir):
-    arguments = "--epochs 1 --steps-per-epoch 2 --classifier-epochs 1 --num-samples 8 --evaluations 6".split()
-    status, text = example("samplers.py", *arguments, "--data-dir", data_dir, "--output", tmp_path)
-    assert status == 0 and "right on" in text and "Kernel distance of as many training images" in text, text
+def test_samplers(tmp_path, data_dir, capsys, command_line):
+    options = {"data_dir": data_dir, "output": tmp_path, "epochs": 1, "steps_per_epoch": 2, "classifier_epochs": 1}
+    call("samplers", evaluations=(6,), num_samples=8, **options)
+    check_metric(capsys.readouterr().out, 8)
     header, *rows = (tmp_path / "distances.csv").read_text().splitlines()
     assert header == "sampler,spacing,network calls,distance" and len(rows) == 8 * 3
     assert {int(row.split(",")[-2]) for row in rows} == {5, 6}  # Heun calls an odd number
     for name in ("distances.png", "samples.png"):
         with Image.open(tmp_path / name) as picture:
             picture.load()
+    check_error(command_line("samplers.py", "--evaluations", 1, 9), 2, r"between 2 and 1000. Received: \(1, 9\)$")
+
+
+def check_metric(text, num):
+    assert re.search(r"^Accuracy of the classifier: [\d.]+% of \d+ held-out images.$", text, re.M), text
+    assert re.search(rf"^Kernel distance x 1000 of {num} training images: -?[\d.]+ ± [\d.]+ ", text, re.M), text
 
 
 @pytest.mark.slow
-def test_moons(tmp_path):
-    status, text = example("moons.py", "--output", tmp_path, *"--steps 40 --num-samples 100 --num-pairs 2".split())
-    assert status == 0 and text.count("large variance: ") == 2 and text.count("small variance: ") == 2, text
+def test_moons(tmp_path, capsys, command_line):
+    call("moons", output=tmp_path, steps=40, num_samples=100, num_pairs=2)
+    text = capsys.readouterr().out
+    assert text.count("large variance: ") == 2 and text.count("small variance: ") == 2, text
     assert np.load(tmp_path / "samples.npy").shape == (100, 2)
     for name in ("forward.png", "reverse.png", "score.png", "guidance.png"):
         with Image.open(tmp_path / name) as picture:
             picture.load()
+    check_error(command_line("moons.py", "--steps", 3), 2, "At least 4 --steps")
 
 
 @pytest.mark.slow
-def test_schedules(tmp_path):
-    status, text = example("schedules.py", "--output", tmp_path, "--steps", 1)
-    assert status == 0, text
-    # The network of one step predicts next to nothing: v is off by itself, whose mean square is 1 for noise alone.
+def test_schedules(tmp_path, offline, capsys):
+    call("schedules", steps=1, **offline)
+    text = capsys.readouterr().out
+    # After one step the network predicts almost nothing. The error of v is v, whose mean square is 1 for noise alone.
     errors = [float(line.rsplit(": ", 1)[1]) for line in text.splitlines() if line.startswith("Mean squared error")]
     assert len(errors) == 3 and errors[0] < 0.1, text
     for name in ("scales.png", "resolutions.png", "difficulty.png"):
-        assert read(tmp_path / name).ndim == 3
+        assert read(tmp_path / "out" / name).ndim == 3
 
 
 def test_moons_exact_denoiser_is_the_mean():
-    """Of x_0 given x_t, found by weighing a million points with their likelihood."""
+    """The mean of x_0 given x_t is computed from a million points, weighted by their likelihood."""
     schedule = kd.schedules.cosine(100)
-    model = runpy.run_path(str(ROOT / "examples/moons.py"))["best_model"](schedule)
+    model = importlib.import_module("moons").best_model(schedule)
     x_0, _ = kd.datasets.moons(1_000_000)
     for t in (20, 60, 95):
         x_t = schedule.alpha[t] * x_0[:5] + schedule.sigma[t] * np.random.default_rng(t).standard_normal((5, 2))
@@ -226,31 +398,34 @@ def test_moons_exact_denoiser_is_the_mean():
 
 
 @pytest.mark.slow
-def test_guidance(tmp_path, data_dir):
-    options = "--epochs 1 --steps-per-epoch 2 --classifier-epochs 1 --num-samples 20 --scales 0 2".split()
-    status, text = example("guidance.py", *options, "--data-dir", data_dir, "--output", tmp_path)
-    assert status == 0 and "right on" in text and "Kernel distance of as many training images" in text, text
+def test_guidance(tmp_path, data_dir, capsys, command_line):
+    options = {"data_dir": data_dir, "output": tmp_path, "epochs": 1, "steps_per_epoch": 2, "classifier_epochs": 1}
+    call("guidance", num_samples=20, scales=(0.0, 2.0), **options)
+    check_metric(capsys.readouterr().out, 20)
     header, *rows = (tmp_path / "guidance.csv").read_text().splitlines()
     assert header == "guidance scale,share in class,distance" and [row.split(",")[0] for row in rows] == ["0.0", "2.0"]
     for name in ("guidance.png", "samples/0001.png"):
         with Image.open(tmp_path / name) as picture:
             picture.load()
+    check_error(command_line("guidance.py", "--scales", -1, 2), 2, r"must be 0 or more. Received: \(-1.0, 2.0\)$")
+    result = command_line("guidance.py", "--num-samples", 19, "--data-dir", data_dir, "--output", tmp_path)
+    check_error(result, 2, "--num-samples must be at least 20")
 
 
 @pytest.fixture
 def offline(tmp_path, monkeypatch):
-    """The arguments of a run without data and network, which goes on with drawn flowers; networks are tiny."""
+    """Arguments of a run without data and without a network connection, on drawn flowers. Networks are tiny."""
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
-    for name in ("mnist", "oxford_flowers102"):  # folders that happen to have the name of a data set
+    for name in ("mnist", "oxford_flowers102"):  # folders with the name of a data set
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
     unet = kd.networks.unet
     monkeypatch.setattr(kd.networks, "unet", lambda shape, *_, **kwargs: unet(shape, 8, (1,), 1, (), groups=4))
-    return ["--data-dir", str(tmp_path / "nothing"), "--output", str(tmp_path / "out")]
+    return {"data_dir": str(tmp_path / "nothing"), "output": str(tmp_path / "out")}
 
 
 def check_pictures(folder, *names):
-    """Each with something in its middle, and not black and white alone."""
+    """Checks that the middle of each picture is neither empty nor only black and white."""
     for name in names:
         pixels = read(folder / f"{name}.png").astype("int32")
         height, width = pixels.shape[:2]
@@ -258,43 +433,39 @@ def check_pictures(folder, *names):
         assert middle.std() > 5 and len(np.unique(middle)) > 30, name
 
 
-def in_process(name, *arguments):
-    importlib.import_module(name).main([str(argument) for argument in arguments])
-
-
 @pytest.mark.slow
 def test_mnist(tmp_path, offline, capsys):
-    in_process("mnist", *offline, *"--steps 5 --more-steps 5 --num-samples 20 --classifier-epochs 1".split())
+    call("mnist", steps=5, more_steps=5, num_samples=20, classifier_epochs=1, **offline)
     text = capsys.readouterr().out
-    assert "NOT TRAINING ON mnist" in text and "right on" in text and text.count("kernel distance") == 9, text
+    check_metric(text, 20)
+    assert "NOT TRAINING ON mnist" in text and text.count("kernel distance") == 9, text
     check_pictures(tmp_path / "out", "schedules", "embedding", "choices", "samples", "denoising", "editing")
     assert keras.saving.load_model(tmp_path / "out/model.keras").data_shape == (28, 28, 1)
 
 
-def test_mnist_is_told_the_noise_level(monkeypatch):
-    """The network's answer at t is that of the bare one at 1000 sqrt(alpha_bar_t)."""
+def test_mnist_can_receive_the_noise_level(monkeypatch):
+    """The output of the network at t is that of the bare network at 1000 sqrt(alpha_bar_t)."""
     bare = kd.networks.mlp(2, 8, 1)
     bare.layers[-1].set_weights([np.ones((8, 2)), np.zeros(2)])
     monkeypatch.setattr(kd.networks, "unet", lambda *_, **__: bare)
     schedule = kd.schedules.linear(1000)
-    told = importlib.import_module("mnist").make_network(schedule.alpha)
+    network = importlib.import_module("mnist").make_network(schedule.alpha)
     x, level = np.ones((1, 2), "float32"), schedule.alpha[[300]]
-    answers = [
-        told([x, np.array([300])]),
+    outputs = [
+        network([x, np.array([300])]),
         bare([x, np.round(1000 * level).astype("int32")]),
         bare([x, np.array([300])]),
     ]
-    told, expected, other = map(ops.convert_to_numpy, answers)
-    np.testing.assert_allclose(told, expected, rtol=1e-6)
-    assert not np.allclose(told, other)
+    output, expected, other = map(ops.convert_to_numpy, outputs)
+    np.testing.assert_allclose(output, expected, rtol=1e-6)
+    assert not np.allclose(output, other)
 
 
 @pytest.mark.slow
 def test_fashion_mnist(tmp_path, offline, monkeypatch, capsys):
     dit = kd.networks.dit
     monkeypatch.setattr(kd.networks, "dit", lambda shape, **_: dit(shape, 7, 8, 1, 1))
-    options = "--epochs 1 --steps-per-epoch 2 --num-samples 20 --classifier-epochs 1"
-    in_process("fashion_mnist", *offline, *options.split())
+    call("fashion_mnist", epochs=1, steps_per_epoch=2, num_samples=20, classifier_epochs=1, **offline)
     text = capsys.readouterr().out
     rows = text[text.index("network  ") :].splitlines()[1:-1]
     names = ["basic U-Net, as in tutorials", "basic U-Net", "full U-Net", "transformer"]
@@ -302,38 +473,37 @@ def test_fashion_mnist(tmp_path, offline, monkeypatch, capsys):
     check_pictures(tmp_path / "out", "training", "networks", "samples", "denoising")
 
 
-def test_your_images(tmp_path, offline):
-    """A folder of very few pictures, not all of them square."""
+def test_your_images(tmp_path, offline, command_line):
+    """Trains on a folder of very few pictures that are not all square."""
     for index, flower in enumerate(kd.datasets.procedural_flowers(5, 20)[0]):
         kd.images.save(tmp_path / f"mine/{index % 2}/{index}.png", flower[: 16 + index % 4])
-    options = "--epochs 2 --steps-per-epoch 2 --image-size 18".split()
-    in_process("your_images", tmp_path / "mine", *offline, *options)
+    call("your_images", tmp_path / "mine", epochs=2, steps_per_epoch=2, image_size=18, **offline)
     check_pictures(tmp_path / "out", "pictures", "samples/0002", "samples", "denoise")
     assert read(tmp_path / "out/loss.png").ndim == 3
     assert keras.saving.load_model(tmp_path / "out/model.keras").data_shape == (18, 18, 3)
-    with pytest.raises(ValueError, match="no folder"):
-        in_process("your_images", tmp_path / "yours", *offline, *options)
-    with pytest.raises(ValueError, match="at least 2 are needed. Received: 1"):
-        kd.images.save(tmp_path / "one/a.png", flower)
-        in_process("your_images", tmp_path / "one", *offline, *options)
+    output = ["--output", offline["output"]]
+    check_error(command_line("your_images.py", tmp_path / "yours", *output), 1, "no folder")
+    kd.images.save(tmp_path / "one/a.png", flower)
+    result = command_line("your_images.py", tmp_path / "one", *output)
+    check_error(result, 1, "At least 2 images are needed, because one tenth is held out. Received: 1$")
 
 
 @pytest.mark.slow
 def test_your_images_on_photographs(tmp_path, offline, data_dir, capsys):
-    """Without a folder it writes photographs into one, and trains on that."""
-    options = ["--epochs", 1, "--steps-per-epoch", 1, "--data-dir", data_dir]
-    in_process("your_images", *offline, *options)
+    """Without a folder, photographs are written to one."""
+    call("your_images", epochs=1, steps_per_epoch=1, **offline | {"data_dir": data_dir})
     assert len(list((tmp_path / "out/pictures").glob("*.png"))) == 968
-    assert "872 pictures to train on, 96 held out" in capsys.readouterr().out
+    assert "Training on 872 pictures, with 96 held out" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_evaluate(tmp_path, offline, capsys):
-    """A report of an untrained model, whose samples are found to be far from flowers."""
+def test_evaluate(tmp_path, offline, capsys, command_line):
+    """The report shows that the samples of an untrained model are far from flowers."""
     model = kd.DiffusionModel(kd.networks.unet((16, 16, 3)), kd.GaussianDiffusion(kd.schedules.cosine(20), "v"))
-    model.save(tmp_path / "model.keras")
-    options = "--num-samples 40 --num-likelihood 4 --classifier-epochs 1 --train-extractor".split()
-    in_process("evaluate", tmp_path / "model.keras", "--dataset", "procedural", "--num-images", 900, *offline, *options)
+    path = str(tmp_path / "model.keras")
+    model.save(path)
+    options = {"num_samples": 40, "num_likelihood": 4, "classifier_epochs": 1, "train_extractor": True}
+    call("evaluate", path, dataset="procedural", num_images=900, **options, **offline)
     text = capsys.readouterr().out
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["num_samples"] == 40 and report["extractor"] == "classifier" and len(report["extractor_hash"]) == 12
@@ -344,27 +514,30 @@ def test_evaluate(tmp_path, offline, capsys):
     assert report["bits_per_dimension"]["small"]["num_images"] == 4
     check_pictures(tmp_path / "out", "report")
     assert (report["num_training"], report["floor"]) == (810, "held-out images, 40 at a time, 10 draws")
-    for arguments, error, message in [
-        (["nowhere.keras"], ValueError, "There is no model nowhere.keras"),
-        ([tmp_path / "model.keras"], ConnectionError, "oxford_flowers102 is not in"),
-        ([tmp_path / "model.keras", "--dataset", "procedural", "--num-samples", 3], SystemExit, "2"),
+    of_vectors = tmp_path / "of_vectors.keras"
+    kd.DiffusionModel(kd.networks.dit((8, 8, 3), 4, 8, 1, 1, context_dim=2)).save(of_vectors)
+    for arguments, status, message in [
+        (["nowhere.keras"], 1, "There is no model file nowhere.keras"),
+        ([of_vectors], 1, "of_vectors.keras needs vectors as conditions"),
+        ([path, "--data-dir", offline["data_dir"]], 1, "oxford_flowers102 is not in"),
+        ([path, "--num-samples", 3], 2, "At least 20 --num-samples"),
+        ([path, "--extractor", path, "--train-extractor"], 2, "--extractor and --train-extractor exclude each other"),
     ]:
-        with pytest.raises(error, match=message):
-            in_process("evaluate", *arguments, *offline)
+        check_error(command_line("evaluate.py", *arguments, "--output", offline["output"]), status, message)
 
 
 @pytest.fixture
 def edit(tmp_path, monkeypatch, capsys):
-    """examples/edit.py on an untrained model of classes, in this process: from arguments to what it prints."""
+    """A function that calls a command of edit.py with an untrained model of classes and returns what it prints."""
     model = kd.DiffusionModel(kd.networks.unet((8, 8, 3), 8, (1,), 1, (8,), 4, num_classes=2), kd.GaussianDiffusion())
     (tmp_path / "runs/flowers").mkdir(parents=True)
     model.save(tmp_path / "runs/flowers/model.keras")
-    for name, colour in {"white": 1.0, "black": -1.0}.items():
-        kd.images.save(tmp_path / f"{name}.png", np.full((12, 12, 3), colour))
+    for name, color in {"white": 1.0, "black": -1.0}.items():
+        kd.images.save(tmp_path / f"{name}.png", np.full((12, 12, 3), color))
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments):
-        runpy.run_path(str(ROOT / "examples/edit.py"))["main"](arguments)
+    def run(command, images=None, **settings):
+        call("edit", getattr(importlib.import_module("edit"), command), images, **settings)
         return capsys.readouterr().out
 
     return run
@@ -377,42 +550,49 @@ def read(path):
 
 @pytest.mark.slow
 def test_edit(edit):
-    edit("inpaint", "white.png", "black.png", "--num", "2", "--num-steps", "3", "--label", "1")
+    edit("inpaint", ["white.png", "black.png"], num=2, num_steps=3, label=1)
     known = np.ones((8, 8), bool)
     known[2:6, 2:6] = False
-    for row, colour in enumerate((255, 0)):
+    for row, color in enumerate((255, 0)):
         fillings = [read(f"runs/edit/inpaint/{row + 1}-{column}.png") for column in (3, 4)]
-        assert all(np.all(filling[known] == colour) for filling in fillings)
+        assert all(np.all(filling[known] == color) for filling in fillings)
         assert not np.array_equal(*fillings)
-    edit("inpaint", "white.png", "--mask", "white.png", "--num", "1", "--num-steps", "2")
+    edit("inpaint", ["white.png"], mask="white.png", num=1, num_steps=2)
     assert np.all(read("runs/edit/inpaint/1-3.png") == 255)
 
-    edit("variations", "white.png", "--strengths", "0", "1", "--label", "0", "--guidance-scale", "2")
+    edit("variations", ["white.png"], strengths=(0, 1), label=0, guidance_scale=2)
     assert np.all(read("runs/edit/variations/1-2.png") == 255)
     assert not np.all(read("runs/edit/variations/1-3.png") == 255)
 
-    edit("interpolate", "white.png", "black.png", "--num", "3", "--num-steps", "2")
+    edit("interpolate", ["white.png", "black.png"], num=3, num_steps=2)
     assert np.all(read("runs/edit/interpolate/1-1.png") == 255) and np.all(read("runs/edit/interpolate/1-3.png") == 0)
 
-    text = edit("reconstruct", "--num-flowers", "2", "--num-steps", "2", "4")
+    text = edit("reconstruct", num_flowers=2, num_steps=(2, 4))
     assert [line.split()[0] for line in text.splitlines()[:2]] == ["2", "4"]
     assert pathlib.Path("runs/edit/reconstruct/2-5.png").is_file()
     for name in ("inpaint", "variations", "interpolate", "reconstruct"):
         assert np.ptp(read(f"runs/edit/{name}.png")[..., :3]) == 255
 
 
-def test_edit_says_what_is_wrong(edit):
-    with pytest.raises(ValueError, match="There is no model nowhere.keras. `python examples/flowers.py` trains one."):
-        edit("inpaint", "white.png", "--model", "nowhere.keras")
-    with pytest.raises(ValueError, match="in pairs. Received: 1"):
-        edit("interpolate", "white.png")
-    with pytest.raises(ValueError, match=r"`strength` must be in \[0, 1\]. Received: strength=2.0"):
-        edit("variations", "white.png", "--strengths", "2")
-    with pytest.raises(ValueError, match="Labels must be integers in 0..1. Received: labels=2"):
-        edit("variations", "white.png", "--label", "2")
-    with pytest.raises(OSError, match="grey.png"):
-        edit("variations", "grey.png")
-    points = kd.DiffusionModel(kd.networks.mlp(2, 8), kd.GaussianDiffusion())
-    points.save("points.keras")
-    with pytest.raises(ValueError, match="points.keras is no diffusion model of images"):
-        edit("variations", "white.png", "--model", "points.keras")
+def test_edit_as_a_command(edit, command_line):
+    arguments = "white.png black.png --strengths 0 1 --label 0 --output here".split()
+    assert command_line("edit.py", "variations", *arguments) == (0, "Wrote here/variations.png and here/variations/.\n")
+    assert np.all(read("here/variations/1-2.png") == 255) and np.all(read("here/variations/2-2.png") == 0)
+
+
+def test_edit_says_in_one_line_what_is_wrong(edit, command_line):
+    kd.DiffusionModel(kd.networks.mlp(2, 8), kd.GaussianDiffusion()).save("points.keras")
+    kd.DiffusionModel(kd.networks.unet((8, 8, 1), 8, (1,), 1, (), 4)).save("gray.keras")
+    for line, message in [
+        (
+            "inpaint white.png --model nowhere.keras",
+            "There is no model file nowhere.keras. `python examples/flowers.py` trains a model.$",
+        ),
+        ("interpolate white.png", "in pairs. Received: 1$"),
+        ("variations white.png --strengths 2", r"`strength` must be in \[0, 1\]. Received: strength=2.0"),
+        ("variations white.png --label 2", "Labels must be integers in 0..1. Received: labels=2"),
+        ("variations gray.png", "gray.png"),
+        ("variations white.png --model points.keras", "points.keras is not a diffusion model of images"),
+        ("variations --model gray.keras", "gray.keras was not trained on color images"),
+    ]:
+        check_error(command_line("edit.py", *line.split()), 1, message)

@@ -1,3 +1,5 @@
+"""Conversions, files and figures of images."""
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -19,41 +21,41 @@ def test_eight_bits_and_back():
     assert np.array_equal(images.to_uint8([-7.0, 7.0]), [0, 255])
 
 
-def test_resize_crops_the_centre_and_does_not_alias():
+def test_resize_crops_the_center_and_does_not_alias():
     stripes = np.zeros((90, 150, 3), "uint8")
-    stripes[:, 30:120:2] = 200  # the square in the middle, in stripes of one pixel
+    stripes[:, 30:120:2] = 200  # stripes of one pixel in the center square
     stripes[:, :30] = stripes[:, 120:] = 255
     small = images.resize(stripes, 30)
     assert small.shape == (30, 30, 3)
     assert np.all(np.abs(small[:, 2:-2].astype(int) - 100) <= 2)
-    grey = images.resize(np.full((28, 28, 1), 7, "uint8"), 14)
-    assert grey.shape == (14, 14, 1) and np.all(grey == 7)
+    gray = images.resize(np.full((28, 28, 1), 7, "uint8"), 14)
+    assert gray.shape == (14, 14, 1) and np.all(gray == 7)
 
 
 def test_load_turns_upright(tmp_path):
     pixels = np.zeros((4, 8, 3), "uint8")
     pixels[:, :4] = 255  # left half white
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise: the left side comes on top
+    exif[0x0112] = 6  # means a clockwise rotation, which puts the left side on top
     Image.fromarray(pixels).save(tmp_path / "x.png", exif=exif)
     x = images.load(tmp_path / "x.png", 4)
     assert np.all(x[:2] == 255) and np.all(x[2:] == 0)
 
 
 def test_load_other_modes(tmp_path):
-    grey16 = np.full((4, 4), 40_000, "uint16")
-    Image.fromarray(grey16).save(tmp_path / "grey16.png")
-    assert np.all(images.load(tmp_path / "grey16.png", 4) == 40_000 // 256)
-    assert images.load(tmp_path / "grey16.png", 4, channels=1).shape == (4, 4, 1)
+    gray16 = np.full((4, 4), 40_000, "uint16")
+    Image.fromarray(gray16).save(tmp_path / "gray16.png")
+    assert np.all(images.load(tmp_path / "gray16.png", 4) == 40_000 // 256)
+    assert images.load(tmp_path / "gray16.png", 4, channels=1).shape == (4, 4, 1)
     for number, expected in [(200, 200), (40_000, 156)]:
-        Image.fromarray(np.full((4, 4), number, "int32")).save(tmp_path / "grey32.tif")
-        assert np.all(images.load(tmp_path / "grey32.tif", 4) == expected)
+        Image.fromarray(np.full((4, 4), number, "int32")).save(tmp_path / "gray32.tif")
+        assert np.all(images.load(tmp_path / "gray32.tif", 4) == expected)
     for pixels in (np.full((4, 4), 2**20, "int32"), np.full((4, 4), 0.5, "float32")):
         Image.fromarray(pixels).save(tmp_path / "much.tif")
-        with pytest.raises(ValueError, match="no integers of at most 16 bits"):
+        with pytest.raises(ValueError, match="must be integers of at most 16 bits. Received: mode"):
             images.load(tmp_path / "much.tif", 4)
-    Image.new("L", (4, 4), 90).save(tmp_path / "grey.png")
-    assert np.all(images.load(tmp_path / "grey.png", 4) == 90)
+    Image.new("L", (4, 4), 90).save(tmp_path / "gray.png")
+    assert np.all(images.load(tmp_path / "gray.png", 4) == 90)
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     clear.save(tmp_path / "alpha.png")
     assert np.all(images.load(tmp_path / "alpha.png", 4) == 255)
@@ -94,14 +96,14 @@ def test_files(tmp_path, channels):
 def test_loss_plot(tmp_path):
     plots.loss(tmp_path / "new/loss.png", {"loss": [1.0, 0.5], "val_loss": [0.9, 0.6], "lr": [1, 1]})
     pixels = read(tmp_path / "new/loss.png")[..., :3].astype("int32")
-    colourful = np.sum(np.ptp(pixels, axis=-1) > 60)
-    assert abs(pixels.shape[1] / pixels.shape[0] - 1.5) < 0.1 and 500 < colourful < 20_000  # two thin curves
+    colorful = np.sum(np.ptp(pixels, axis=-1) > 60)
+    assert abs(pixels.shape[1] / pixels.shape[0] - 1.5) < 0.1 and 500 < colorful < 20_000  # two thin curves
 
 
 def test_tables_of_images(tmp_path):
-    """Every cell where its row and column say, a grid of its images; folders are made."""
-    grey = {name: np.full((3, 4, 4, 1), level) for name, level in {"a": -1.0, "b": -0.5, "c": 0.0, "d": 0.5}.items()}
-    rows = {"first": {"left": grey["a"], "right": grey["b"]}, "second": {"left": grey["c"], "right": grey["d"]}}
+    """Every cell is a grid of its images, in its row and column. Missing folders are created."""
+    gray = {name: np.full((3, 4, 4, 1), level) for name, level in {"a": -1.0, "b": -0.5, "c": 0.0, "d": 0.5}.items()}
+    rows = {"first": {"left": gray["a"], "right": gray["b"]}, "second": {"left": gray["c"], "right": gray["d"]}}
     plots.table(tmp_path / "deep/table.png", rows, columns=2, size=1)
     with Image.open(tmp_path / "deep/table.png") as file:
         pixels = np.asarray(file.convert("L"))

@@ -1,26 +1,19 @@
-"""Distances of sets, against their definitions and closed forms."""
+"""Distances between sets of images, compared with their definitions and closed forms."""
 
 import keras
 import numpy as np
 import pytest
+from test_features import draw
+from test_features import flatten
+from test_features import flowers
 
-import keras_ddpm as kd
+from keras_ddpm import features
 from keras_ddpm import metrics
+from keras_ddpm import toys
 
 
-def flatten(shape=(2, 2, 1), name="flatten"):
-    """The extractor whose features are the pixels."""
-    x = keras.Input(shape)
-    return keras.Model(x, keras.layers.Flatten()(x), name=name)
-
-
-def infinite():
-    x = keras.Input((2, 2, 1))
-    return keras.Model(x, keras.layers.Rescaling(np.inf)(keras.layers.Flatten()(x)), name="infinite")
-
-
-class Pixels(metrics.Extractor):
-    """The same without a model, where there are many sets."""
+class Pixels(features.Extractor):
+    """The same as `flatten` without a model, for tests of many sets."""
 
     def __init__(self):
         self.name, self.hash = "pixels", ""
@@ -29,16 +22,25 @@ class Pixels(metrics.Extractor):
         return images.reshape(len(images), -1).astype("float64")
 
 
-def draw(num, seed, shift=0.0, scale=0.3):
-    return (shift + scale * np.random.default_rng(seed).standard_normal((num, 2, 2, 1))).astype("float32")
-
-
 def kid(**options):
     return metrics.KernelInceptionDistance(flatten(), **options)
 
 
 def fid():
     return metrics.FrechetInceptionDistance(flatten())
+
+
+def test_metrics_are_plain_objects():
+    assert metrics.Extractor is features.Extractor and metrics.train_classifier is features.train_classifier
+    metric = kid(name="pixels")
+    assert not isinstance(metric, keras.metrics.Metric)
+    metric.update_state(draw(3, 0), draw(4, 1))
+    expected = "<KernelInceptionDistance 'pixels': 3 real and 4 generated images, extractor 'flatten'>"
+    assert repr(metric) == expected
+    metric.reset_state()
+    assert metric.num_real == metric.num_generated == 0
+    with pytest.raises(TypeError):  # weights of images
+        metric(draw(9, 0), draw(9, 1), [1.0] * 9)
 
 
 def test_kid_is_its_definition():
@@ -59,7 +61,7 @@ def test_kid_is_its_definition():
 
 
 def test_kid_has_no_bias_and_knows_its_error():
-    """Real against real: 0 on average; and the error it states is the deviation from draw to draw."""
+    """The mean over pairs of real sets is 0, and the standard error is the deviation between the pairs."""
     metric, values, errors = metrics.KernelInceptionDistance(Pixels(), subset_size=50), [], []
     for seed in range(200):
         metric.reset_state()
@@ -71,7 +73,7 @@ def test_kid_has_no_bias_and_knows_its_error():
 
 
 def test_fid_of_known_moments():
-    """Against the closed form for covariances that commute, and scipy's square root of a matrix for any."""
+    """Equals the closed form if the covariances commute, and SciPy's square root of a matrix otherwise."""
     rng = np.random.default_rng(0)
     for same_axes in (True, False):
         axes = [np.linalg.qr(rng.normal(size=(4, 4)))[0] for _ in range(2)]
@@ -86,8 +88,8 @@ def test_fid_of_known_moments():
         assert got == pytest.approx(np.sum((means[0] - means[1]) ** 2) + spectra.sum() - 2 * cross, rel=1e-9)
 
 
-def test_fid_is_that_of_the_moments():
-    """With n - 1, and also where there are fewer images than features."""
+def test_fid_uses_unbiased_covariances():
+    """They are divided by n - 1. There may be fewer images than features."""
     for num in (3, 200):
         real, generated = draw(num, 0), draw(2 * num, 1, 0.5, 0.5)
         x, y = (images.reshape(-1, 4).astype("float64") for images in (real, generated))
@@ -134,15 +136,15 @@ def test_streaming_is_one_shot(make, tmp_path):
 
 @pytest.mark.parametrize("make", [lambda: kid(subset_size=100), fid])
 def test_corruptions_increase_the_distance(make):
-    """Of drawn flowers, with more of each corruption."""
-    flowers, _ = kd.datasets.procedural_flowers(600, 8)
+    """The distance of drawn flowers grows with the strength of each corruption."""
+    flowers, _ = toys.procedural_flowers(600, 8)
     real, others = flowers[:300], flowers[300:]
     random = np.random.default_rng(0)
     noise = random.standard_normal(others.shape).astype("float32")
     corruptions = {
         "noise": [np.clip(others + level * noise, -1, 1) for level in (0.1, 0.3)],
         "blur": [sum(np.roll(others, shift, axis=2) for shift in range(width)) / width for width in (2, 4)],
-        "colour": [np.clip(others + [shift, 0, 0], -1, 1) for shift in (0.1, 0.3)],
+        "color": [np.clip(others + [shift, 0, 0], -1, 1) for shift in (0.1, 0.3)],
         "dropped modes": [others[np.arange(300) % kept] for kept in (20, 3)],
     }
     extractor = flatten((8, 8, 3))
@@ -159,13 +161,13 @@ def test_corruptions_increase_the_distance(make):
 
 
 def test_p_values_of_the_same_distribution_are_uniform():
-    """And those of different ones as small as the number of permutations allows."""
+    """The p-value of different distributions is the smallest that the number of permutations allows."""
     metric, values = metrics.KernelInceptionDistance(Pixels(), subset_size=2), []
     for seed in range(200):
         metric.reset_state()
         metric.update_state(draw(30, 2 * seed), draw(40, 2 * seed + 1))
         values.append(metric.p_value(num_permutations=99))
-    # Kolmogorov-Smirnov: the largest gap to the uniform distribution, at the level of one in a thousand.
+    # Kolmogorov-Smirnov test at the level 1/1000: the largest gap to the uniform distribution.
     gap = np.max(np.abs(np.sort(values) - (np.arange(200) + 0.5) / 200))
     assert gap < 1.95 / 200**0.5 + 0.01
     metric.update_state(generated_images=draw(40, 0, shift=0.5))
@@ -173,7 +175,7 @@ def test_p_values_of_the_same_distribution_are_uniform():
 
 
 def test_distances_of_many_images_are_summed_in_parts():
-    """More images than are looked at in one go: the discrepancy is that of the whole matrix."""
+    """The kernel matrix of many images is summed in parts, with the result of the whole matrix."""
     x, y = (draw(num, seed).reshape(num, 4).astype("float64") for seed, num in enumerate((1300, 900)))
     (got,) = metrics._squared_discrepancies(*metrics._united(x, y))
     k = (np.concatenate([x, y]) @ np.concatenate([x, y]).T / 4 + 1) ** 3
@@ -183,7 +185,7 @@ def test_distances_of_many_images_are_summed_in_parts():
 
 
 def test_precision_and_recall_are_their_definition():
-    """Loops over the definition of Kynkäänniemi et al., 2019, Eq. 1-2."""
+    """Compares with loops over the definition of Kynkäänniemi et al., 2019, Eq. 1-2."""
     real, generated = draw(40, 0), draw(30, 1, 0.2, 0.4)
     metric = metrics.PrecisionRecall(flatten(), k=2)
     got = metric(real, generated)
@@ -202,7 +204,7 @@ def test_precision_and_recall_are_their_definition():
     assert (about["precision"], about["recall"]) == got and about["num_generated"] == 30
 
 
-def test_floor_is_of_real_images_and_leaves_the_generated_ones():
+def test_floor_uses_real_images_and_keeps_the_generated_ones():
     metric = kid(subset_size=50)
     metric.update_state(draw(200, 0), draw(60, 1, 0.5))
     before = metric.result()
@@ -212,30 +214,12 @@ def test_floor_is_of_real_images_and_leaves_the_generated_ones():
         metric.floor(draw(9, 0), 10)
 
 
-@pytest.fixture(scope="module")
-def flowers():
-    """Training, held-out and other drawn flowers, and a classifier of their kinds."""
-    keras.utils.set_random_seed(0)
-    x, labels = kd.datasets.procedural_flowers(1200, 16)
-    classifier = metrics.train_classifier(x[:600], labels[:600], epochs=8)
-    return x[:600], x[600:900], x[900:], labels[900:], classifier
-
-
-def test_a_trained_classifier_is_an_extractor(flowers):
-    training, held_out, others, labels, classifier = flowers
-    assert np.mean(np.argmax(classifier.predict(others, verbose=0), axis=1) == labels) > 0.8
-    extractor = metrics.Extractor(classifier)
-    assert extractor(others[:3]).shape == (3, 128) and extractor.name == "classifier"
-    with pytest.raises(ValueError, match="label for each"):
-        metrics.train_classifier(others, labels[:5])
-
-
-def test_dropped_modes_and_corruptions_in_features(flowers):
-    """Both distances rise; precision falls with noise, recall with blur and where kinds are missing."""
-    training, held_out, others, labels, classifier = flowers
+def test_dropped_modes_and_corruptions_in_features():
+    """Both distances rise. Precision falls with noise, and recall with blur and with missing kinds."""
+    training, held_out, others, labels, classifier = flowers()
     noisy = np.clip(others + 0.8 * np.random.default_rng(0).standard_normal(others.shape), -1, 1)
     blurred = sum(np.roll(others, (i, j), axis=(1, 2)) for i in range(4) for j in range(4)) / 16
-    coloured = np.clip(others + [0.7, -0.3, 0], -1, 1)
+    colored = np.clip(others + [0.7, -0.3, 0], -1, 1)
     one_kind = np.resize(others[labels == 0], others.shape)
     for metric in (
         metrics.KernelInceptionDistance(classifier, subset_size=75),
@@ -243,7 +227,7 @@ def test_dropped_modes_and_corruptions_in_features(flowers):
     ):
         metric.update_state(real_images=held_out)
         limit = metric.compare(others) + 3 * metric.standard_error()
-        for name, images in {"noise": noisy, "colour": coloured, "one kind": one_kind}.items():
+        for name, images in {"noise": noisy, "color": colored, "one kind": one_kind}.items():
             assert metric.compare(images) > limit, (metric.name, name)
     metric = metrics.PrecisionRecall(classifier)
     metric.update_state(real_images=held_out)
@@ -255,7 +239,7 @@ def test_dropped_modes_and_corruptions_in_features(flowers):
 
 
 def test_the_share_of_memorised_images_is_the_quantile_on_average():
-    """For models that draw from the distribution of the data; and its stated error is the deviation."""
+    """This holds for samples of the distribution of the data. The standard error is the deviation of the share."""
     shares, errors = [], []
     for seed in range(300):
         found = metrics.memorisation(Pixels(), *(draw(num, [seed, num]) for num in (100, 41, 60)), quantile=0.1)
@@ -263,12 +247,12 @@ def test_the_share_of_memorised_images_is_the_quantile_on_average():
         errors.append(found.standard_error)
     assert abs(np.mean(shares) - 0.1) < 3 * np.std(shares) / 300**0.5
     assert 0.8 < np.sqrt(np.mean(np.square(errors))) / np.std(shares) < 1.25
-    with pytest.raises(ValueError, match="0.1 of 9 held-out images is not known"):
+    with pytest.raises(ValueError, match="Too few held-out images. Received: num=9, quantile=0.1"):
         metrics.memorisation(Pixels(), draw(9, 0), draw(9, 1), draw(9, 2), quantile=0.1)
 
 
-def test_copies_are_found(flowers):
-    training, held_out, others, _, classifier = flowers
+def test_copies_are_found():
+    training, held_out, others, _, classifier = flowers()
     fresh = metrics.memorisation(classifier, training, held_out, others)
     assert abs(fresh.share - 0.05) < 4 * np.sqrt(2 * 0.05 * 0.95 / 300) and fresh.quantile == 0.05
     assert fresh.distances.shape == (300,) and fresh.distances.min() > 0
@@ -281,58 +265,29 @@ def test_copies_are_found(flowers):
         metrics.memorisation(classifier, training, held_out, others, quantile=1)
 
 
-def test_extractors(tmp_path):
-    model = flatten()
-    model.save(tmp_path / "flatten.keras")
-    one, two = metrics.Extractor(model), metrics.Extractor(tmp_path / "flatten.keras")
-    assert one.hash == two.hash and one.name == two.name == "flatten"
-    dense = keras.Sequential([keras.Input((2, 2, 1)), keras.layers.Flatten(), keras.layers.Dense(3)])
-    assert metrics.Extractor(dense).hash != one.hash
-    assert metrics.Extractor(dense)(draw(5, 0)).shape == (5, 3)
-
-
-def test_inception_that_cannot_be_had(monkeypatch):
-    def refuse(**kwargs):
-        raise Exception("URL fetch failure")
-
-    monkeypatch.setattr(keras.applications, "InceptionV3", refuse)
-    with pytest.raises(ConnectionError, match="cannot be downloaded. Give an `extractor`"):
-        metrics.KernelInceptionDistance()
-
-
-def test_inception_takes_any_size_and_grey(monkeypatch):
-    """Its input is resized and made colour; here it is stood in for by the mean of each channel."""
-    x = keras.Input((299, 299, 3))
-    model = keras.Model(x, keras.layers.GlobalAveragePooling2D()(x))
-    monkeypatch.setattr(keras.applications, "InceptionV3", lambda **kwargs: model)
-    images = draw(3, 0)
-    got = metrics.Extractor()(images)
-    np.testing.assert_allclose(got, np.repeat(images.mean(axis=(1, 2)), 3, axis=1), atol=1e-3)
+def save(path):
+    metric = fid()
+    metric.update_state(real_images=draw(9, 0))
+    metric.save_real(path)
 
 
 @pytest.mark.parametrize(
     ("use", "message"),
     [
-        (
-            lambda path: kid(subset_size=10)(draw(9, 0), draw(20, 1)),
-            "at least 10 images in each set. Received: 9 real and 20 gen",
-        ),
+        (lambda path: kid(subset_size=10)(draw(9, 0), draw(20, 1)), "at least 10. Received: num_real=9"),
         (lambda path: kid(subset_size=1), "subset_size=1"),
-        (lambda path: kid()(draw(9, 0), draw(1, 1)), "at least 1000 images"),
+        (lambda path: kid()(draw(9, 0), draw(1, 1)), "at least 1000"),
         (lambda path: metrics.PrecisionRecall(flatten(), k=0), "k=0"),
         (lambda path: kid().p_value(max_images=1), "max_images=1"),
         (lambda path: kid().p_value(num_permutations=0), "num_permutations=0"),
-        (lambda path: metrics.Extractor(infinite())(draw(3, 0)), "features of the extractor infinite are NaN"),
-        (lambda path: metrics.PrecisionRecall(flatten())(draw(9, 0), draw(3, 1)), "at least 4 images"),
-        (lambda path: fid()(draw(9, 0), draw(1, 1)), "at least 2 images. Received: 1 generated"),
-        (lambda path: fid()(generated_images=draw(9, 0)), "Received: 0 real"),
+        (lambda path: metrics.PrecisionRecall(flatten())(draw(9, 0), draw(3, 1)), "at least 4"),
+        (lambda path: fid()(draw(9, 0), draw(1, 1)), "at least 2. Received: num_generated=1"),
+        (lambda path: fid()(generated_images=draw(9, 0)), "Received: num_real=0"),
         (lambda path: fid()(draw(9, 0) * np.nan, draw(9, 1)), "NaN"),
-        (lambda path: fid()(draw(9, 0)[..., 0], draw(9, 1)), r"shape \(9, 2, 2\)"),
-        (lambda path: fid()(draw(9, 0)[:, :1], draw(9, 1)), r"takes images \(2, 2, 1\). Received: \(1, 2, 1\)"),
-        (lambda path: fid()(draw(9, 0), draw(9, 1), [1.0] * 9), "no weights"),
-        (lambda path: (fid().save_real(path), kid().load_real(path)), "is of FrechetInceptionDistance flatten"),
-        (lambda path: metrics.Extractor(kd.networks.mlp(2, 8, 1)), "makes one vector of each. Received: mlp"),
-        (lambda path: metrics.Extractor(keras.Sequential([keras.Input((2, 2, 1)), keras.layers.ReLU()])), "one vector"),
+        (lambda path: fid()(draw(9, 0)[..., 0], draw(9, 1)), r"shape=\(9, 2, 2\)"),
+        (lambda path: fid()(draw(9, 0)[:, :1], draw(9, 1)), r"takes images \(2, 2, 1\). Received: shape=\(1, 2, 1\)"),
+        (lambda path: fid().save_real(path), "at least one"),
+        (lambda path: (save(path), kid().load_real(path)), "of Kernel.* found='FrechetInceptionDistance flatten"),
     ],
 )
 def test_bad_input(tmp_path, use, message):
@@ -341,9 +296,9 @@ def test_bad_input(tmp_path, use, message):
 
 
 def test_statistics_of_another_extractor(tmp_path):
-    fid().save_real(tmp_path / "x.npz")
+    save(tmp_path / "x.npz")
     dense = keras.Sequential([keras.Input((2, 2, 1)), keras.layers.Flatten(), keras.layers.Dense(4)], name="dense")
-    with pytest.raises(ValueError, match="is of FrechetInceptionDistance flatten .* Expected: .* dense"):
+    with pytest.raises(ValueError, match="FrechetInceptionDistance dense .* found='FrechetInceptionDistance flatten"):
         metrics.FrechetInceptionDistance(dense).load_real(tmp_path / "x.npz")
 
 

@@ -22,15 +22,22 @@ DPM = samplers.DPMSolver
 
 
 def exact_moments(sampler, schedule):
-    """Mean and variance of the samples of GAUSSIAN: every row is linear in x, memory, x_0 and noise."""
+    """Mean and variance of the samples of GAUSSIAN: every row is linear in x, earlier x_0, x_0 and noise."""
     (mean,), std = GAUSSIAN.means, GAUSSIAN.std
-    expected, covariance = np.zeros(2), np.diag([1.0, 0.0])  # of x and memory
-    for t, from_x, from_x_0, from_memory, noise, keep in sampler.table(schedule):
-        alpha, sigma = schedule.alpha[int(t)], schedule.sigma[int(t)]
+    size = 1 + samplers.NUM_PREVIOUS
+    expected, covariance = np.zeros(size), np.zeros((size, size))  # of x and the earlier predictions
+    covariance[0, 0] = 1.0
+    for row in sampler.table(schedule):
+        alpha, sigma = schedule.alpha[int(row["t"])], schedule.sigma[int(row["t"])]
         gain = alpha * std**2 / (alpha**2 * std**2 + sigma**2)  # x_0 = mean + gain (x - alpha mean)
-        matrix = np.array([[from_x + from_x_0 * gain, from_memory], [(1 - keep) * gain, keep]])
-        expected = matrix @ expected + np.array([from_x_0, 1 - keep]) * (1 - gain * alpha) * mean
-        covariance = matrix @ covariance @ matrix.T + np.diag([noise**2, 0.0])
+        x_0 = np.array([gain] + [0.0] * samplers.NUM_PREVIOUS)
+        from_all = np.array([row["from_x"], *row["from_previous"]]) + row["from_x_0"] * x_0
+        remembered = np.vstack([x_0, np.eye(size)[1:-1]]), np.eye(size)[1:]
+        matrix = np.vstack([from_all, (1 - row["keep"]) * remembered[0] + row["keep"] * remembered[1]])
+        constant = np.array([row["from_x_0"], 1 - row["keep"]] + [0.0] * (size - 2)) * (1 - gain * alpha) * mean
+        expected = matrix @ expected + constant
+        covariance = matrix @ covariance @ matrix.T
+        covariance[0, 0] += row["std"] ** 2
     return expected[0], covariance[0, 0]
 
 
@@ -131,7 +138,7 @@ def test_samples_of_a_mixture_are_distributed_as_it(sampler, schedule):
 def test_order_of_convergence_to_the_probability_flow(make, low, high, data):
     """Whose map keeps quantiles: a sample is the quantile of the data that its noise was of x_T."""
     model, num = model_of(data, "linear"), 500
-    noise = sampling.noise(model, 0, range(num))[:, 0].astype("float64")
+    noise = sampling.noise((1,), 0, range(num))[:, 0].astype("float64")
     expected = data.quantile(data.cdf(noise, LINEAR.alpha[-1], LINEAR.sigma[-1]))
     steps = [20, 40, 80]
     errors = []
@@ -149,7 +156,7 @@ def test_ddim_with_all_the_noise_samples_what_ddpm_does():
     ddim, ddpm = samplers.DDIM(None, eta=1.0), samplers.DDPM()
     x = model.sample(500, ddim, seed=0)
     np.testing.assert_allclose(x, model.sample(500, ddpm, seed=0), atol=2e-5)
-    assert list(ddim.table(LINEAR)[:, 0]) == list(range(1000, 0, -1))
+    assert list(ddim.table(LINEAR)["t"]) == list(range(1000, 0, -1))
 
 
 def test_ddpm_coefficients_are_the_papers():
@@ -157,17 +164,18 @@ def test_ddpm_coefficients_are_the_papers():
     betas = np.linspace(1e-4, 0.02, 1000)
     alphas_cumprod = np.cumprod(1 - betas)
     previous = np.append(1.0, alphas_cumprod[:-1])
-    t, from_x, from_x_0, _, std, _ = samplers.DDPM().table(LINEAR)[::-1].T
+    rows = samplers.DDPM().table(LINEAR)[::-1]
+    t, from_x, from_x_0, std = (rows[name] for name in ("t", "from_x", "from_x_0", "std"))
     assert np.array_equal(t, np.arange(1, 1001))
     np.testing.assert_allclose(from_x_0, np.sqrt(previous) * betas / (1 - alphas_cumprod), rtol=1e-10)
     np.testing.assert_allclose(
         from_x, np.sqrt(1 - betas) * (1 - previous) / (1 - alphas_cumprod), rtol=1e-10, atol=1e-12
     )
     np.testing.assert_allclose(std**2, (1 - previous) / (1 - alphas_cumprod) * betas, rtol=1e-10, atol=1e-12)
-    large = samplers.DDPM(variance="large").table(LINEAR)[::-1, 4]
+    large = samplers.DDPM(variance="large").table(LINEAR)[::-1]["std"]
     np.testing.assert_allclose(large[1:] ** 2, betas[1:], rtol=1e-10)
     assert large[0] == 0  # no noise at the end
-    half = samplers.DDPM(variance=0.5).table(LINEAR)[::-1, 4]
+    half = samplers.DDPM(variance=0.5).table(LINEAR)[::-1]["std"]
     np.testing.assert_allclose(half[1:] ** 2, np.sqrt(betas[1:] * std[1:] ** 2), rtol=1e-10)
 
 
@@ -175,7 +183,8 @@ def test_ddim_with_all_the_noise_is_ddpm():
     for num_steps in (None, 40):
         for schedule in SCHEDULES.values():
             ddim, ddpm = samplers.DDIM(num_steps, eta=1.0).table(schedule), samplers.DDPM(num_steps).table(schedule)
-            np.testing.assert_allclose(ddim, ddpm, rtol=1e-9, atol=1e-12)
+            for name in samplers.ROW.names:
+                np.testing.assert_allclose(ddim[name], ddpm[name], rtol=1e-9, atol=1e-12)
 
 
 def clipped(x, t):
@@ -188,15 +197,15 @@ def test_ddim_keeps_the_noise_of_a_clipped_prediction():
     x_t = np.array([2.0, -0.7])
     times = sampler.timesteps(LINEAR)
     for row, t, s in zip(sampler.table(LINEAR), times, times[1:]):
-        x_s, x_0 = samplers.step(row, clipped, x_t, None, 0 * x_t)
+        x_s, (x_0,) = samplers.step(row, clipped, x_t, None, (0 * x_t,))
         noise = (x_t - LINEAR.alpha[t] * x_0) / LINEAR.sigma[t]
         np.testing.assert_allclose(x_s, LINEAR.alpha[s] * x_0 + LINEAR.sigma[s] * noise, rtol=1e-10, atol=1e-12)
 
 
 def run(sampler, x, denoise, schedule=LINEAR):
-    memory = 0 * x
+    previous = (0 * x,) * samplers.NUM_PREVIOUS
     for row in sampler.table(schedule):
-        x, memory = samplers.step(row, denoise, x, 0, memory)
+        x, previous = samplers.step(row, denoise, x, 0, previous)
     return x
 
 
@@ -223,31 +232,48 @@ def test_churn_adds_the_noise_of_the_time_that_it_goes_back_to():
     ratio = LINEAR.sigma / np.maximum(LINEAR.alpha, 1e-300)
     times = sampler.timesteps(LINEAR)
     table = sampler.table(LINEAR)
-    starts = table[::2, 0].astype(int)
+    starts = table["t"][::2].astype(int)
     assert starts[0] == 1000 and np.all(starts[1:] >= times[1:-1])
     wanted = 1.2 * ratio[times[1:-1]]
     inside = wanted < ratio[1000]
     assert np.all(np.abs(ratio[starts[1:]] - wanted)[inside] <= np.diff(ratio)[starts[1:] - 1][inside])
     # With the x_0 that x_s stands for kept, signal and noise are those of the later time.
     for row, t in zip(table[1::2], starts[1:]):
-        s = int(row[0])
-        np.testing.assert_allclose(row[1] * LINEAR.alpha[s], LINEAR.alpha[t], rtol=1e-12)
-        np.testing.assert_allclose((row[1] * LINEAR.sigma[s]) ** 2 + row[4] ** 2, LINEAR.sigma[t] ** 2, rtol=1e-12)
+        s, ratio = int(row["t"]), row["from_x"]
+        np.testing.assert_allclose(ratio * LINEAR.alpha[s], LINEAR.alpha[t], rtol=1e-12)
+        np.testing.assert_allclose((ratio * LINEAR.sigma[s]) ** 2 + row["std"] ** 2, LINEAR.sigma[t] ** 2, rtol=1e-12)
 
 
 def test_langevin_is_the_papers():
     """x + step/2 s + sqrt(step) z [Song and Ermon, 2019, Eq. 4] in x/alpha, with steps 2 step_size (sigma/alpha)²."""
     rows = samplers.Langevin(10, step_size=0.05, num_updates=2).table(LINEAR)
     times = samplers.DDIM(10).timesteps(LINEAR)
-    assert np.array_equal(rows[:, 0], [*np.repeat(times[:-1], 2), times[-2]])
+    assert np.array_equal(rows["t"], [*np.repeat(times[:-1], 2), times[-2]])
     x, noise, x_0 = 0.7, -1.3, 0.2
     for t, s, row in zip(times, times[1:-1], rows[1::2]):
         ratio = LINEAR.sigma[t] / LINEAR.alpha[t]
         size = 2 * 0.05 * ratio**2
         scaled = x / LINEAR.alpha[t]
         scaled = scaled + size / 2 * (x_0 - scaled) / ratio**2 + np.sqrt(size) * noise
-        got, _ = samplers.step(row, lambda x, t: x_0, x, noise, 0.0)
+        got, _ = samplers.step(row, lambda x, t: x_0, x, noise, ())
         assert got == pytest.approx(LINEAR.alpha[s] * scaled, rel=1e-12)
+
+
+def test_rows_remember_in_order():
+    """The last prediction first; a row that keeps forgets its own; columns that are not given are 0."""
+    rows = samplers.row([3, 2, 1], from_previous=[[1, 2, 3], 4.0], keep=[0, 0, 1])
+    assert rows["from_previous"].tolist() == [[1, 4, 0], [2, 4, 0], [3, 4, 0]]
+    assert rows["t"].tolist() == [3, 2, 1] and not np.any(rows["std"]) and samplers.row(5).shape == ()
+    x, previous = 0.0, (10.0, 20.0, 30.0)
+    sums, memories = [], []
+    for row in rows:
+        x, previous = samplers.step(row, lambda x, t: t, x, None, previous)
+        sums.append(x)
+        memories.append(previous)
+    assert memories == [(3, 10, 20), (2, 3, 10), (2, 3, 10)]
+    assert sums == [1 * 10 + 4 * 20, 2 * 3 + 4 * 10, 3 * 2 + 4 * 3]
+    with pytest.raises(ValueError, match="no field of name from_memory"):
+        samplers.row(3, from_memory=1.0)
 
 
 def test_a_corrector_leaves_the_predictor_its_memory():
@@ -318,17 +344,17 @@ def test_without_signal_at_the_start_every_first_step_is_ddims(schedule, spacing
         samplers.Langevin(predictor=samplers.Heun(10, spacing=spacing)),
     ):
         table = sampler.table(schedule)
-        assert np.array_equal(table[0], expected) and np.all(np.isfinite(table))
+        assert table[0] == expected and all(np.all(np.isfinite(table[name])) for name in samplers.ROW.names)
         if spacing != "uniform":
-            assert sampler.steps(schedule)[1][0, 0] == 99 and sampler.steps(schedule)[-1][0, 0] == 1
+            assert sampler.steps(schedule)[1]["t"][0] == 99 and sampler.steps(schedule)[-1]["t"][0] == 1
 
 
 def test_a_custom_sampler_ends_without_noise():
     class Noisy(samplers.Sampler):
         def coefficients(self, alpha_t, sigma_t, alpha_s, sigma_s):
-            return 0.0, alpha_s, 0.0, np.ones_like(alpha_s)
+            return {"from_x_0": alpha_s, "std": 1.0}
 
-    assert Noisy(5).table(LINEAR)[:, 4].tolist() == [1, 1, 1, 1, 0]
+    assert Noisy(5).table(LINEAR)["std"].tolist() == [1, 1, 1, 1, 0]
     with pytest.raises(NotImplementedError, match="coefficients"):
         samplers.Sampler(5).table(LINEAR)
 

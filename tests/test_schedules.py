@@ -1,4 +1,4 @@
-"""Against betas multiplied out in exact rational arithmetic, and the published numbers."""
+"""Schedules against products of betas in exact rational arithmetic, and against published numbers."""
 
 import math
 from fractions import Fraction
@@ -10,7 +10,7 @@ from keras_ddpm import schedules
 
 
 def exact_alphas_cumprod(betas):
-    """∏ (1 − β), for t = 0..T, without rounding before the end."""
+    """∏ (1 − β) for t = 0..T, rounded to 40 digits."""
     product, result = Fraction(1), [1.0]
     for beta in betas:
         product = Fraction(round(product * (1 - Fraction(float(beta))) * 10**40), 10**40)
@@ -57,7 +57,7 @@ def test_straight():
 @pytest.mark.parametrize("schedule", [schedules.linear(), schedules.cosine(), schedules.straight()])
 @pytest.mark.parametrize("image_size", [32, 64, 256])
 def test_shifted_moves_the_log_snr_alone(schedule, image_size):
-    """By 2 log(64/d) [Hoogeboom et al., 2023]; signal and noise keep adding up to 1 as they did."""
+    """By 2 log(64 / d) [Hoogeboom et al., 2023]. The sum of signal and noise, or of their squares, remains 1."""
     shifted = schedules.shifted(schedule, image_size)
     inner = slice(1, -1)
     np.testing.assert_allclose(
@@ -75,8 +75,8 @@ def test_the_shifted_straight_line_is_the_published_one():
     np.testing.assert_allclose(shifted.sigma, 3 * time / (1 + 2 * time), rtol=1e-12)
 
 
-def test_input_scaling_is_that_of_the_data():
-    """x_t of scaled data, divided by its deviation for data of variance 1."""
+def test_input_scaling_scales_the_data():
+    """x_t of scaled data, divided by its standard deviation for data of variance 1."""
     schedule = schedules.cosine(50)
     scaled = schedules.input_scaled(schedule, 0.5)
     x_0, noise = 0.8, -1.1
@@ -92,7 +92,7 @@ def test_zero_terminal_snr(schedule):
     rescaled = schedules.zero_terminal_snr(schedule)
     assert rescaled.alpha[-1] == 0 and rescaled.sigma[-1] == 1 and rescaled.alpha[1] == schedule.alpha[1]
     np.testing.assert_allclose(rescaled.alpha**2 + rescaled.sigma**2, 1, rtol=1e-14)
-    # An affine function of the old ones [Lin et al., 2024, algorithm 1].
+    # alpha becomes an affine function of the old alpha [Lin et al., 2024, algorithm 1].
     slope, offset = np.polyfit(schedule.alpha[1:], rescaled.alpha[1:], 1)
     np.testing.assert_allclose(rescaled.alpha[1:], slope * schedule.alpha[1:] + offset, atol=1e-12)
 
@@ -127,8 +127,8 @@ def test_config_keeps_every_digit():
         (lambda: schedules.cosine(1.5), "timesteps=1.5"),
         (lambda: schedules.from_betas([0.1, 1.2]), "1.2"),
         (lambda: schedules.from_betas([]), "alpha and sigma"),
-        (lambda: schedules.Schedule([1, 0.5], [0.0, 0.5, 1.0]), r"\(2,\) and \(3,\)"),
-        (lambda: schedules.Schedule([0.9, 0.5], [0.0, 0.5]), r"alpha\[0\]=0.9"),
+        (lambda: schedules.Schedule([1, 0.5], [0.0, 0.5, 1.0]), r"\(2,\), \(3,\)"),
+        (lambda: schedules.Schedule([0.9, 0.5], [0.0, 0.5]), r"start=\(0.9, 0.0\)"),
         (lambda: schedules.Schedule([1.0, 0.5, 0.5], [0.0, 0.5, 0.5]), "falls at every step"),
         (lambda: schedules.Schedule([1.0, 0.0, 0.0], [0.0, 0.5, 1.0]), "falls at every step"),
         (lambda: schedules.Schedule([1.0, 0.5], [0.0, np.inf]), "finite"),
@@ -138,12 +138,13 @@ def test_config_keeps_every_digit():
         (lambda: schedules.sigmoid(10, tau=0), "tau=0"),
         (lambda: schedules.sigmoid(10, tau=0.05), "less steep"),
         (lambda: schedules.sigmoid(10, start="a"), "start='a'"),
+        (lambda: schedules.sigmoid(10, end="a"), "end='a'"),
         (lambda: schedules.cosine(10, offset=-1), "offset=-1"),
         (lambda: schedules.cosine(True), "timesteps=True"),
         (lambda: schedules.shifted(schedules.linear(), -64), "image_size=-64"),
         (lambda: schedules.shifted(schedules.linear(), "64"), "image_size='64'"),
         (lambda: schedules.input_scaled(schedules.linear(), np.inf), "inf"),
-        (lambda: schedules.input_scaled(schedules.cosine, 0.5), "Expected a `Schedule`"),
+        (lambda: schedules.input_scaled(schedules.cosine, 0.5), "variance-preserving `Schedule`"),
         (lambda: schedules.zero_terminal_snr([0.1]), "variance-preserving"),
         (lambda: schedules.shifted(schedules.Schedule([1.0, 1.0], [0.0, 5.0]), 32), "variance-preserving"),
         (lambda: schedules.zero_terminal_snr(schedules.straight()), "variance-preserving"),

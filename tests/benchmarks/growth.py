@@ -33,9 +33,10 @@ def memory():
 
 def train(size=32, batch_size=8, width=32, steps=8):
     """The median seconds of a step, and the largest memory in MiB."""
+    kd.keep_memory()
     network = kd.networks.unet((size, size, 3), width, (1, 2, 4), 1, (size // 4,))
     model = kd.DiffusionModel(network, seed=0)
-    model.compile(loss="mse", optimizer=keras.optimizers.Adam(1e-4))
+    model.compile(loss="mse", optimizer=kd.optimizers.Adam(1e-4))
     ends = []
     x = np.random.default_rng(0).integers(0, 256, (batch_size, size, size, 3), dtype="uint8")
     data = kd.datasets.from_arrays(x, batch_size=batch_size, steps_per_epoch=steps)

@@ -43,6 +43,7 @@ def our_task(args, dtype):
 
     import keras_ddpm as kd
 
+    kd.keep_memory()
     if dtype == "bfloat16":
         keras.config.set_dtype_policy("mixed_bfloat16")
     attention = (args.size // 4, args.size // 8)
@@ -50,7 +51,7 @@ def our_task(args, dtype):
     model = kd.DiffusionModel(network, seed=0)
     if args.task == "sampling":
         return lambda steps: model.sample(args.batch_size, kd.samplers.DDPM(steps), seed=0), network
-    model.compile(loss="mse", optimizer=keras.optimizers.Adam(1e-4, global_clipnorm=1.0))
+    model.compile(loss="mse", optimizer=kd.optimizers.Adam(1e-4, global_clipnorm=1.0))
     x = np.random.default_rng(0).integers(0, 256, (256, args.size, args.size, 3), dtype="uint8")
 
     def train(steps):
@@ -202,7 +203,7 @@ def limit_task(args, dtype, entries):
     """A function that returns the seconds of the products alone, each in its fastest form."""
     import torch
 
-    import keras_ddpm as kd
+    from keras_ddpm import _torch
 
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     backward = args.task == "training"
@@ -222,7 +223,7 @@ def limit_task(args, dtype, entries):
             convolution = torch.nn.functional.conv_transpose2d if transposed else torch.nn.functional.conv2d
             padding, dilation = (kernel - 1) // 2, 1
             if (kernel, stride) == (3, 1):
-                dilation = (1, kd.hardware.images_at_once(x.permute(0, 2, 3, 1)))
+                dilation = (1, _torch.batch_interleave(x.permute(0, 2, 3, 1)))
                 padding, x = dilation, x.reshape(len(x) // dilation[1], channels, height, -1).to(memory_format=layout)
             function = functools.partial(convolution, stride=stride, padding=padding, dilation=dilation)
         x.requires_grad_(backward)

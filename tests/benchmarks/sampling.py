@@ -18,6 +18,7 @@ import numpy as np
 from keras import ops
 
 import keras_ddpm as kd
+from keras_ddpm import _devices
 
 
 def bare(network):
@@ -31,7 +32,7 @@ def bare(network):
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        return tf.function(lambda x, t: network([x, t], training=False), jit_compile=kd.hardware.jit_compile())
+        return tf.function(lambda x, t: network([x, t], training=False), jit_compile=_devices.jit_compile())
     import torch
 
     return torch.no_grad()(lambda x, t: network([x, t], training=False))
@@ -91,6 +92,7 @@ def main():
     parser.add_argument("--mlp", action="store_true", help="points instead of images")
     parser.add_argument("--memory", action="store_true", help="memory instead of time")
     args = parser.parse_args()
+    kd.keep_memory()
     if args.mlp:
         model = kd.DiffusionModel(kd.networks.mlp(2, 128, 3))
     elif args.memory:

@@ -1,0 +1,100 @@
+"""Settings that depend on the backend and the processor, and the switch between plain and fast implementations."""
+
+import ctypes
+import functools
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+
+import keras
+from keras import ops
+
+# Names of the functions of `_torch` that are not used, so that tests and benchmarks can compare.
+plain_functions: set[str] = set()
+
+
+def fast_on_torch(plain: Callable) -> Callable:
+    """Decorator of a function that `_torch` implements faster, under the same name.
+
+    On PyTorch the function of `_torch` is called first. The plain one runs if that returns `NotImplemented`, and on
+    every other backend. The two agree up to rounding.
+    """
+    name = plain.__name__
+
+    @functools.wraps(plain)
+    def function(*args, **kwargs):
+        if keras.backend.backend() == "torch" and name not in plain_functions:
+            from keras_ddpm import _torch
+
+            result = getattr(_torch, name)(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return plain(*args, **kwargs)
+
+    return function
+
+
+def has_accelerator() -> bool:
+    """Whether Keras puts its tensors on something faster than a CPU."""
+    return "cpu" not in str(ops.zeros(1).device).lower()
+
+
+def jit_compile() -> bool:
+    """What `jit_compile="auto"` means for this package: XLA on JAX, and on TensorFlow with an accelerator.
+
+    On a CPU, TensorFlow's own kernels are faster than XLA's. On PyTorch, `torch.compile` recompiles a Keras model for
+    minutes before the first step.
+    """
+    backend = keras.backend.backend()
+    return backend == "jax" or (backend == "tensorflow" and has_accelerator())
+
+
+def max_dense_attention() -> int:
+    """The largest number of queries whose scores are computed at once, by two matrix products; 0 leaves it to Keras.
+
+    On a CPU the products are three times as fast as PyTorch's kernel, which needs no memory for the scores.
+    """
+    return 0 if has_accelerator() else 1024
+
+
+def dtype_policy() -> str:
+    """The faster dtype policy for large networks, "mixed_bfloat16" or "float32".
+
+    On an accelerator, times one matrix product in each dtype. On a CPU, reads the CPU flags: bfloat16 only with
+    AVX512-BF16 or AMX, and not with XLA, which does not use them.
+    """
+    if has_accelerator():
+        in_float32, in_bfloat16 = map(_seconds_of_product, ("float32", "bfloat16"))
+        faster = in_bfloat16 < 0.75 * in_float32
+    else:
+        cpu = pathlib.Path("/proc/cpuinfo")
+        flags = cpu.read_text() if cpu.exists() else ""
+        faster = ("avx512_bf16" in flags or "amx_bf16" in flags) and not jit_compile()
+    return "mixed_bfloat16" if faster else "float32"
+
+
+def _seconds_of_product(dtype, size=4096, times=3):
+    x = keras.random.normal((size, size), seed=0, dtype=dtype)
+    taken = []
+    for _ in range(1 + times):  # the first compiles
+        start = time.perf_counter()
+        float(ops.matmul(x, x)[0, 0])
+        taken.append(time.perf_counter() - start)
+    return min(taken[1:])
+
+
+def keep_memory() -> None:
+    """Lets this process keep the memory that it frees, if the C library is glibc.
+
+    By default, glibc returns the large arrays of each training step to the system, which has to clear the pages before
+    the next step gets them. Call this function once, before the first step. It changes nothing if the environment holds
+    a `MALLOC_` variable. On TensorFlow all threads then share one arena, as other arenas always return their memory.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt and not any(name.startswith("MALLOC_") for name in os.environ):
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+        mallopt(-3, 2**31 - 1) or mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, in bytes; older versions take no more
+        if keras.backend.backend() == "tensorflow":
+            mallopt(-8, 1)  # M_ARENA_MAX

@@ -1,0 +1,69 @@
+"""The exponential moving average (EMA) of a network's weights."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_ddpm import _devices
+
+
+class Average:
+    """A second set of weights that follows the network's own.
+
+    The n-th update of the optimizer (n = 0, 1, ...) moves it with the decay min(max_decay, 1 − (1 + n)^(−3/4)). The
+    first update thus copies the weights, and an average over few updates forgets its random start.
+
+    Args:
+        network: a built `keras.Model`.
+        max_decay: the largest decay, in [0, 1).
+        add_weight: a Keras layer's method of that name. It creates the variables, which belong to that layer.
+
+    Attributes:
+        weights: list of variables, in the order of `network.weights`.
+
+    Reference: the warm-up is that of diffusers' `EMAModel` with power 3/4.
+    """
+
+    def __init__(self, network: keras.Model, max_decay: float, add_weight: Callable):
+        self.network = network
+        self.max_decay = max_decay
+        self.weights = [
+            add_weight(shape=v.shape, dtype=v.dtype, trainable=False, name=f"ema_{index}")
+            for index, v in enumerate(network.weights)
+        ]
+        for average, v in zip(self.weights, network.weights):
+            average.assign(ops.copy(v))
+
+    def update(self, before: Any, after: Any) -> None:
+        """Moves the average, if the optimizer has made an update.
+
+        Args:
+            before: the optimizer's number of updates before the training step, a scalar tensor.
+            after: the number after it. The two are equal in most steps of a gradient accumulation.
+        """
+        decay = ops.minimum(self.max_decay, 1.0 - (1.0 + ops.cast(before, "float32")) ** -0.75)
+        move_averages(self.weights, self.network.weights, ops.where(after > before, decay, 1.0))
+
+    def exchange(self) -> None:
+        """Exchanges the average and the network's weights."""
+        for average, v in zip(self.weights, self.network.weights):
+            averaged, raw = ops.copy(average), ops.copy(v)
+            average.assign(raw)
+            v.assign(averaged)
+
+    def predict(self, *inputs: Any) -> Any:
+        """The network's output with the averaged weights."""
+        # A scope hides the values of the scope around it. So it gets the values of all variables.
+        values = [(v, v.value) for v in self.network.variables]
+        values += [(v, average.value) for v, average in zip(self.network.weights, self.weights)]
+        with keras.StatelessScope(values):
+            return self.network(list(inputs), training=False)
+
+
+@_devices.fast_on_torch
+def move_averages(averages: list, variables: list, decay: Any) -> None:
+    """average ← variable + decay (average − variable) for each pair. Integer variables, such as counts, are copied."""
+    for average, v in zip(averages, variables):
+        average.assign(v + decay * (average - v) if keras.backend.is_float_dtype(v.dtype) else v)

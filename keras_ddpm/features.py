@@ -1,0 +1,113 @@
+"""Features of images: the output of a network in which `metrics` compares sets of images."""
+
+import hashlib
+import pathlib
+
+import keras
+import numpy as np
+from numpy.typing import ArrayLike
+
+from keras_ddpm import _checks
+from keras_ddpm import _devices
+
+
+class Extractor:
+    """Maps images to feature vectors.
+
+    Args:
+        model: a Keras model from images to vectors, or the path of a saved one. The features are the output of its
+            layer "features" if it has one, and its own output otherwise. `None` uses the average-pooled features of
+            InceptionV3 trained on ImageNet. Keras downloads these weights at first use.
+
+    Attributes:
+        name: name of the model.
+        hash: the first twelve hexadecimal digits of the SHA-256 of its weights.
+
+    Raises:
+        ConnectionError: if the weights of InceptionV3 cannot be downloaded.
+        ValueError: if the model does not have one input and one output of shape `(num, dim)`.
+    """
+
+    def __init__(self, model: keras.Model | str | pathlib.Path | None = None):
+        self.inception = model is None
+        if model is None:
+            try:
+                inception = keras.applications.InceptionV3(include_top=False, pooling="avg", input_shape=(299, 299, 3))
+            except Exception as error:  # Keras and urllib raise many types
+                raise ConnectionError(f"InceptionV3 cannot be downloaded: see `train_classifier`. {error}") from error
+            # The model resizes each batch: thousands of images of 299x299 at once would fill the memory.
+            layers = [keras.Input((None, None, 3)), keras.layers.Resizing(299, 299, antialias=True), inception]
+            network = keras.Sequential(layers, name=inception.name)
+        else:
+            network = keras.saving.load_model(model) if isinstance(model, (str, pathlib.Path)) else model
+        if any(layer.name == "features" for layer in network.layers):
+            network = keras.Model(network.inputs, network.get_layer("features").output, name=network.name)
+        fits = len(network.inputs) == len(network.outputs) == 1 and len(network.output_shape) == 2
+        _checks.require(fits, "An extractor must have one input and one vector as output", model=network.name)
+        self.model = network
+        self.name = network.name
+        self.hash = hashlib.sha256(b"".join(weight.tobytes() for weight in network.get_weights())).hexdigest()[:12]
+
+    def __call__(self, images: ArrayLike, batch_size: int = 64) -> np.ndarray:
+        """Computes the features of images.
+
+        Args:
+            images: `(num, height, width, channels)` in [-1, 1].
+            batch_size: number of images in a batch of the network.
+
+        Returns:
+            float64 array `(num, dim)`.
+
+        Raises:
+            ValueError: if `images` is not an array of images, does not fit the model, or holds NaN or infinite values,
+                or if the features do.
+        """
+        images = _checks.array(images, "images")
+        _checks.require(images.ndim == 4 and len(images), "Expected (num, height, width, channels)", shape=images.shape)
+        _checks.require(np.all(np.isfinite(images)), "The images hold NaN or infinite values")
+        if self.inception and images.shape[-1] == 1:
+            images = np.repeat(images, 3, axis=-1)
+        expected = self.model.input_shape[1:]
+        fits = all(size in (None, got) for size, got in zip(expected, images.shape[1:], strict=True))
+        _checks.require(fits, f"The extractor {self.name} takes images {expected}", shape=images.shape[1:])
+        features = self.model.predict(images, batch_size=batch_size, verbose=0).astype("float64")
+        _checks.require(np.all(np.isfinite(features)), f"The features of the extractor {self.name} are NaN or infinite")
+        return features
+
+
+# What functions accept as an extractor: an `Extractor`, or the argument of its constructor.
+ExtractorLike = Extractor | keras.Model | str | pathlib.Path | None
+
+
+def train_classifier(x: ArrayLike, labels: ArrayLike, epochs: int = 5, verbose: int | str = 0) -> keras.Model:
+    """Trains a small classifier of images, an extractor for data that differ from the photographs of ImageNet.
+
+    >>> kid = KernelInceptionDistance(train_classifier(images, labels))
+
+    Args:
+        x: `(num, height, width, channels)` in [-1, 1], of at least 6x6 pixels.
+        labels: integers `(num,)` in 0..K − 1.
+        epochs: number of passes over the data.
+        verbose: as in `keras.Model.fit`.
+
+    Returns:
+        A compiled `keras.Model` from images to logits `(num, K)`, with a layer "features" of 128 units.
+
+    Raises:
+        ValueError: if `x` is not an array of images, the images are too small, or the number of labels differs.
+    """
+    x, labels = _checks.array(x, "x"), np.asarray(labels)
+    valid = x.ndim == 4 and min(x.shape[1:3]) >= 6 and labels.shape == x.shape[:1]
+    _checks.require(valid, "Expected images of at least 6x6 and a label for each", x=x.shape, labels=labels.shape)
+    inputs = h = keras.Input(x.shape[1:])
+    width = 32
+    while min(h.shape[1:3]) > 6 or h is inputs:
+        h = keras.layers.Conv2D(width, 3, strides=2, activation="relu")(h)
+        width *= 2
+    h = keras.layers.Dropout(0.3)(keras.layers.Flatten()(h))
+    h = keras.layers.Dense(128, activation="relu", name="features")(h)
+    classifier = keras.Model(inputs, keras.layers.Dense(int(labels.max()) + 1)(h), name="classifier")
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    classifier.compile("adam", loss, metrics=["accuracy"], jit_compile=_devices.jit_compile())
+    classifier.fit(x, labels, batch_size=min(128, len(x)), epochs=epochs, verbose=verbose)
+    return classifier

@@ -1,0 +1,191 @@
+"""Classifier-free guidance: from a network with a condition to one that follows the condition more strongly.
+
+A network that was trained with and without its condition c gives two outputs. Guidance by the scale w extrapolates,
+
+    y = (1 − w) y(x_t, t, no condition) + w y(x_t, t, c)
+
+w = 0 and w = 1 are the two outputs themselves and take one network call. The w of Ho and Salimans, 2022, is 1 less.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_ddpm import _checks
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """What a network is conditioned on: labels 0..K − 1, or vectors.
+
+    Attributes:
+        shape: of the condition of one example, `()` for a label.
+        num_classes: the number K of labels; `None` for vectors.
+    """
+
+    shape: tuple
+    num_classes: int | None
+
+    @classmethod
+    def of(cls, network: keras.Model) -> "Condition | None":
+        """The condition of a functional model of `[x_t, t]` (`None`) or of `[x_t, t, condition]`.
+
+        Raises:
+            ValueError: if the condition is an integer and no layer is called "label_embedding".
+        """
+        if len(network.inputs) == 2:
+            return None
+        condition = network.inputs[2]
+        if "int" not in condition.dtype:
+            return cls(tuple(condition.shape[1:]), None)
+        embeddings = [layer for layer in network.layers if layer.name == "label_embedding"]
+        _checks.require(embeddings, "A network of labels needs a layer 'label_embedding' with K + 1 entries")
+        return cls((), embeddings[0].input_dim - 1)
+
+    @property
+    def null_label(self) -> int:
+        """What stands for no condition: the label K, or a vector of zeros."""
+        return self.num_classes or 0
+
+    @property
+    def dtype(self) -> str:
+        return "int32" if self.num_classes else "float32"
+
+    def array(self, labels: Any, num: int) -> np.ndarray:
+        """The conditions of `num` examples.
+
+        Args:
+            labels: one label or vector for all, or `num` of them; `None` for no condition.
+            num: number of examples.
+
+        Returns:
+            int32 array `(num,)` of labels, or float32 array `(num, context_dim)`.
+
+        Raises:
+            ValueError: if the labels have another shape or range.
+        """
+        shape = (num, *self.shape)
+        if labels is None:
+            return np.full(shape, self.null_label, self.dtype)
+        labels = np.asarray(labels)
+        if self.num_classes:
+            valid = np.issubdtype(labels.dtype, np.integer) and np.all((labels >= 0) & (labels < self.num_classes))
+            shown = None if valid else np.array2string(labels, threshold=8)
+            _checks.require(valid, f"Labels must be integers in 0..{self.num_classes - 1}. Received: labels={shown}")
+        valid = labels.shape in (shape, self.shape) and np.all(np.isfinite(labels))
+        expected = f"Expected finite conditions of shape {shape}, or one of shape {self.shape} for all"
+        _checks.require(valid, expected, shape=labels.shape)
+        return np.broadcast_to(labels, shape).astype(self.dtype)
+
+    def drop(self, condition: Any, kept: Any) -> Any:
+        """The conditions `(batch, ...)` with the null label wherever the booleans `kept`, `(batch,)`, are false."""
+        condition = ops.cast(condition, self.dtype)
+        kept = ops.reshape(kept, (-1,) + (1,) * len(self.shape))
+        return ops.where(kept, condition, ops.full_like(condition, self.null_label))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Guidance:
+    """What to sample: the options of `DiffusionModel.sample` by the same names.
+
+    Args:
+        labels: what a conditional network is asked for: one label or vector for all samples, or one for each; `None`
+            for no condition.
+        guidance_scale: w, 0 or more.
+        guidance_rescale: φ in [0, 1], how far the standard deviation of the guided output is brought back to that of
+            the conditional one. [Lin et al., 2024, Eq. 15-16]
+        guidance_interval: `(low, high)`: w is 1 unless low <= t <= high. `None` for guidance at every t.
+            [Kynkäänniemi et al., 2024]
+        dynamic_threshold: p of dynamic thresholding, in (0, 1), as in `GaussianDiffusion.predict_x0`; `None` for
+            static clipping.
+
+    Raises:
+        ValueError: if a value is outside its range.
+        TypeError: if an option has another name.
+
+    Reference: Ho and Salimans, 2022, Eq. 6.
+    """
+
+    labels: Any = None
+    guidance_scale: float = 1.0
+    guidance_rescale: float = 0.0
+    guidance_interval: tuple | None = None
+    dynamic_threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        scale, rescale, p = self.guidance_scale, self.guidance_rescale, self.dynamic_threshold
+        _checks.require(
+            _checks.is_between(scale, 0, np.inf), "`guidance_scale` must be 0 or more", guidance_scale=scale
+        )
+        valid = _checks.is_between(rescale, 0, 1)
+        _checks.require(valid, "`guidance_rescale` must be in [0, 1]", guidance_rescale=rescale)
+        ends = self.guidance_interval
+        valid = ends is None or (isinstance(ends, (tuple, list)) and len(ends) == 2)
+        valid = valid and (ends is None or _checks.is_between(ends[0], -np.inf, ends[1]))
+        _checks.require(valid, "`guidance_interval` must be (low, high)", guidance_interval=ends)
+        valid = p is None or _checks.is_positive(p) and p < 1
+        _checks.require(valid, "`dynamic_threshold` must be in (0, 1)", dynamic_threshold=p)
+
+    def resolve(self, condition: Condition | None, num: int, t: np.ndarray) -> tuple[tuple, dict, str]:
+        """What the network gets for `num` examples.
+
+        Args:
+            condition: of the network; `None` if it has none.
+            num: number of examples.
+            t: the time of each network call, `(calls,)`.
+
+        Returns:
+            The network's further inputs, arrays `(num, ...)`; the columns of `guided`, arrays `(calls,)`; and which
+            calls are guided: "none", "some" or "all".
+
+        Raises:
+            ValueError: if there are labels and no condition, guidance without labels, or labels of another shape or
+                range.
+        """
+        valid = self.labels is not None or self.guidance_scale == 1
+        _checks.require(valid, "Guidance needs labels", guidance_scale=self.guidance_scale, labels=self.labels)
+        if condition is None:
+            _checks.require(self.labels is None, "The network takes no labels", labels=self.labels)
+            return (), {}, "none"
+        labels = condition.array(self.labels, num)
+        low, high = self.guidance_interval or (-np.inf, np.inf)
+        scale = np.where((low <= t) & (t <= high), self.guidance_scale, 1.0)
+        if np.all(scale == 0):
+            return (np.full_like(labels, condition.null_label),), {}, "none"
+        if np.all(scale == 1):
+            return (labels,), {}, "none"
+        columns = {"guidance_scale": scale, "guidance_rescale": np.full(len(t), self.guidance_rescale)}
+        return (labels,), columns, "some" if np.any(scale == 1) else "all"
+
+
+def guided(predict: Callable, null_label: int, sometimes: bool) -> Callable:
+    """The function that predicts with guidance.
+
+    Args:
+        predict: function from x, t and the condition to the network's output.
+        null_label: what stands for no condition.
+        sometimes: whether a scale may be 1, for which `predict` is called once, on the condition alone.
+
+    Returns:
+        Function from x `(batch, ...)`, t `(batch,)`, the condition, the scale and the rescaling (scalar tensors) to the
+        guided output.
+    """
+
+    def predict_both(x: Any, t: Any, condition: Any, scale: Any, rescale: Any) -> Any:
+        both = ops.concatenate([ops.full_like(condition, null_label), condition])
+        y_null, y_condition = ops.split(predict(ops.concatenate([x, x]), ops.concatenate([t, t]), both), 2)
+        y = (1 - scale) * y_null + scale * y_condition
+        axes = tuple(range(1, len(y.shape)))
+        std, std_condition = (ops.std(v, axis=axes, keepdims=True) for v in (y, y_condition))
+        ratio = ops.where(std > 0, std_condition / ops.where(std > 0, std, 1.0), 1.0)
+        return y * (1 - rescale + rescale * ratio)
+
+    def predict_some(x: Any, t: Any, condition: Any, scale: Any, rescale: Any) -> Any:
+        inputs = x, t, condition
+        return ops.cond(scale != 1, lambda: predict_both(*inputs, scale, rescale), lambda: predict(*inputs))
+
+    return predict_some if sometimes else predict_both

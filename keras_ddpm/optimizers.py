@@ -1,0 +1,25 @@
+"""Optimizers."""
+
+from typing import Any
+
+import keras
+
+from keras_ddpm import _devices
+
+
+@keras.saving.register_keras_serializable(package="keras_ddpm")
+class Adam(keras.optimizers.Adam):
+    """Keras' Adam, with an update in one pass over memory on PyTorch's CPU.
+
+    It takes the arguments of `keras.optimizers.Adam` and computes the same updates. A file that holds it loads on every
+    backend.
+    """
+
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        adam_step(self, gradient, variable, learning_rate)
+
+
+@_devices.fast_on_torch
+def adam_step(optimizer: Adam, gradient: Any, variable: Any, learning_rate: Any) -> None:
+    """Keras' own update of one variable."""
+    super(Adam, optimizer).update_step(gradient, variable, learning_rate)

@@ -1,0 +1,215 @@
+"""Training: a batch of clean data becomes a regression problem, which Keras' own step solves."""
+
+import inspect
+import itertools
+import types
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_ddpm import _checks
+from keras_ddpm import _devices
+from keras_ddpm.callbacks import LossWatch
+
+# From numbers u in [0, 1), one for each example, and their indices 0..n − 1 in the batch to times in [0, 1).
+TIMESTEP_SAMPLINGS = {
+    "uniform": lambda u, index, n: u,
+    "batch": lambda u, index, n: ops.broadcast_to(u[:1], ops.shape(u)),
+    "stratified": lambda u, index, n: (index / n + u[:1]) % 1.0,  # Kingma et al., 2021, appendix I.1
+}
+
+
+def _arguments(function, *args, **kwargs):
+    """The arguments of a call by name, without `self`."""
+    arguments = inspect.signature(function).bind(*args, **kwargs).arguments
+    return {**arguments.pop("kwargs", {}), **{name: value for name, value in arguments.items() if name != "self"}}
+
+
+class NoisyRegression(keras.Model):
+    """The part of `DiffusionModel` that trains and evaluates: `fit` on clean data.
+
+    A subclass has the attributes `network`, `condition`, `diffusion`, `average`, `loss_weight`, `timestep_sampling`,
+    `label_dropout` and `data_shape`.
+    """
+
+    _checked_validation_data = None
+
+    def compile(self, *args, **kwargs) -> None:
+        """Keras' own, with `jit_compile="auto"` as `keras_ddpm` measured it to be fastest."""
+        given = _arguments(keras.Model.compile, self, *args, **kwargs)
+        self._auto_jit_compile = given.get("jit_compile", "auto") == "auto"
+        super().compile(**given)
+        if self._auto_jit_compile and not self.run_eagerly:
+            self.jit_compile = _devices.jit_compile()
+        # Build everything here. `fit` would do it by calling the model on clean data, and TensorFlow traces a step
+        # twice if it creates variables.
+        if self.optimizer is not None:
+            self.optimizer.build(self.trainable_variables)
+            arrange(self.optimizer.variables)
+        zeros = ops.zeros((1, *self.data_shape))
+        self.compute_loss(y=zeros, y_pred=zeros)
+        self.compute_metrics(None, zeros, zeros)
+        self.reset_metrics()
+
+    def get_compile_config(self):
+        # Keras would store the value that "auto" has here, and load it on another backend or machine.
+        config = super().get_compile_config()
+        return {**config, "jit_compile": "auto"} if config and self._auto_jit_compile else config
+
+    def compile_from_config(self, config):
+        self.compile(**keras.saving.deserialize_keras_object(config))
+
+    def fit(self, *args, **kwargs) -> keras.callbacks.History:
+        """Keras' own, on clean data, after a look at the data.
+
+        Raises:
+            ValueError: if the data have another shape than the network's input, lie outside `clip_range`, hold NaN, or
+                lack the condition of the network. Arrays are checked whole, streams by their first batch. Also if the
+                loss of an epoch is not finite.
+        """
+        given = _arguments(keras.Model.fit, self, *args, **kwargs)
+        given["x"], first = self._checked(given.get("x"), given.get("y"))
+        if given.get("validation_data") is not None:
+            given["validation_data"], _ = self._checked(given["validation_data"])
+        callbacks = given.get("callbacks") or []
+        if isinstance(callbacks, keras.callbacks.Callback):
+            callbacks = [callbacks]
+        # First, so that a checkpoint at the end of an epoch does not keep lost weights.
+        given["callbacks"] = [LossWatch(first), *callbacks]
+        self._checked_validation_data = given.get("validation_data")
+        try:
+            return super().fit(**given)
+        finally:
+            self._checked_validation_data = None
+
+    def evaluate(self, x=None, y=None, *args, **kwargs) -> Any:
+        """Keras' own, with the same t and noise at each call."""
+        known = self._checked_validation_data  # `fit` has checked it, and a generator cannot be looked at twice
+        if known is None or x is not (known[0] if isinstance(known, (list, tuple)) else known):
+            x, _ = self._checked(x, y)
+        self._test_random.state.assign([0, 0])
+        return super().evaluate(x, y, *args, **kwargs)
+
+    compile.__signature__ = inspect.signature(keras.Model.compile)
+    fit.__signature__ = inspect.signature(keras.Model.fit)
+    evaluate.__signature__ = inspect.signature(keras.Model.evaluate)
+
+    def train_step(self, *args):
+        """Keras' own on noisy data, then the moving average. Takes `(data)`, on JAX `(state, data)`."""
+        if len(args) == 1:
+            data = self._corrupt(*args, self._fit_random, self.label_dropout)
+            before = ops.copy(self.optimizer.iterations)
+            logs = super().train_step(data)
+            self.average.update(before, self.optimizer.iterations)
+            return logs
+        state, data = args
+        weights = self.trainable_variables, self.non_trainable_variables
+        variables = (*weights, self.optimizer.variables, self.metrics_variables)
+        with _Stateless(variables, state) as scope:
+            data = self._corrupt(data, self._fit_random, self.label_dropout)
+            before = ops.copy(self.optimizer.iterations)
+        logs, state = super().train_step(scope.state(), data)
+        with _Stateless(variables, state) as scope:
+            self.average.update(before, self.optimizer.iterations)
+        return logs, scope.state()
+
+    def test_step(self, *args):
+        """Keras' own on noisy data. Takes `(data)`, on JAX `(state, data)`."""
+        if len(args) == 1:
+            return super().test_step(self._corrupt(*args, self._test_random))
+        state, data = args
+        variables = (self.trainable_variables, self.non_trainable_variables, self.metrics_variables)
+        with _Stateless(variables, state) as scope:
+            data = self._corrupt(data, self._test_random)
+        return super().test_step(scope.state(), data)
+
+    def _corrupt(self, data, generator, label_dropout=0.0):
+        """Clean data to Keras' `(x, y, sample_weight)`: the network's inputs, its target, and weights of the loss."""
+        x_0, condition, _ = keras.utils.unpack_x_y_sample_weight(data)
+        x_0 = ops.cast(x_0, "float32")
+        shape = ops.shape(x_0)
+        t = self._draw_timesteps(shape[0], generator)
+        noise = keras.random.normal(shape, seed=generator)
+        inputs = (self.diffusion.q_sample(x_0, t, noise), t)
+        if self.condition:
+            kept = keras.random.uniform((shape[0],), seed=generator) >= label_dropout
+            inputs = (*inputs, self.condition.drop(condition, kept))
+        return inputs, self.diffusion.target(x_0, t, noise), self.weight_of(t)
+
+    def _draw_timesteps(self, batch_size, generator):
+        """t in 1..T, `(batch,)`."""
+        u = keras.random.uniform((batch_size,), seed=generator)
+        index, number = ops.cast(ops.arange(batch_size), "float32"), ops.cast(batch_size, "float32")
+        steps = self.diffusion.timesteps
+        time = TIMESTEP_SAMPLINGS[self.timestep_sampling](u, index, number)
+        return ops.minimum(1 + ops.cast(time * steps, "int32"), steps)  # in float32, time may be rounded to 1
+
+    def weight_of(self, t: Any) -> Any:
+        """The weights of the loss at times t, `(batch,)`, shaped like the loss of each example; `None` for 1."""
+        if self.loss_weight is None:
+            return None
+        weight = ops.take(ops.convert_to_tensor(self.loss_weight, "float32"), t)
+        return ops.reshape(weight, (-1,) + (1,) * (len(self.data_shape) - 1))
+
+    def _checked(self, data, labels=None):
+        """The data unchanged, and the part that was looked at. A generator is rebuilt around its first batch."""
+        if isinstance(data, types.GeneratorType):
+            first = next(data, None)
+            batches = itertools.chain([first], data)
+            # Keras wants tuples.
+            data = (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,) for batch in batches)
+        elif data is None:
+            first = None
+        elif isinstance(data, keras.utils.PyDataset):
+            first = data[0]
+        elif isinstance(data, (list, tuple)) or hasattr(data, "shape"):
+            first = data if labels is None else (data, labels)
+        else:
+            first = next(iter(data), None)
+        _checks.require(first is not None, "The data hold no batch", data=data)
+        x_0, condition, _ = keras.utils.unpack_x_y_sample_weight(first)
+        x_0 = _checks.data(ops.convert_to_numpy(x_0), self.data_shape, self.diffusion.clip_range)
+        if self.condition:
+            _checks.require(condition is not None, "The network has a condition: it needs `(x_0, label)` batches")
+            every = getattr(data, "labels", None)  # of `datasets.Batches`, as one batch does not show all
+            condition = ops.convert_to_numpy(condition) if every is None else every
+            self.condition.array(condition, len(condition))
+        return data, x_0
+
+
+class _Stateless(keras.StatelessScope):
+    """The scope in which JAX' state, lists of values, stands for lists of variables."""
+
+    def __init__(self, variables, values):
+        super().__init__(zip(itertools.chain(*variables), itertools.chain(*values)))
+        self.variables = variables
+
+    def state(self):
+        return tuple([self.get_current_value(v) for v in group] for group in self.variables)
+
+
+@_devices.fast_on_torch
+def arrange(variables: list) -> None:
+    """Lays variables out in memory as the backend reads them fastest; most backends decide by themselves."""
+
+
+def checked_weight(loss_weight: Any, timesteps: int) -> np.ndarray | None:
+    """The weights as a float64 array `(T + 1,)`; `None` stays `None`.
+
+    Raises:
+        ValueError: if they have another shape, or one is not positive at some t in 1..T.
+    """
+    if loss_weight is None:
+        return None
+    needed = f"`loss_weight` must be an array of {timesteps + 1} numbers, for t = 0..{timesteps}"
+    try:
+        weight = np.asarray(loss_weight, "float64")
+    except (TypeError, ValueError):
+        weight = np.empty(0)
+    _checks.require(weight.shape == (timesteps + 1,), needed, loss_weight=loss_weight)
+    wrong = np.flatnonzero(~((weight[1:] > 0) & np.isfinite(weight[1:]))) + 1
+    message = f"`loss_weight` must be positive at t = 1..{timesteps}, or the network is never trained there"
+    _checks.require(not wrong.size, message, **{f"loss_weight[{t}]": float(weight[t]) for t in wrong[-1:]})
+    return weight

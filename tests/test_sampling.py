@@ -1,0 +1,124 @@
+"""The compiled loop: what samples depend on, what is compiled, and what is returned."""
+
+import gc
+import weakref
+
+import keras
+import numpy as np
+import pytest
+from closed_form import Mixture
+
+import keras_ddpm as kd
+from keras_ddpm import sampling
+
+
+def test_samples_depend_on_seed_and_index_alone(model):
+    sampler = kd.samplers.DDIM(10)
+    ten = model.sample(10, sampler, seed=1)
+    assert ten.shape == (10, 2) and ten.dtype == "float32" and np.abs(ten).max() <= 1
+    assert np.array_equal(ten, model.sample(10, sampler, seed=1))
+    assert not np.array_equal(ten, model.sample(10, sampler, seed=2))
+    np.testing.assert_allclose(model.sample(4, sampler, seed=1), ten[:4], atol=1e-5)
+    np.testing.assert_allclose(model.sample(10, sampler, seed=1, batch_size=3), ten, atol=1e-5)
+    assert not np.array_equal(model.sample(2), model.sample(2))
+
+
+def test_stochastic_samples_depend_on_the_batch_size_too(model):
+    sampler = kd.samplers.DDPM(10)
+    ten, x_t, _ = model.sample(10, sampler, seed=1, batch_size=4, return_trajectory=2)
+    np.testing.assert_allclose(model.sample(6, sampler, seed=1, batch_size=4), ten[:6], atol=1e-5)
+    assert len(np.unique(x_t[0].round(4), axis=0)) == 10  # before x_0 is clipped, into a corner now and then
+
+
+def test_trajectory(model):
+    sampler = kd.samplers.DDPM(10)
+    samples, x_t, x_0 = model.sample(5, sampler, seed=1, return_trajectory=10, batch_size=3)
+    assert x_t.shape == x_0.shape == (10, 5, 2)
+    assert np.array_equal(x_t[-1], samples)
+    np.testing.assert_allclose(x_0[-1], samples, atol=1e-6)  # the last step is the prediction
+    np.testing.assert_allclose(model.sample(5, sampler, seed=1, batch_size=3), samples, atol=1e-6)
+    # Steps by hand, from one state to the next where there is no noise.
+    sampler = kd.samplers.DPMSolver(10)
+    _, x_t, x_0 = model.sample(5, sampler, seed=1, return_trajectory=10)
+    zeros = np.zeros_like(x_t[0])
+    for index, row in enumerate(sampler.table(model.diffusion.schedule)[1:], start=1):
+        previous = (x_0[index - 1], zeros, zeros)
+        expected, _ = kd.samplers.step(row, lambda x, t: x_0[index], x_t[index - 1], None, previous)
+        np.testing.assert_allclose(expected, x_t[index], atol=1e-5)
+    # Where steps call the network more than once, states are those at their ends.
+    heun = kd.samplers.Heun(10)
+    _, x_t, _ = model.sample(5, heun, seed=1, return_trajectory=5)
+    _, all_x_t, _ = model.sample(5, heun, seed=1, return_trajectory=10)
+    assert np.array_equal(x_t, all_x_t[1::2])
+    for part, t in enumerate(heun.timesteps(model.diffusion.schedule)[1:-1]):
+        rows = np.concatenate(heun.steps(model.diffusion.schedule)[part + 1 :])
+        assert rows["t"][0] == t
+
+
+def test_programs_are_reused_and_freed(model):
+    """One serves all samplers without noise, one all with."""
+    calls = []
+    predict_x0 = model.diffusion.predict_x0
+    model.diffusion.predict_x0 = lambda *args: calls.append(args) or predict_x0(*args)
+    for num_steps in range(3, 50, 4):
+        for sampler in (kd.samplers.DDIM, kd.samplers.DPMSolver, kd.samplers.Heun, kd.samplers.DDPM):
+            model.sample(2, sampler(num_steps))
+    if keras.backend.backend() != "torch":  # whose loop is not compiled
+        assert len(calls) == 2
+    assert model._loop.programs.cache_info().currsize == 2
+
+
+def test_programs_go_with_their_model(monkeypatch):
+    model = kd.DiffusionModel(kd.networks.mlp(2, 8, 1))
+    references = [weakref.ref(model)]
+    make = sampling._Program.__init__
+
+    def spy(program, *args, **kwargs):
+        references.append(weakref.ref(program))
+        make(program, *args, **kwargs)
+
+    monkeypatch.setattr(sampling._Program, "__init__", spy)
+    model.sample(2, kd.samplers.DDPM(2))
+    del model
+    gc.collect()
+    assert [reference() for reference in references] == [None, None]
+
+
+def test_the_noise_has_the_size_of_x_T():
+    """Data of any schedule: here alpha_T = 1 and sigma_T = 7, of data N(0, 0.01)."""
+    schedule = kd.schedules.Schedule(np.ones(51), np.append(0, np.geomspace(0.01, 7, 50)))
+    data = Mixture((1.0,), (0.0,), 0.1)
+    x = data.model(schedule).sample(5000, kd.samplers.Heun(50), seed=0)
+    assert abs(x.std() / 0.1 - 1) < 0.05
+
+
+def test_progress_bar(model, capsys):
+    model.sample(3, kd.samplers.DDIM(10), batch_size=2, verbose=1)
+    assert "20/20" in capsys.readouterr().out
+    model.sample(3, kd.samplers.DDIM(10))
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_samples": 0}, "num_samples=0"),
+        ({"num_samples": 2.0}, "num_samples=2.0"),
+        ({"num_samples": 2, "batch_size": 0}, "batch_size=0"),
+        ({"num_samples": 2, "seed": 1.5}, "seed=1.5"),
+        ({"num_samples": 2, "seed": -1}, "seed=-1"),
+        ({"num_samples": 2, "seed": "3"}, "seed='3'"),
+        ({"num_samples": True}, "num_samples=True"),
+        ({"num_samples": 2, "sampler": "ddim"}, "sampler='ddim'"),
+        ({"num_samples": 2, "sampler": kd.samplers.DDIM(51)}, "num_steps=51"),
+        ({"num_samples": 2, "return_trajectory": 51}, r"in 1..20, the number of steps. Received: return_trajectory=51"),
+    ],
+)
+def test_bad_sampling(model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        model.sample(**arguments)
+
+
+def test_short_schedules_have_short_defaults(points):
+    model = kd.DiffusionModel(kd.networks.mlp(2, 16, 1), kd.GaussianDiffusion(kd.schedules.cosine(7)))
+    assert model.sample(2, return_trajectory=7)[1].shape == (7, 2, 2)

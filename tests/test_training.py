@@ -1,0 +1,233 @@
+"""Training against its definition: the loss by hand, the draws of t, and the data that are refused."""
+
+import keras
+import numpy as np
+import pytest
+from conftest import small_unet
+from conftest import weights
+from keras import ops
+
+import keras_ddpm as kd
+from keras_ddpm import _devices
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [("mse", 1.0), ("mae", np.sqrt(2 / np.pi)), (keras.losses.LogCosh(), 0.37439), ("huber", 0.42445)],
+)
+def test_a_fresh_model_predicts_zero(model, points, loss, expected):
+    """Its loss is then E|ε|^2, E|ε| and so on, here of 1024 draws of two numbers."""
+    model.compile(loss=loss, optimizer="adam")
+    got = model.evaluate(np.tile(points, (4, 1)), verbose=0)
+    assert abs(got / expected - 1) < 5 * np.sqrt(2 / 2048)
+
+
+def test_a_fresh_unet_has_loss_one():
+    images = np.random.default_rng(0).uniform(-1, 1, (64, 8, 8, 1)).astype("float32")
+    assert abs(small_unet().evaluate(images, verbose=0) - 1) < 5 * np.sqrt(2 / images.size)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("timestep_sampling", ["uniform", "batch", "stratified"])
+def test_fit_reports_the_true_loss(timestep_sampling, weighted):
+    """Of weights that do not move: the loss of the batches by hand, with the t and noise that the step drew.
+
+    Batch, height and width are of one size, so that a weight of the wrong shape would go unnoticed.
+    """
+    random = np.random.default_rng(0)
+    images = random.uniform(-1, 1, (16, 8, 8, 1)).astype("float32")
+    loss_weight = random.uniform(0.1, 2, 1001) if weighted else np.ones(1001)
+    network = kd.networks.unet((8, 8, 1), 8, (1,), 1, (), 4)
+    model = kd.DiffusionModel(
+        network,
+        loss_weight=loss_weight if weighted else None,
+        timestep_sampling=timestep_sampling,
+        seed=3,
+    )
+    model.network.set_weights([random.normal(0, 0.3, w.shape) for w in weights(model.network.weights)])
+    model.compile(loss="mse", metrics=["mae"], optimizer=keras.optimizers.SGD(0.0))
+    history = model.fit(images, batch_size=8, shuffle=False, epochs=1, verbose=0).history
+    generator = keras.random.SeedGenerator(3)
+    losses, errors = [], []
+    for x_0 in (images[:8], images[8:]):
+        t = ops.convert_to_numpy(model._draw_timesteps(8, generator))
+        noise = ops.convert_to_numpy(keras.random.normal(x_0.shape, seed=generator)).astype("float64")
+        schedule = model.diffusion.schedule
+        alpha, sigma = (table[t][:, None, None, None] for table in (schedule.alpha, schedule.sigma))
+        y = ops.convert_to_numpy(model.network([(alpha * x_0 + sigma * noise).astype("float32"), t]))
+        losses.append(np.mean(loss_weight[t] * np.mean((y - noise) ** 2, axis=(1, 2, 3))))
+        errors.append(np.mean(np.abs(y - noise)))
+    assert history["loss"][0] == pytest.approx(np.mean(losses), rel=1e-4)
+    assert history["mae"][0] == pytest.approx(np.mean(errors), rel=1e-4)
+
+
+def draw_timesteps(kind, batches, batch_size, timesteps=10):
+    diffusion = kd.GaussianDiffusion(kd.schedules.cosine(timesteps))
+    model = kd.DiffusionModel(kd.networks.mlp(2, 8, 1), diffusion, timestep_sampling=kind)
+    generator = keras.random.SeedGenerator(0)
+    return np.array([ops.convert_to_numpy(model._draw_timesteps(batch_size, generator)) for _ in range(batches)])
+
+
+@pytest.mark.parametrize("kind", ["uniform", "batch", "stratified"])
+def test_timesteps_are_uniform(kind):
+    """At each place in the batch, as data may come in a fixed order."""
+    t = draw_timesteps(kind, 2000, 3)
+    for place in range(3):
+        counts = np.bincount(t[:, place], minlength=11)
+        assert t.dtype == "int32" and counts[0] == 0 and len(counts) == 11
+        assert np.sum((counts[1:] - 200) ** 2 / 200) < 27.9  # chi² of 9 degrees of freedom, p = 0.001
+
+
+def test_timesteps_of_a_batch():
+    assert np.all(np.ptp(draw_timesteps("batch", 20, 8), axis=1) == 0)
+    for t, repeats in ((draw_timesteps("stratified", 20, 10), 1), (draw_timesteps("stratified", 20, 50), 5)):
+        assert np.array_equal(np.sort(t, axis=1), np.tile(np.repeat(np.arange(1, 11), repeats), (20, 1)))
+    assert np.any(np.diff(np.sort(draw_timesteps("uniform", 20, 10), axis=1), axis=1) == 0)
+
+
+def test_stratified_timesteps_lower_the_variance_of_a_mean_over_t():
+    """Without bias: of the mean of (t/T)² over a batch, more than tenfold here."""
+    means = {
+        kind: np.mean((draw_timesteps(kind, 300, 32, 1000) / 1000) ** 2, axis=1) for kind in ("uniform", "stratified")
+    }
+    assert np.var(means["stratified"]) < 0.1 * np.var(means["uniform"])
+    exact = np.mean((np.arange(1, 1001) / 1000) ** 2)
+    for values in means.values():
+        assert abs(np.mean(values) - exact) < 4 * np.std(values) / 300**0.5
+
+
+def test_learns(model, points):
+    points = 0.5 + 0.05 * points
+    losses = model.fit(points, epochs=40, batch_size=64, verbose=0).history["loss"]
+    assert losses[-1] < 0.25 < losses[0]
+    samples = model.sample(200, seed=0)
+    assert np.abs(samples.mean(0) - 0.5).max() < 0.15 and samples.std() < 0.3
+
+
+def test_labels_are_ignored_without_conditioning(points):
+    histories = []
+    for data in [(points,), (points, np.arange(256))]:
+        keras.utils.set_random_seed(0)
+        model = kd.DiffusionModel(kd.networks.mlp(2, 16, 1), seed=0)
+        model.compile(loss="mse", optimizer="adam")
+        histories.append(model.fit(*data, epochs=1, shuffle=False, verbose=0).history["loss"])
+    assert histories[0] == histories[1]
+
+
+def test_evaluate_draws_the_same_each_time(model, points):
+    first = model.evaluate(points, verbose=0)
+    history = model.fit(points, validation_data=points, epochs=1, verbose=0).history
+    assert first == pytest.approx(1.0, abs=0.3) and history["val_loss"][0] != first
+    assert model.evaluate(points, verbose=0) == model.evaluate(points, verbose=0) == history["val_loss"][0]
+
+
+def test_evaluation_needs_no_optimizer(model):
+    model.compile(loss="mse", optimizer=None)
+    assert np.isfinite(model.evaluate(np.zeros((4, *model.data_shape), "float32"), verbose=0))
+
+
+def test_compilation_is_chosen_anew_where_a_file_is_loaded(model, monkeypatch):
+    assert model.get_compile_config()["jit_compile"] == "auto"
+    for choice in (True, False):
+        monkeypatch.setattr(_devices, "jit_compile", lambda: choice)
+        copy = kd.DiffusionModel.from_config(model.get_config())
+        copy.compile_from_config(model.get_compile_config())
+        assert copy.jit_compile is choice
+    model.compile(loss="mse", optimizer="adam", jit_compile=False)
+    assert model.get_compile_config()["jit_compile"] is False
+    monkeypatch.setattr(_devices, "jit_compile", lambda: True)
+    model.compile(loss="mse", optimizer="adam", run_eagerly=True)
+    assert model.jit_compile is False
+
+
+def test_mixed_precision():
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    model = small_unet()
+    images = np.zeros((16, 8, 8, 1), "float32")
+    loss = model.fit(images, epochs=1, verbose=0).history["loss"][0]
+    assert loss == pytest.approx(1.0, abs=0.15)
+    assert {v.dtype for v in model.ema_weights} == {"float32"}
+    assert model.sample(2, kd.samplers.DDIM(2), seed=0).dtype == "float32"
+
+
+class Stream(keras.utils.PyDataset):
+    """One batch."""
+
+    def __init__(self, x):
+        super().__init__()
+        self.x = x
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, step):
+        return self.x
+
+
+def test_takes_tf_data_and_data_loaders(model, points):
+    if keras.backend.backend() == "torch":
+        torch = pytest.importorskip("torch")
+        tensors = torch.utils.data.TensorDataset(torch.from_numpy(points), torch.arange(256))
+        streams = [torch.utils.data.DataLoader(tensors, batch_size=64)]
+    else:
+        tf = pytest.importorskip("tensorflow")
+        streams = [
+            tf.data.Dataset.from_tensor_slices(points).batch(64),
+            tf.data.Dataset.from_tensor_slices((points, np.arange(256))).batch(64),
+        ]
+    for stream in streams:
+        history = model.fit(stream, validation_data=stream, epochs=2, shuffle=False, verbose=0).history
+        assert history["loss"][-1] < 1.2 and len(history["val_loss"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (np.full((8, 2), 255.0), r"\[-1.0, 1.0\].*Received: values in \[255.0, 255.0\]"),
+        (np.zeros((8, 3)), r"\('batch', 2\).*Received: \(8, 3\)"),
+        (np.zeros((8, 2, 1)), r"Received: \(8, 2, 1\)"),
+        (np.zeros((0, 2)), r"Received: \(0, 2\)"),
+        (np.where(np.arange(16).reshape(8, 2) == 15, np.nan, 0.0), "NaN"),
+        (np.where(np.arange(16).reshape(8, 2) == 15, np.inf, 0.0), "infinite"),
+    ],
+)
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x for x in [x]), lambda x: Stream(x)])
+def test_bad_data(model, points, data, message, wrap):
+    with pytest.raises(ValueError, match=message):
+        model.fit(wrap(data), verbose=0)
+    with pytest.raises(ValueError, match=message):
+        model.fit(points, validation_data=wrap(data), verbose=0)
+    with pytest.raises(ValueError, match=message):
+        model.evaluate(wrap(data), verbose=0)
+    assert int(model.optimizer.iterations) == 0
+
+
+def test_a_look_does_not_consume_a_stream(model, points):
+    seen = []
+
+    def batches():
+        for start in range(0, 256, 64):
+            seen.append(start)
+            yield points[start : start + 64]
+
+    model.fit(batches(), steps_per_epoch=4, epochs=1, shuffle=False, verbose=0)
+    assert seen == [0, 64, 128, 192] and int(model.optimizer.iterations) == 4
+    with pytest.raises(ValueError, match="no batch"):
+        model.fit((x for x in []), verbose=0)
+    with pytest.raises(ValueError, match="no batch. Received: None"):
+        model.fit()
+
+
+def test_a_validation_stream_is_not_consumed_either(model, points):
+    def batches():
+        while True:
+            yield (points[:64],)
+
+    history = model.fit(points, validation_data=batches(), validation_steps=2, epochs=3, verbose=0).history
+    assert len(history["val_loss"]) == 3
+
+
+def test_data_without_bounds(points):
+    model = kd.DiffusionModel(kd.networks.mlp(2, 16, 1), kd.GaussianDiffusion(clip_range=None))
+    model.compile(loss="mse", optimizer="adam")
+    model.fit(100 * points, epochs=1, verbose=0)
