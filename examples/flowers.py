@@ -1,6 +1,6 @@
 """Trains a DDPM on flowers and draws new ones.
 
-    python examples/flowers.py                                  # Oxford Flowers 102, or drawn flowers without a network
+    python examples/flowers.py                                  # Oxford Flowers 102, or drawn flowers when offline
     python examples/flowers.py --dataset procedural --epochs 3  # every setting has a flag
     python examples/flowers.py --init runs/flowers/model.keras --learning-rate 1e-4  # fine-tunes a trained model
 

@@ -194,7 +194,7 @@ def test_metrics_of_samples_that_cannot_be_had():
     kid.update_state(real_images=IMAGES)
     with pytest.raises(ValueError, match="takes no labels"):
         small_model().fit(IMAGES, callbacks=[kd.callbacks.SampleMetrics(kid, labels=1)], verbose=0)
-    with pytest.raises(ValueError, match="at least 4 images in each set. Received: 16 real and 3 generated"):
+    with pytest.raises(ValueError, match="at least 4. Received: num_generated=3"):
         small_model().fit(IMAGES, callbacks=[kd.callbacks.SampleMetrics(kid, num_samples=3)], verbose=0)
     with pytest.raises(ValueError, match="every=0"):
         kd.callbacks.SampleMetrics(kid, every=0)

@@ -382,7 +382,7 @@ def test_samplers_are_values():
         (lambda: samplers.Heun(churn=-1), "churn=-1"),
         (lambda: samplers.Langevin(step_size=0), "step_size=0"),
         (lambda: samplers.Langevin(num_updates=0), "num_updates=0"),
-        (lambda: samplers.Langevin(predictor="ddim"), "another sampler.*predictor=ddim"),
+        (lambda: samplers.Langevin(predictor="ddim"), "another sampler.*predictor='ddim'"),
         (lambda: samplers.Langevin(10, predictor=DPM(10)), "num_steps=10"),
         (lambda: samplers.DDIM(1001).table(LINEAR), "1000 steps.*num_steps=1001"),
         (lambda: samplers.Langevin(predictor=samplers.Heun(1001)).table(LINEAR), "1000 steps.*num_steps=1001"),

@@ -214,7 +214,7 @@ def test_a_look_does_not_consume_a_stream(model, points):
     assert seen == [0, 64, 128, 192] and int(model.optimizer.iterations) == 4
     with pytest.raises(ValueError, match="no batch"):
         model.fit((x for x in []), verbose=0)
-    with pytest.raises(ValueError, match="no batch. Received: None"):
+    with pytest.raises(ValueError, match="no batch. Received: data=None"):
         model.fit()
 
 
