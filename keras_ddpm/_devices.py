@@ -11,15 +11,15 @@ from collections.abc import Callable
 import keras
 from keras import ops
 
-# Names of the functions of `_torch` that are not used, so that tests and benchmarks can compare.
+# Names of functions of `_torch` that are switched off. Tests and benchmarks use it to compare fast and plain ones.
 plain_functions: set[str] = set()
 
 
 def fast_on_torch(plain: Callable) -> Callable:
-    """Decorator of a function that `_torch` implements faster, under the same name.
+    """Decorates a function that has a faster implementation of the same name in `_torch`.
 
-    On PyTorch the function of `_torch` is called first. The plain one runs if that returns `NotImplemented`, and on
-    every other backend. The two agree up to rounding.
+    On PyTorch the function of `_torch` is called first. If it returns `NotImplemented`, the plain function runs. On
+    other backends the plain function always runs. The two agree up to rounding.
     """
     name = plain.__name__
 
@@ -37,7 +37,7 @@ def fast_on_torch(plain: Callable) -> Callable:
 
 
 def has_accelerator() -> bool:
-    """Whether Keras puts its tensors on something faster than a CPU."""
+    """Whether Keras places its tensors on an accelerator rather than a CPU."""
     return "cpu" not in str(ops.zeros(1).device).lower()
 
 
@@ -52,9 +52,9 @@ def jit_compile() -> bool:
 
 
 def max_dense_attention() -> int:
-    """The largest number of queries whose scores are computed at once, by two matrix products; 0 leaves it to Keras.
+    """The largest number of queries whose scores are computed at once. 0 means that Keras' own attention is used.
 
-    On a CPU the products are three times as fast as PyTorch's kernel, which needs no memory for the scores.
+    On a CPU two matrix products are three times as fast as PyTorch's fused kernel, but they store the scores.
     """
     return 0 if has_accelerator() else 1024
 

@@ -1,7 +1,7 @@
 """Faster implementations for PyTorch of functions that have a plain body elsewhere in the package.
 
-`_devices.fast_on_torch` calls the function of the same name here. The plain body runs if that returns `NotImplemented`.
-Nothing else in the package depends on this module. docs/benchmarks.md has what each function is worth.
+`_devices.fast_on_torch` calls the function of the same name in this module. If it returns `NotImplemented`, the plain
+body runs. Only `_devices` imports this module. `tests/benchmarks/fast_functions.py` measures what each function saves.
 """
 
 import keras
@@ -9,19 +9,20 @@ import numpy as np
 import torch
 from keras import ops
 
-# Jobs with this many network calls are recorded. A recording takes as long as fifty calls, once for each batch size.
+# Jobs with at least this many network calls are recorded. A recording takes as long as fifty calls. Later jobs of the
+# same batch size use it again.
 RECORDED_FROM = 20
 
 
 def conv2d(x, kernel, bias, strides, padding, dilation, groups, training):
-    """Without the copies between channels last and channels first that Keras makes around each convolution.
+    """Convolves without the copies between channels last and channels first that Keras makes.
 
-    Images whose channels come last in memory are what PyTorch's convolutions like best; only the view changes.
+    PyTorch's convolutions are fastest for images whose channels come last in memory. So only the view is permuted.
     """
     if not strides == dilation == (1, 1) or groups > 1:
         return NotImplemented
     if training and kernel.shape[:2] == (1, 1):
-        return torch.nn.functional.linear(x, kernel[0, 0].T, bias)  # its gradient is faster
+        return torch.nn.functional.linear(x, kernel[0, 0].T, bias)  # has a faster gradient
     interleaved = padding == "same" and kernel.shape[1] > 1 and all(size % 2 for size in kernel.shape[:2])
     several = batch_interleave(x) if interleaved else 1
     x, kernel = torch.permute(_interleave(x, several), (0, 3, 1, 2)), torch.permute(kernel, (3, 2, 0, 1))
@@ -30,10 +31,10 @@ def conv2d(x, kernel, bias, strides, padding, dilation, groups, training):
 
 
 def batch_interleave(x):
-    """How many narrow images are convolved fastest as one, with interleaved columns and a dilated kernel.
+    """The number of narrow images to convolve as one, with interleaved columns and a dilated kernel.
 
-    On a CPU, oneDNN multiplies tiles of 16 pixels of a row. An image 8 pixels wide fills half of each tile. An image 16
-    pixels wide gains nothing.
+    On a CPU, oneDNN multiplies tiles of 16 pixels of a row. An image 8 pixels wide fills half of each tile. Images at
+    least 16 pixels wide gain nothing.
     """
     batch, _, width, _ = x.shape
     if x.device.type != "cpu" or width >= 16:
@@ -42,7 +43,7 @@ def batch_interleave(x):
 
 
 def _interleave(x, several):
-    """Joins `several` images at a time: first the first column of each, then the second of each, and so on."""
+    """Joins `several` images at a time: the first column of each image, then the second of each, and so on."""
     batch, height, width, channels = x.shape
     x = x.reshape(batch // several, several, height, width, channels).permute(0, 2, 3, 1, 4)
     return x.reshape(batch // several, height, several * width, channels)
@@ -56,14 +57,14 @@ def _separate(x, several):
 
 
 def upsampled_conv2d(x, kernel, bias):
-    """One transposed convolution of stride two, with 4/9 of the multiplications.
+    """Computes one transposed convolution of stride two, with 4/9 of the multiplications.
 
-    Several entries of the 3x3 kernel meet copies of the same pixel, and are added up beforehand. The sum is a 4x4
-    kernel, the 3x3 one convolved with 2x2 ones.
+    Several entries of the 3x3 kernel are multiplied by copies of the same pixel, so they are added up first. The result
+    is a 4x4 kernel: the 3x3 kernel convolved with a 2x2 kernel of ones.
     """
-    sums = np.array([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])  # along one axis, mirrored as a transposed kernel is
+    sums = np.array([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])  # along one axis, mirrored for the transposition
     channels, filters = kernel.shape[2:]
-    kernel = torch.permute(kernel, (3, 0, 1, 2)).reshape(filters, 9, channels)  # as `arrange` has laid it out
+    kernel = torch.permute(kernel, (3, 0, 1, 2)).reshape(filters, 9, channels)  # a view, in the layout of `arrange`
     kernel = torch.matmul(ops.cast(np.kron(sums, sums), kernel.dtype), kernel)
     kernel = torch.permute(kernel.reshape(filters, 4, 4, channels), (3, 0, 1, 2))
     x = torch.nn.functional.conv_transpose2d(torch.permute(x, (0, 3, 1, 2)), kernel, bias, stride=2, padding=1)
@@ -71,9 +72,9 @@ def upsampled_conv2d(x, kernel, bias):
 
 
 def group_norm(x, gamma, beta, groups, epsilon):
-    """PyTorch's own for bfloat16, which Keras does not call.
+    """Uses PyTorch's group normalization for bfloat16. Keras does not call it.
 
-    It sums in float32, but takes a difference of squares, which is too coarse for images in float32.
+    PyTorch sums in float32 but computes the variance as E[x²] − E[x]². For float32 images this loses too many digits.
     """
     if x.dtype != torch.bfloat16:
         return NotImplemented
@@ -82,21 +83,21 @@ def group_norm(x, gamma, beta, groups, epsilon):
 
 
 def attention(query, key, value, max_dense):
-    """PyTorch's fused kernel if the scores would take much memory; below, two products are three times as fast."""
+    """Uses PyTorch's fused kernel for more than `max_dense` queries. For fewer, two products are faster."""
     if query.shape[1] <= max_dense:
         return NotImplemented
     return ops.dot_product_attention(query[:, :, None], key[:, :, None], value[:, :, None])[:, :, 0]
 
 
 def arrange(variables):
-    """Lays the kernels of convolutions out in memory as PyTorch's convolutions read them."""
+    """Arranges the kernels of convolutions in memory as PyTorch's convolutions read them."""
     for variable in variables:
         if len(variable.shape) == 4:
             variable.value.data = variable.value.data.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)
 
 
 def move_averages(averages, variables, decay):
-    """One pass over memory for each variable."""
+    """Moves each average in one pass over memory."""
     for average, v in zip(averages, variables):
         if keras.backend.is_float_dtype(v.dtype):
             average.value.data.lerp_(v.value.data, 1.0 - decay)
@@ -105,7 +106,7 @@ def move_averages(averages, variables, decay):
 
 
 def adam_step(optimizer, gradient, variable, learning_rate):
-    """PyTorch's fused Adam, on a CPU, if all tensors have one layout in memory."""
+    """Uses PyTorch's fused Adam on a CPU if all tensors have the same layout in memory."""
     from torch.optim.adam import adam
 
     index = optimizer._get_variable_index(variable)
@@ -114,11 +115,11 @@ def adam_step(optimizer, gradient, variable, learning_rate):
     layouts = {(x.dtype, *(stride for stride, size in zip(x.stride(), x.shape) if size > 1)) for x in tensors}
     if optimizer.amsgrad or gradient.device.type != "cpu" or len(layouts) > 1:
         return NotImplemented
-    # As PyTorch's is slow if the order in memory is not that of the axes.
+    # PyTorch's Adam is slow if the order in memory is not the order of the axes. So it gets flat views.
     value, gradient, momentum, velocity = (x.detach().as_strided((x.numel(),), (1,)) for x in tensors)
     steps = int(optimizer.iterations)
     lists = [value], [gradient], [momentum], [velocity], [], [torch.tensor(float(steps))]
-    # Keras adds epsilon before the correction of the bias, and has applied the weight decay.
+    # Keras adds epsilon before it corrects the bias, and it has already applied the weight decay.
     numbers = {
         "eps": optimizer.epsilon / (1 - optimizer.beta_2 ** (steps + 1)) ** 0.5,
         "beta1": optimizer.beta_1,
@@ -129,21 +130,22 @@ def adam_step(optimizer, gradient, variable, learning_rate):
     adam(*lists, fused=True, amsgrad=False, maximize=False, **numbers)
 
 
-# Recordings: a network as a graph of PyTorch's operations, run without the Python that led to them.
+# Recordings: a recording is the graph of PyTorch operations of a network. It runs without the network's Python code.
 
 
 def recorded(function, recordings, calls):
-    """A recording for each shape of the arguments, in which what depends on weights alone is computed once.
+    """Makes a recording for each shape of the arguments.
 
-    Examples are the conversion of weights to bfloat16, and kernels in the order in which oneDNN reads them. Residual
-    blocks add their input as their last convolution writes. Results differ from the function's in the last digits.
+    What depends on weights alone is computed once for each returned function, such as weights converted to bfloat16 and
+    kernels in the order that oneDNN reads. The last convolution of a residual block also adds the block's input.
+    Results equal the function's results up to rounding.
     """
     if int(calls) < RECORDED_FROM:
         return NotImplemented
     constants = {}
 
     def run(*arguments):
-        arguments = [x.contiguous() for x in arguments]  # the recording depends on the layout in memory
+        arguments = [x.contiguous() for x in arguments]  # a recording holds for one layout in memory
         shapes = tuple((tuple(x.shape), x.dtype) for x in arguments)
         if shapes not in recordings:
             recordings[shapes] = _record(function, arguments)
@@ -156,10 +158,10 @@ def recorded(function, recordings, calls):
 
 
 def _record(function, arguments):
-    """Two functions: from nothing to constants, and from constants and arguments to the result.
+    """Returns two functions: from nothing to constants, and from constants and arguments to the result.
 
-    Everything here that is private to PyTorch may be missing in another release. Then the function itself is returned,
-    and so it is if the function looks at values of tensors, which cannot be recorded.
+    If the function cannot be recorded, the second is the function itself. This happens if it reads values of tensors,
+    or if a release of PyTorch lacks one of the private operations that are used here.
     """
     try:
         from torch.fx.experimental.proxy_tensor import make_fx
@@ -176,7 +178,7 @@ def _record(function, arguments):
 
 
 def _divide(module):
-    """The graph in two parts: from weights to constants, and from constants and arguments to the result."""
+    """Divides the graph in two: from weights to constants, and from constants and arguments to the result."""
     graph = module.graph
     fixed = _fixed(graph)
     copies, first = torch.fx.Graph(), next(iter(graph.nodes))
@@ -205,7 +207,7 @@ def _fixed(graph):
 
 
 def _changes_constants(graph):
-    """Whether an operation that depends on arguments changes in place what depends on weights alone."""
+    """Whether an operation on arguments changes a tensor in place that depends on weights alone."""
     fixed = set(_fixed(graph))
     for node in set(graph.nodes) - fixed:
         schema = getattr(node.target, "_schema", None)
@@ -215,7 +217,7 @@ def _changes_constants(graph):
 
 
 def _fuse_convolutions(graph):
-    """Convolutions of images as PyTorch's inductor writes them for inference on a CPU, where it has oneDNN."""
+    """Replaces convolutions by the operations of oneDNN that PyTorch's inductor uses for inference on a CPU."""
     aten, mkldnn, backend = torch.ops.aten, torch.ops.mkldnn, torch.backends.mkldnn
     if not (backend.is_available() and backend.enabled) or mkldnn._is_mkldnn_acl_supported():
         return
@@ -245,9 +247,9 @@ def _fuse_convolutions(graph):
 
 
 def _is_replaceable(convolution):
-    """Whether oneDNN has this convolution, with a result that lies in memory as the next operation expects."""
+    """Whether oneDNN has this convolution and its result has the memory layout that the next operation expects."""
     x, *_, stride, _, _, transposed, output_padding, groups = convolution.args
-    images = x.meta.get("val")  # older versions have none for weights
+    images = x.meta.get("val")  # older versions of PyTorch do not set it for weights
     dtypes = [torch.float32] + [torch.bfloat16] * torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if images is None or images.device.type != "cpu" or images.dtype not in dtypes or images.ndim != 4 or groups != 1:
         return False
@@ -257,9 +259,10 @@ def _is_replaceable(convolution):
 
 
 def _residual_addition(convolution):
-    """The node that adds images of the same kind to this convolution's, and the node of these images.
+    """Finds the addition of the convolution's result to other images of the same shape and dtype.
 
-    The convolution itself and `None`, if there is no such addition or something else needs the convolution's result.
+    Returns the node of the addition and the node of the other images. If there is no such addition, or the result is
+    used elsewhere, too, returns the convolution itself and `None`.
     """
     node = convolution
     for target in (torch.ops.aten.permute.default, torch.ops.aten.add.Tensor):

@@ -25,7 +25,7 @@ class _Sampling(keras.callbacks.Callback):
         self.options = options
 
     def on_train_begin(self, logs=None):
-        """Checks what can be checked before hours of training."""
+        """Checks the options before training starts."""
         sampler = self.sampler or self.model.default_sampler
         t = sampler.table(self.model.diffusion.schedule)["t"]
         Guidance(**self.options).resolve(self.model.condition, self.num_samples, t)
@@ -38,17 +38,17 @@ class SampleGrid(_Sampling):
     """Writes a grid of samples every few epochs, from the same noise each time.
 
     Args:
-        path: file name, in which `{epoch}` is replaced, as in "samples/{epoch:04d}.png".
-        every: epochs between grids.
-        num_samples: images in a grid.
-        compare_raw: whether to draw samples of the raw weights to the right of those of the average.
-        scale: whole number by which every pixel is enlarged.
+        path: file name. `{epoch}` is replaced by the epoch, as in "samples/{epoch:04d}.png".
+        every: number of epochs from one grid to the next.
+        num_samples: number of images in a grid.
+        compare_raw: whether to draw samples of the raw weights to the right of the samples of the average.
+        scale: integer factor by which images are enlarged.
         **options: `seed` (by default 0), `sampler`, and what to sample, such as `labels` and `guidance_scale`, as in
             `DiffusionModel.sample`.
 
     Raises:
         ValueError: before training, if the data are not images, `path` has other names in braces, the sampler has more
-            steps than the schedule, or labels or scale are invalid.
+            steps than the schedule, or an option of guidance is invalid.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class SampleGrid(_Sampling):
         try:
             self.path.format(epoch=1)
         except (KeyError, IndexError) as error:
-            raise ValueError(f"`path` may have {{epoch}} alone in braces. Received: path={self.path}") from error
+            raise ValueError(f"`path` must have no name but {{epoch}} in braces. Received: path={self.path}") from error
 
     def on_epoch_end(self, epoch, logs=None):
         epoch += 1
@@ -81,8 +81,8 @@ class SampleMetrics(_Sampling):
     """Compares samples with real images every few epochs, and adds the result to Keras' logs.
 
     A metric "kid" appears as "val_kid", with its standard error as "val_kid_standard_error". It is measured in the
-    first epoch and in every epoch that is a multiple of `every`. The logs repeat it in between, and a `patience` counts
-    these epochs, too. Put this callback before the callbacks that read the logs:
+    first epoch and in every epoch that is a multiple of `every`. In other epochs the logs repeat the last value, and
+    the `patience` of other callbacks counts these epochs, too. Put this callback before callbacks that read the logs:
 
     >>> kid = metrics.KernelInceptionDistance(classifier, subset_size=50)
     >>> kid.update_state(real_images=held_out)
@@ -92,15 +92,15 @@ class SampleMetrics(_Sampling):
     ... ])
 
     Args:
-        metric: a metric of `metrics` that has been given the real images.
+        metric: a metric of `metrics` that has seen the real images.
         num_samples: number of samples.
-        every: epochs between measurements.
+        every: number of epochs from one measurement to the next.
         **options: `seed` (by default 0), `sampler`, and what to sample, such as `labels` and `guidance_scale`, as in
             `DiffusionModel.sample`.
 
     Raises:
         ValueError: before training, if the metric has no real images, the samples are too few for it, the data do not
-            fit its extractor, the sampler has more steps than the schedule, or labels or scale are invalid.
+            fit its extractor, the sampler has more steps than the schedule, or an option of guidance is invalid.
     """
 
     def __init__(self, metric: Any, num_samples: int = 1000, every: int = 1, **options):
@@ -126,9 +126,9 @@ class SampleMetrics(_Sampling):
 class EMAWeights(keras.callbacks.Callback):
     """Evaluates the averaged weights: `evaluate(callbacks=[EMAWeights()])`, or validation during `fit`.
 
-    The network holds the average from the beginning of the evaluation to its end, and at no other time. A file saved
-    after an epoch thus holds the raw weights in the network and the average in its own place. An interrupted evaluation
-    leaves the two exchanged until the same callback is used again.
+    During the evaluation, the network holds the average and the average holds the raw weights. Afterwards they are
+    exchanged back, so a file saved after an epoch is not affected. An interrupted evaluation leaves them exchanged
+    until the same callback is used again.
     """
 
     def __init__(self):
@@ -151,10 +151,10 @@ class EMAWeights(keras.callbacks.Callback):
 
 
 class LossWatch(keras.callbacks.Callback):
-    """Says in words what it means if the loss is not finite, or does not fall. `DiffusionModel.fit` adds it.
+    """Raises an error if the loss is not finite, and warns if it does not fall. `DiffusionModel.fit` adds it.
 
     Args:
-        x_0: clean data, of which it uses at most 256 examples.
+        x_0: clean data. At most 256 examples are used.
 
     Raises:
         ValueError: at the end of an epoch whose loss is not finite.

@@ -1,10 +1,12 @@
-"""Editing images with a trained model: its sampler runs from another start, to another end, or on known pixels.
+"""Editing images with a trained model.
 
 All functions take float images `(batch, height, width, channels)` in the data's range, or data of any other shape for
-which the model was made. They return float32 arrays. `num_steps` is the number of steps of the default sampler, at most
-T. `**options` are those of `DiffusionModel.sample`: `labels` (one for all images or one for each), `guidance_scale` and
-the other options of guidance, `use_ema`, `batch_size` and `verbose`. A `seed` is a non-negative integer; `None` draws
-one.
+which the model was made. They return float32 arrays. Arguments of several functions:
+
+    num_steps: number of steps of the default sampler, at most T. `None` for the sampler's own number.
+    seed: a non-negative integer. `None` draws one.
+    **options: options of `DiffusionModel.sample`: `labels` (one for all images or one for each), `guidance_scale` and
+        the other options of guidance, `use_ema`, `batch_size` and `verbose`.
 """
 
 import dataclasses
@@ -17,8 +19,8 @@ from keras_ddpm import samplers
 from keras_ddpm import sampling
 from keras_ddpm.model import DiffusionModel
 
-# For `encode` and `decode`. Steps uniform in t have twice its error on images with the cosine schedule, and two thirds
-# of it with the linear one.
+# For `encode` and `decode`. With the cosine schedule, the error on images is half of the error with "uniform" spacing.
+# With the linear schedule, it is 1.5 times as large.
 INVERTIBLE = samplers.DDIM(100, spacing="logsnr")
 
 
@@ -35,14 +37,14 @@ def inpaint(
 ) -> np.ndarray:
     """Fills the unknown part of images.
 
-    Every step of the sampler but the last is made `num_resamples` times. Noise added in between leads back to the start
-    of the step. This makes the unknown part fit the known one.
+    Every step of the sampler but the last is made `num_resamples` times. In between, added noise leads back to the
+    start of the step. This makes the unknown part fit the known part.
 
     With `DDPM(variance="large")` the result tends to a sample of the conditional distribution as the numbers of steps
-    and of resamplings grow. With "small" its variance stays too low. For two pixels of correlation 0.8, T = 1000 and
-    100 resamplings, it is a tenth too low at a standard deviation of 1, and a quarter at 0.2. With few steps "large"
-    leaves more noise than "small" loses, so the default is "small". Deterministic samplers fill less well. Multistep
-    samplers are of first order in resampled steps.
+    and of resamplings grow. With "small", the variance of the result stays too low. For two pixels of correlation 0.8
+    and T = 1000, 100 resamplings leave it a tenth too low if the pixels' standard deviation is 1, and a quarter too low
+    if it is 0.2. With few steps, "large" leaves visible noise, so the default is "small". Deterministic samplers fill
+    the unknown part less well. Resampled steps of multistep samplers are of first order.
 
     Args:
         model: a `DiffusionModel`.
@@ -51,14 +53,14 @@ def inpaint(
         seed: see above.
         sampler: a `samplers.Sampler`; `None` for `DDPM(50)`.
         num_steps: see above.
-        num_resamples: how often each step is made.
+        num_resamples: how often each step is made; 1 for no resampling.
         **options: see above.
 
     Returns:
         `(batch, height, width, channels)`, equal to `images` in the known pixels.
 
     Raises:
-        ValueError: if images or masks have another shape or range, or an option is invalid.
+        ValueError: if images or masks have a wrong shape or are out of range, or an option is invalid.
 
     Reference: Lugmayr et al., 2022 ("RePaint"), algorithm 1.
     """
@@ -75,7 +77,7 @@ def inpaint(
     steps = _sampler(model, sampler, num_steps, samplers.DDPM(50)).steps(schedule)
     if num_resamples > 1:
         for rows in steps:
-            # Resampling changes x_0, which is not a slope in time. So nothing is extrapolated from the step before.
+            # A change of x_0 by resampling is not a slope in time. So nothing is extrapolated from earlier x_0.
             rows["from_x_0"][0] += rows["from_previous"][0].sum()
             rows["from_previous"][0] = 0.0
     resampled = []
@@ -102,16 +104,16 @@ def variations(
     num_steps: int | None = None,
     **options,
 ) -> np.ndarray:
-    """Other images like these: noise is added up to a time, and removed again.
+    """Makes variations of images: adds noise up to a time and removes it again.
 
     Args:
         model: a `DiffusionModel`.
         images: `(batch, height, width, channels)`.
-        strength: the time as a share of T, in [0, 1]. 0 returns the images, 1 forgets them and returns what
-            `model.sample` does.
+        strength: the time as a share of T, in [0, 1]. 0 returns the images. 1 ignores them and returns what
+            `model.sample` returns.
         seed: see above.
-        sampler: a `samplers.Sampler`; `None` for the default of `model.sample`. It makes the share `strength` of its
-            steps.
+        sampler: a `samplers.Sampler`; `None` for the default of `model.sample`. It makes only the share `strength` of
+            its steps.
         num_steps: see above.
         **options: see above.
 
@@ -119,7 +121,8 @@ def variations(
         `(batch, height, width, channels)`.
 
     Raises:
-        ValueError: if images have another shape or range, `strength` is outside [0, 1], or an option is invalid.
+        ValueError: if images have a wrong shape or are out of range, `strength` is outside [0, 1], or an option is
+            invalid.
 
     Reference: Meng et al., 2022 ("SDEdit"), algorithm 1.
     """
@@ -135,17 +138,18 @@ def variations(
             return sampling.prior(model.diffusion, model.data_shape, seed, indices)
         return _noisy(model, images, t, seed, indices)
 
-    steps = [samplers.row([1], from_x=1.0)]  # leaves x as it is, after all checks
+    steps = [samplers.row([1], from_x=1.0)]  # returns x itself; `model.run` still checks the options
     if t > 0:
         steps = sampler.shortened(strength, schedule.timesteps).steps(schedule.until(t))
     return model.run(steps, start, len(images), seed, **options)
 
 
 def encode(model: DiffusionModel, images: Any, *, num_steps: int | None = None, **options) -> np.ndarray:
-    """The noise from which DDIM makes these images: its steps are made backwards, without clipping.
+    """Finds the noise from which DDIM makes these images. Runs its steps in reverse order, without clipping.
 
-    `decode(encode(images))` returns the images with an error that falls with `num_steps`. `python examples/edit.py
-    reconstruct` prints it: with 100 steps 0.07, the root mean square of pixels in [-1, 1], for the README's flowers.
+    `decode(encode(images))` returns the images with an error that falls with `num_steps`. For the README's flowers and
+    100 steps, the root mean squared error of pixels in [-1, 1] is 0.075. `python examples/edit.py reconstruct` prints
+    it.
 
     Args:
         model: a `DiffusionModel`.
@@ -157,7 +161,7 @@ def encode(model: DiffusionModel, images: Any, *, num_steps: int | None = None, 
         x_T, `(batch, height, width, channels)`.
 
     Raises:
-        ValueError: if images have another shape or range, or an option is invalid.
+        ValueError: if images have a wrong shape or are out of range, or an option is invalid.
 
     Reference: Song et al., 2021 ("DDIM"), section 4.3; Dhariwal and Nichol, 2021, appendix F.
     """
@@ -167,26 +171,26 @@ def encode(model: DiffusionModel, images: Any, *, num_steps: int | None = None, 
     s, t = times[:-1], times[1:]
     alpha_t, sigma_t = schedule.alpha[t], schedule.sigma[t]
     ratio = alpha_t / schedule.alpha[s]
-    # x_t = ratio x_s + from_noise ε, with the ε predicted at the later time, ε = (x_s − alpha_t x_0) / sigma_t.
+    # x_t = ratio x_s + from_noise ε, with ε = (x_s − alpha_t x_0) / sigma_t. The network is called with x_s and t.
     from_noise = sigma_t - ratio * schedule.sigma[s]
     rows = samplers.row(t, from_x=ratio + from_noise / sigma_t, from_x_0=-from_noise * alpha_t / sigma_t)
     return model.run(np.split(rows, len(rows)), lambda indices: images[indices], len(images), clip=False, **options)
 
 
 def decode(model: DiffusionModel, noise: Any, *, num_steps: int | None = None, **options) -> np.ndarray:
-    """The images that DDIM makes from noise x_T, without clipping.
+    """Makes images from noise x_T with DDIM, without clipping.
 
     Args:
         model: a `DiffusionModel`.
         noise: x_T, `(batch, height, width, channels)`, as `encode` returns it.
-        num_steps: see above.
+        num_steps: see above; `None` for 100.
         **options: see above.
 
     Returns:
         `(batch, height, width, channels)`.
 
     Raises:
-        ValueError: if the noise has another shape, or an option is invalid.
+        ValueError: if the noise has a wrong shape, or an option is invalid.
 
     Reference: Song et al., 2021 ("DDIM"), Eq. 12 with σ = 0.
     """
@@ -205,28 +209,28 @@ def interpolate(
     num_steps: int | None = None,
     **options,
 ) -> np.ndarray:
-    """Images between pairs of images: their noises are mixed on a sphere and decoded.
+    """Interpolates between pairs of images: encodes both, mixes the noise on a sphere and decodes it.
 
     Args:
         model: a `DiffusionModel`.
         images_a: `(batch, height, width, channels)`.
-        images_b: of the same shape.
-        num: number of images, with both ends.
-        seed: ignored, as nothing is drawn.
-        num_steps: see above; for `encode` and for `decode`.
+        images_b: images of the same shape.
+        num: number of images for each pair, including both ends.
+        seed: ignored, because nothing is drawn.
+        num_steps: number of steps of `encode` and of `decode`; `None` for 100.
         **options: see above.
 
     Returns:
         `(num, batch, height, width, channels)`, from `images_a` itself to `images_b` itself.
 
     Raises:
-        ValueError: if images have different shapes or another range, `num` is below 2, or an option is invalid.
+        ValueError: if images have a wrong shape or are out of range, `num` is below 2, or an option is invalid.
 
     Reference: Song et al., 2021 ("DDIM"), appendix D.5.
     """
     _checks.counts(low=2, num=num)
     a, b = _images(model, images_a, "images_a"), _images(model, images_b, "images_b")
-    _checks.require(a.shape == b.shape, "Expected as many images on both sides", shapes=(a.shape, b.shape))
+    _checks.require(a.shape == b.shape, "Expected images of the same shape", shapes=(a.shape, b.shape))
     noises = [encode(model, images, num_steps=num_steps, **options) for images in (a, b)]
     mixed = (_slerp(*noises, fraction) for fraction in np.linspace(0, 1, num)[1:-1])
     return np.stack([a, *(decode(model, noise, num_steps=num_steps, **options) for noise in mixed), b])
@@ -241,8 +245,8 @@ def _slerp(a, b, fraction):
 
     lengths = np.sqrt(dot(a, a) * dot(b, b))
     angle = np.arccos(np.clip(dot(a, b) / np.maximum(lengths, 1e-30), -1, 1))
-    angle[(np.sin(angle) < 1e-6) | (lengths == 0)] = 0  # a straight line: the sphere has no unique shortest way
-    # sin(p angle) / sin(angle), which is p at an angle of 0.
+    angle[(np.sin(angle) < 1e-6) | (lengths == 0)] = 0  # a straight line, as the shortest arc is not unique
+    # sin(p angle) / sin(angle), or its limit p if the angle is 0.
     from_a, from_b = (p * np.sinc(p * angle / np.pi) / np.sinc(angle / np.pi) for p in (1 - fraction, fraction))
     return (from_a * a + from_b * b).astype("float32")
 
@@ -256,12 +260,12 @@ def _sampler(model, sampler, num_steps, default):
         num_steps = min(default.num_steps, model.diffusion.timesteps) if num_steps is None else num_steps
         return dataclasses.replace(default, num_steps=num_steps)
     valid = num_steps is None and isinstance(sampler, samplers.Sampler)
-    _checks.require(valid, "Expected `num_steps` or one of `samplers`", sampler=sampler, num_steps=num_steps)
+    _checks.require(valid, "Expected either `num_steps` or one of `samplers`", sampler=sampler, num_steps=num_steps)
     return sampler
 
 
 def _noisy(model, images, t, seed, indices):
-    """Images at time t, with the noise of these samples."""
+    """Adds noise to images up to time t. Each sample has its own noise."""
     schedule = model.diffusion.schedule
     noise = sampling.noise(model.data_shape, seed, indices)
     return (schedule.alpha[t] * images[indices] + schedule.sigma[t] * noise).astype("float32")

@@ -10,20 +10,20 @@ from keras_ddpm import _devices
 
 
 class Average:
-    """A second set of weights that follows the network's own.
+    """A moving average of the network's weights.
 
-    The n-th update of the optimizer (n = 0, 1, ...) moves it with the decay min(max_decay, 1 − (1 + n)^(−3/4)). The
-    first update thus copies the weights, and an average over few updates forgets its random start.
+    The n-th update of the optimizer (n = 0, 1, ...) has the decay min(max_decay, 1 − (1 + n)^(−3/4)). The first update
+    thus copies the weights, so the average does not contain the random initial weights.
 
     Args:
         network: a built `keras.Model`.
         max_decay: the largest decay, in [0, 1).
-        add_weight: a Keras layer's method of that name. It creates the variables, which belong to that layer.
+        add_weight: the method `add_weight` of a Keras layer. The layer owns the variables of the average.
 
     Attributes:
         weights: list of variables, in the order of `network.weights`.
 
-    Reference: the warm-up is that of diffusers' `EMAModel` with power 3/4.
+    Reference: diffusers' `EMAModel` has the same warm-up, with power 3/4.
     """
 
     def __init__(self, network: keras.Model, max_decay: float, add_weight: Callable):
@@ -37,11 +37,11 @@ class Average:
             average.assign(ops.copy(v))
 
     def update(self, before: Any, after: Any) -> None:
-        """Moves the average, if the optimizer has made an update.
+        """Moves the average if the optimizer has made an update.
 
         Args:
             before: the optimizer's number of updates before the training step, a scalar tensor.
-            after: the number after it. The two are equal in most steps of a gradient accumulation.
+            after: its number of updates after the training step. With gradient accumulation, most steps make none.
         """
         decay = ops.minimum(self.max_decay, 1.0 - (1.0 + ops.cast(before, "float32")) ** -0.75)
         move_averages(self.weights, self.network.weights, ops.where(after > before, decay, 1.0))
@@ -55,7 +55,7 @@ class Average:
 
     def predict(self, *inputs: Any) -> Any:
         """The network's output with the averaged weights."""
-        # A scope hides the values of the scope around it. So it gets the values of all variables.
+        # An inner scope hides the values of an outer one. So this scope gets the values of all variables.
         values = [(v, v.value) for v in self.network.variables]
         values += [(v, average.value) for v, average in zip(self.network.weights, self.weights)]
         with keras.StatelessScope(values):
@@ -64,6 +64,6 @@ class Average:
 
 @_devices.fast_on_torch
 def move_averages(averages: list, variables: list, decay: Any) -> None:
-    """average ← variable + decay (average − variable) for each pair. Integer variables, such as counts, are copied."""
+    """average ← variable + decay (average − variable) for each pair. Integer variables are copied."""
     for average, v in zip(averages, variables):
         average.assign(v + decay * (average - v) if keras.backend.is_float_dtype(v.dtype) else v)

@@ -1,10 +1,10 @@
-"""Classifier-free guidance: from a network with a condition to one that follows the condition more strongly.
+"""Classifier-free guidance: makes a conditional network follow its condition more strongly.
 
-A network that was trained with and without its condition c gives two outputs. Guidance by the scale w extrapolates,
+A network trained with and without its condition c has two outputs. Guidance with the scale w extrapolates from them:
 
     y = (1 − w) y(x_t, t, no condition) + w y(x_t, t, c)
 
-w = 0 and w = 1 are the two outputs themselves and take one network call. The w of Ho and Salimans, 2022, is 1 less.
+w = 0 and w = 1 give one of the two outputs and need one network call. This w is 1 + w of Ho and Salimans, 2022.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ class Condition:
     """What a network is conditioned on: labels 0..K − 1, or vectors.
 
     Attributes:
-        shape: of the condition of one example, `()` for a label.
+        shape: shape of the condition of one example, `()` for a label.
         num_classes: the number K of labels; `None` for vectors.
     """
 
@@ -32,10 +32,10 @@ class Condition:
 
     @classmethod
     def of(cls, network: keras.Model) -> "Condition | None":
-        """The condition of a functional model of `[x_t, t]` (`None`) or of `[x_t, t, condition]`.
+        """The condition of a functional model of `[x_t, t, condition]`, or `None` for a model of `[x_t, t]`.
 
         Raises:
-            ValueError: if the condition is an integer and no layer is called "label_embedding".
+            ValueError: if the condition is an integer and no layer has the name "label_embedding".
         """
         if len(network.inputs) == 2:
             return None
@@ -48,7 +48,7 @@ class Condition:
 
     @property
     def null_label(self) -> int:
-        """What stands for no condition: the label K, or a vector of zeros."""
+        """The value that stands for no condition: the label K, or 0 for every entry of a vector."""
         return self.num_classes or 0
 
     @property
@@ -59,14 +59,14 @@ class Condition:
         """The conditions of `num` examples.
 
         Args:
-            labels: one label or vector for all, or `num` of them; `None` for no condition.
+            labels: one label or vector for all examples, or one for each; `None` for no condition.
             num: number of examples.
 
         Returns:
             int32 array `(num,)` of labels, or float32 array `(num, context_dim)`.
 
         Raises:
-            ValueError: if the labels have another shape or range.
+            ValueError: if the labels have a wrong shape or are out of range.
         """
         shape = (num, *self.shape)
         if labels is None:
@@ -82,7 +82,7 @@ class Condition:
         return np.broadcast_to(labels, shape).astype(self.dtype)
 
     def drop(self, condition: Any, kept: Any) -> Any:
-        """The conditions `(batch, ...)` with the null label wherever the booleans `kept`, `(batch,)`, are false."""
+        """Replaces conditions `(batch, ...)` by the null label if their entry of `kept`, `(batch,)`, is false."""
         condition = ops.cast(condition, self.dtype)
         kept = ops.reshape(kept, (-1,) + (1,) * len(self.shape))
         return ops.where(kept, condition, ops.full_like(condition, self.null_label))
@@ -90,22 +90,22 @@ class Condition:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Guidance:
-    """What to sample: the options of `DiffusionModel.sample` by the same names.
+    """What to sample. `DiffusionModel.sample` takes these arguments as options with the same names.
 
     Args:
-        labels: what a conditional network is asked for: one label or vector for all samples, or one for each; `None`
-            for no condition.
+        labels: the condition of the samples: one label or vector for all samples, or one for each; `None` for no
+            condition.
         guidance_scale: w, 0 or more.
-        guidance_rescale: φ in [0, 1], how far the standard deviation of the guided output is brought back to that of
-            the conditional one. [Lin et al., 2024, Eq. 15-16]
-        guidance_interval: `(low, high)`: w is 1 unless low <= t <= high. `None` for guidance at every t.
+        guidance_rescale: φ in [0, 1], how far the standard deviation of the guided output is moved to the standard
+            deviation of the conditional output. [Lin et al., 2024, Eq. 15-16]
+        guidance_interval: `(low, high)`, or `None` for guidance at every t. Outside low <= t <= high, w is 1.
             [Kynkäänniemi et al., 2024]
         dynamic_threshold: p of dynamic thresholding, in (0, 1), as in `GaussianDiffusion.predict_x0`; `None` for
             static clipping.
 
     Raises:
-        ValueError: if a value is outside its range.
-        TypeError: if an option has another name.
+        ValueError: if a value is out of range.
+        TypeError: if an option has an unknown name.
 
     Reference: Ho and Salimans, 2022, Eq. 6.
     """
@@ -131,20 +131,20 @@ class Guidance:
         _checks.require(valid, "`dynamic_threshold` must be in (0, 1)", dynamic_threshold=p)
 
     def resolve(self, condition: Condition | None, num: int, t: np.ndarray) -> tuple[tuple, dict, str]:
-        """What the network gets for `num` examples.
+        """The inputs of the network for `num` examples.
 
         Args:
-            condition: of the network; `None` if it has none.
+            condition: the `Condition` of the network, or `None`.
             num: number of examples.
             t: the time of each network call, `(calls,)`.
 
         Returns:
-            The network's further inputs, arrays `(num, ...)`; the columns of `guided`, arrays `(calls,)`; and which
-            calls are guided: "none", "some" or "all".
+            The network's inputs after x and t, arrays `(num, ...)`; the scales for `guided`, a dict of arrays
+            `(calls,)`; and which calls are guided: "none", "some" or "all".
 
         Raises:
-            ValueError: if there are labels and no condition, guidance without labels, or labels of another shape or
-                range.
+            ValueError: if the network takes no labels but gets some, if guidance is asked for without labels, or if
+                labels have a wrong shape or are out of range.
         """
         valid = self.labels is not None or self.guidance_scale == 1
         _checks.require(valid, "Guidance needs labels", guidance_scale=self.guidance_scale, labels=self.labels)
@@ -154,7 +154,7 @@ class Guidance:
         labels = condition.array(self.labels, num)
         low, high = self.guidance_interval or (-np.inf, np.inf)
         scale = np.where((low <= t) & (t <= high), self.guidance_scale, 1.0)
-        if np.all(scale == 0):
+        if np.all(scale == 0) and not self.guidance_rescale:
             return (np.full_like(labels, condition.null_label),), {}, "none"
         if np.all(scale == 1):
             return (labels,), {}, "none"
@@ -163,12 +163,12 @@ class Guidance:
 
 
 def guided(predict: Callable, null_label: int, sometimes: bool) -> Callable:
-    """The function that predicts with guidance.
+    """Returns a function that predicts with guidance.
 
     Args:
         predict: function from x, t and the condition to the network's output.
-        null_label: what stands for no condition.
-        sometimes: whether a scale may be 1, for which `predict` is called once, on the condition alone.
+        null_label: the value that stands for no condition.
+        sometimes: whether the scale may be 1. Then `predict` is called once, with the condition.
 
     Returns:
         Function from x `(batch, ...)`, t `(batch,)`, the condition, the scale and the rescaling (scalar tensors) to the

@@ -1,6 +1,7 @@
-"""Layers that Keras does not have, or not as fast.
+"""Layers that Keras does not have, and faster versions of layers that it has.
 
-Each computes by a plain function of `keras.ops` below it. `_torch.py` may have a faster one of the same name.
+Convolutions, normalization and attention call a plain function of `keras.ops` that is defined below the layer.
+`_torch.py` has a faster function of the same name.
 """
 
 from typing import Any
@@ -20,7 +21,7 @@ class TimestepEmbedding(layers.Layer):
 
     Args:
         dim: size of the embedding, even and at least 4.
-        max_period: the slowest sinusoid has the period 2π max_period.
+        max_period: sets the lowest frequency to 1 / max_period. The slowest sinusoid has the period 2π max_period.
 
     Call arguments:
         t: `(batch,)`, any dtype.
@@ -35,7 +36,7 @@ class TimestepEmbedding(layers.Layer):
     """
 
     def __init__(self, dim: int, max_period: float = 10_000, dtype: Any = "float32", **kwargs):
-        # bfloat16 cannot tell t = 998 from t = 999. So a mixed precision policy does not reach this layer.
+        # bfloat16 cannot tell t = 998 from t = 999. So this layer ignores a global mixed precision policy.
         is_float32 = keras.dtype_policies.get(dtype).name == "float32"
         _checks.require(is_float32, "The embedding of the time is computed in float32", dtype=dtype)
         super().__init__(dtype="float32", **kwargs)
@@ -57,10 +58,10 @@ class TimestepEmbedding(layers.Layer):
 
 @keras.saving.register_keras_serializable(package="keras_ddpm")
 class PositionEmbedding(layers.Layer):
-    """Adds sinusoids of the position: of the row to the first half of the channels, of the column to the second.
+    """Adds sinusoids of the row to the first half of the channels, and of the column to the second half.
 
     Call arguments:
-        x: `(batch, height, width, channels)`, with channels a multiple of 4.
+        x: `(batch, height, width, channels)`. The number of channels is a multiple of 4.
 
     Returns:
         The same shape.
@@ -76,22 +77,22 @@ class PositionEmbedding(layers.Layer):
 
 
 def _frequencies(dim, max_period=10_000):
-    """The frequencies of `dim / 2` sines and as many cosines, from 1 to 1 / max_period."""
+    """The `dim / 2` frequencies of the sines and cosines, from 1 down to 1 / max_period."""
     half = dim // 2
     return np.exp(-np.log(max_period) * np.arange(half) / (half - 1))
 
 
 @keras.saving.register_keras_serializable(package="keras_ddpm")
 class GroupNormalization(layers.GroupNormalization):
-    """Keras' own for images `(batch, height, width, channels)`, with fewer passes over memory.
+    """Keras' group normalization for images `(batch, height, width, channels)`, with fewer passes over memory.
 
-    Each channel's mean and variance come from one reduction over the positions. A group's come from its channels: the
-    variance within them and the variance between their means. Scale and shift are then one multiplication and one
-    addition for each pixel, in float32 under any dtype policy.
+    First, the mean and variance of each channel are computed over all positions. From them follow the mean and the
+    variance of each group. Normalization, scale and shift then take one multiplication and one addition for each pixel.
+    All of this is computed in float32 under any dtype policy.
 
     Args:
-        groups: number of groups; divides the channels.
-        activation: applied to the result.
+        groups: number of groups. It divides the number of channels.
+        activation: activation function for the result.
 
     Reference: Wu and He, 2018.
     """
@@ -111,12 +112,12 @@ class GroupNormalization(layers.GroupNormalization):
 
 @_devices.fast_on_torch
 def group_norm(x, gamma, beta, groups, epsilon):
-    """Images normalized by group, float32, with scale gamma and shift beta `(channels,)`."""
+    """Normalizes images by group, with scale gamma and shift beta, both `(channels,)`. Returns float32."""
     channels = x.shape[-1]
     grouped, pixelwise = (-1, groups, channels // groups), (-1, 1, 1, channels)
     x = ops.cast(x, "float32")
     mean = ops.mean(x, axis=(1, 2), keepdims=True)
-    variance = ops.mean(ops.square(x - mean), axis=(1, 2))  # `ops.moments` takes E[x²] − E[x]², which cancels
+    variance = ops.mean(ops.square(x - mean), axis=(1, 2))  # `ops.moments` computes E[x²] − E[x]², which loses digits
     mean, variance = ops.reshape(mean, grouped), ops.reshape(variance, grouped)
     group_mean = ops.mean(mean, axis=-1, keepdims=True)
     group_variance = ops.mean(variance + ops.square(mean - group_mean), axis=-1, keepdims=True)
@@ -127,7 +128,7 @@ def group_norm(x, gamma, beta, groups, epsilon):
 
 @keras.saving.register_keras_serializable(package="keras_ddpm")
 class Conv2D(layers.Conv2D):
-    """Keras' own for images `(batch, height, width, channels)`, faster on PyTorch."""
+    """Keras' convolution for images `(batch, height, width, channels)`, faster on PyTorch."""
 
     def call(self, x, training=False):
         kernel, bias = ops.convert_to_tensor(self.kernel), ops.convert_to_tensor(self.bias) if self.use_bias else None
@@ -137,18 +138,18 @@ class Conv2D(layers.Conv2D):
 
 @_devices.fast_on_torch
 def conv2d(x, kernel, bias, strides, padding, dilation, groups, training):
-    """The convolution with a kernel `(height, width, channels / groups, filters)`, plus the bias, if there is one."""
+    """Convolves with a kernel `(height, width, channels / groups, filters)` and adds the bias if there is one."""
     y = ops.conv(x, kernel, strides, padding, "channels_last", dilation)
     return y if bias is None else y + bias
 
 
 @keras.saving.register_keras_serializable(package="keras_ddpm")
 class UpsampledConv2D(layers.Layer):
-    """Nearest-neighbor upsampling by two and a 3x3 convolution of the result.
+    """Nearest-neighbor upsampling by two, followed by a 3x3 convolution.
 
     Args:
-        filters: channels of the result.
-        kernel_initializer: of the 3x3 kernel.
+        filters: number of channels of the result.
+        kernel_initializer: initializer of the 3x3 kernel.
         transposed: whether the kernel is stored as `(3, 3, filters, channels)`, as version 0.1 did, instead of Keras'
             `(3, 3, channels, filters)`.
 
@@ -195,21 +196,22 @@ class UpsampledConv2D(layers.Layer):
 
     @classmethod
     def from_config(cls, config):
-        return cls(**{"transposed": True, **config})  # version 0.1 did not write it
+        return cls(**{"transposed": True, **config})  # configs of version 0.1 do not have it
 
 
 @_devices.fast_on_torch
 def upsampled_conv2d(x, kernel, bias):
-    """The convolution of the upsampled images with a kernel `(3, 3, channels, filters)`, plus the bias."""
+    """Upsamples images, convolves them with a kernel `(3, 3, channels, filters)` and adds the bias."""
     x = ops.repeat(ops.repeat(x, 2, axis=1), 2, axis=2)
     return ops.conv(x, kernel, padding="same", data_format="channels_last") + bias
 
 
 @keras.saving.register_keras_serializable(package="keras_ddpm")
 class Attention(layers.Layer):
-    """Self-attention of one head between the pixels of an image.
+    """Self-attention with one head between the pixels of an image.
 
-    On a CPU its memory is not quadratic in the number of pixels. On an accelerator, Keras' own attention decides.
+    On a CPU the scores of large images are computed in parts, so memory does not grow with the square of the number of
+    pixels. On an accelerator, Keras' own attention runs.
 
     Call arguments:
         qkv: queries, keys and values side by side, `(batch, height, width, 3 channels)`.
@@ -222,7 +224,7 @@ class Attention(layers.Layer):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        # Inside of a compiled step there is no device to see.
+        # The device is not visible inside a compiled step. So it is read here.
         self.max_dense_attention = _devices.max_dense_attention()
 
     def call(self, qkv):
@@ -237,16 +239,16 @@ class Attention(layers.Layer):
 
 @_devices.fast_on_torch
 def attention(query, key, value, max_dense):
-    """Attention of one head, each argument `(batch, tokens, channels)`.
+    """Computes attention with one head. Query, key and value are `(batch, tokens, channels)`.
 
-    At most `max_dense` queries are computed at a time; 0 leaves it to Keras.
+    At most `max_dense` queries are computed at a time. If it is 0, Keras' own attention runs.
     """
     tokens, channels = query.shape[1:]
     if not max_dense:
         return ops.dot_product_attention(query[:, :, None], key[:, :, None], value[:, :, None])[:, :, 0]
     if tokens <= max_dense:
         return _dense_attention(query, key, value)
-    # The gradient computes the scores of each part again.
+    # `remat` computes the scores of each part again for the gradient, instead of storing them.
     size = max(size for size in range(1, max_dense + 1) if tokens % size == 0)
     parts = ops.transpose(ops.reshape(query, (-1, tokens // size, size, channels)), (1, 0, 2, 3))
     attend = keras.remat(_dense_attention)

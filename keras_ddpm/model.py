@@ -22,12 +22,13 @@ class DiffusionModel(training.NoisyRegression):
     """A denoising diffusion probabilistic model.
 
     `fit` and `evaluate` take batches of clean data x_0, `(batch, ...)`, or tuples `(x_0, label)`. A network without a
-    condition ignores the label. Sample weights and class weights are ignored, too. Each step draws t and noise, and
-    hands the regression problem (x_t, t) -> target to Keras' own step. `compile` thus takes any loss, metric and
-    optimizer of Keras. `evaluate` draws the same t and noise at each call.
+    condition ignores the label. Sample weights and class weights are ignored, too. Each step draws t and noise and
+    passes the regression problem (x_t, t) -> target to the training step of Keras. `compile` thus takes any loss,
+    metric and optimizer of Keras. `evaluate` draws the same t and noise at each call.
 
-    The model keeps an exponential moving average of the network's weights (`ema.Average`). `sample` uses the average;
-    `save` stores both sets. `condition` tells what the network is conditioned on (`guidance.Condition`, or `None`).
+    The model keeps an exponential moving average of the network's weights (`ema.Average`). `sample` uses the average.
+    `save` stores the weights and the average. The attribute `condition` is the network's `guidance.Condition`, or
+    `None`.
 
     Example:
 
@@ -43,16 +44,17 @@ class DiffusionModel(training.NoisyRegression):
         ema_decay: the largest decay of the average, in [0, 1).
         loss_weight: array `(T + 1,)` of weights of the loss at t = 0..T, as `diffusion.min_snr_weight()` and
             `diffusion.p2_weight()` return; `None` for 1.
-        timestep_sampling: how t is drawn, always uniformly from 1..T: "uniform" for each example by itself; "batch"
-            for one t in a batch; "stratified" for times that are spread evenly in each batch, so that the loss varies
-            less from batch to batch.
+        timestep_sampling: how t is drawn from 1..T. Each t is uniformly distributed. "uniform" draws one t for each
+            example, "batch" one t for each batch. "stratified" spreads the times evenly in each batch, so that the loss
+            varies less from batch to batch.
         label_dropout: the share of training examples that lose their condition, in [0, 1). Guidance needs a network
-            that has learned to do without. A network without a condition ignores it.
-        seed: integer seed of the t and the noise drawn in training. A saved model continues where it stopped.
+            that was also trained without its condition. A network without a condition ignores this argument.
+        seed: integer seed of the t and the noise drawn in training. A saved model continues its random sequence.
 
     Raises:
-        ValueError: if the network's output is not shaped like its input, a decay or share is outside [0, 1), a weight
-            is not positive at some t in 1..T, `timestep_sampling` is unknown, or `dtype` is not float32.
+        ValueError: if the network's output is not shaped like its input, `diffusion` is not a `GaussianDiffusion`, a
+            decay or share is outside [0, 1), a weight is not positive at some t in 1..T, `timestep_sampling` is
+            unknown, or `dtype` is not float32.
 
     Reference: Ho et al., 2020, algorithm 1.
     """
@@ -85,9 +87,8 @@ class DiffusionModel(training.NoisyRegression):
             valid = _checks.is_between(share, 0, 1) and share < 1
             _checks.require(valid, f"`{name}` must be in [0, 1)", **{name: share})
         kinds = list(training.TIMESTEP_SAMPLINGS)
-        _checks.require(
-            timestep_sampling in kinds, f"`timestep_sampling` must be one of {kinds}", received=timestep_sampling
-        )
+        valid, needed = timestep_sampling in kinds, f"`timestep_sampling` must be one of {kinds}"
+        _checks.require(valid, needed, timestep_sampling=timestep_sampling)
         self.network = network
         self.condition = guidance.Condition.of(network)
         self.diffusion = diffusion or GaussianDiffusion()
@@ -119,14 +120,14 @@ class DiffusionModel(training.NoisyRegression):
         return self.network(list(inputs), training=training)
 
     def summary(self, *args, **kwargs) -> None:
-        """Keras' own summary of the network. The average and the optimizer hold as many numbers again."""
+        """Prints Keras' summary of the network, without the average and the optimizer's variables."""
         self.network.summary(*args, **kwargs)
 
     # Sampling.
 
     @property
     def default_sampler(self) -> samplers.Sampler:
-        """The sampler of `sample`: `DPMSolver(20)`, with fewer steps if the schedule has fewer."""
+        """The default sampler of `sample`: `DPMSolver(20)`, with fewer steps if the schedule has fewer."""
         return samplers.DPMSolver(min(20, self.diffusion.timesteps))
 
     def sample(
@@ -138,28 +139,31 @@ class DiffusionModel(training.NoisyRegression):
         return_trajectory: int | None = None,
         **options,
     ) -> Any:
-        """Generates data, with a compiled program that is kept for further calls.
+        """Generates data.
 
-        The starting noise depends on the seed and the sample's index alone. With a deterministic sampler so do the
-        samples, whatever `num_samples` and `batch_size` are (up to rounding). With a stochastic sampler they depend on
-        the batch size, too. One program serves all samplers. Another batch size compiles another program.
+        The starting noise depends on the seed and the sample's index alone. With a deterministic sampler the samples
+        also depend on nothing else, up to rounding: `num_samples` and `batch_size` do not change them. With a
+        stochastic sampler they depend on the batch size, too.
+
+        The compiled program is kept for further calls. All deterministic samplers share one program, and all stochastic
+        samplers share another. A new batch size or new kinds of options compile a new program.
 
         Args:
             num_samples: number of samples.
             sampler: a `samplers.Sampler`; `None` for `default_sampler`.
             seed: non-negative integer; `None` draws one from Python's `random`.
-            return_trajectory: number k of intermediate states to return, at the ends of evenly spaced steps. The last
-                are the samples.
+            return_trajectory: number k of states to return, at the ends of evenly spaced steps. The last state is the
+                samples.
             **options: `use_ema` (by default `True`; `False` for the raw weights); `batch_size` (at most 256; the last
                 batch is filled up); `verbose` (1 for a progress bar); and what to sample, as in `guidance.Guidance`:
                 `labels`, `guidance_scale`, `guidance_rescale`, `guidance_interval` and `dynamic_threshold`.
 
         Returns:
-            float32 array `(num_samples, ...)` in the data's range. With `return_trajectory` a tuple of it and two
-            arrays `(k, num_samples, ...)`, x_t and the predicted x_0.
+            float32 array `(num_samples, ...)` in the data's range. With `return_trajectory`, a tuple of this array and
+            two arrays `(k, num_samples, ...)`: x_t and the predicted x_0.
 
         Raises:
-            ValueError: if a number, the seed or a label is invalid, or the sampler has more steps than the schedule.
+            ValueError: if an argument or option is invalid, or the sampler has more steps than the schedule.
         """
         _checks.counts(num_samples=num_samples)
         sampler = sampler or self.default_sampler
@@ -176,11 +180,11 @@ class DiffusionModel(training.NoisyRegression):
         return (states[0][-1], *states) if return_trajectory else states
 
     def denoise(self, x_t: Any, t: int, clip: bool = True, **options) -> np.ndarray:
-        """The prediction of x_0 that samplers see, with the compiled program of `sample`.
+        """Predicts x_0 as samplers see it.
 
         Args:
             x_t: noisy data, `(batch, ...)`.
-            t: their time, an integer in 1..T.
+            t: time of `x_t`, an integer in 1..T.
             clip: whether to clip the result to the `clip_range` of the diffusion.
             **options: `use_ema`, `batch_size`, `verbose` and guidance, as in `sample`.
 
@@ -188,7 +192,7 @@ class DiffusionModel(training.NoisyRegression):
             float32 array `(batch, ...)`.
 
         Raises:
-            ValueError: if the data have another shape, or t or an option is invalid.
+            ValueError: if `x_t` has a wrong shape, or `t` or an option is invalid.
         """
         x_t = _checks.data(x_t, self.data_shape, name="x_t")
         valid = _checks.is_count(t) and t <= self.diffusion.timesteps
@@ -199,14 +203,14 @@ class DiffusionModel(training.NoisyRegression):
     def run(
         self, steps: list, start: Callable, num: int, seed: int = 0, use_ema: bool = True, clip: bool = True, **options
     ) -> Any:
-        """Runs any rows from any start: what `sample`, `denoise` and `editing` are made of.
+        """Runs any rows from any start. `sample`, `denoise` and `editing` call it.
 
         Args:
             steps: list of rows, as `Sampler.steps` returns.
-            start: function from indices of examples to the x that they start from.
+            start: function from indices of examples to the x at the start of the steps.
             num: number of examples.
             seed: seed of the noise of the steps.
-            use_ema: whether to use the averaged weights or the raw ones.
+            use_ema: whether to use the averaged weights instead of the raw weights.
             clip: whether to clip the predicted x_0.
             **options: `known`, `num_states`, `batch_size` and `verbose`, as in `sampling.Loop.run`; and what to sample,
                 as in `guidance.Guidance`.
@@ -222,12 +226,12 @@ class DiffusionModel(training.NoisyRegression):
         inputs, columns, guided_calls = asked.resolve(self.condition, num, np.concatenate(steps)["t"])
         threshold = asked.dynamic_threshold
         valid = threshold is None or (clip and self.diffusion.clip_range is not None)
-        _checks.require(valid, "Nothing is clipped here", dynamic_threshold=threshold)
+        _checks.require(valid, "Nothing is clipped, so there is no threshold", dynamic_threshold=threshold)
         options |= {"inputs": inputs, "columns": columns, "dynamic_threshold": threshold, "clip": clip}
         return self._loop.run(self._predictors(bool(use_ema), guided_calls), steps, start, num, seed, **options)
 
     def _predictor(self, use_ema, guided_calls):
-        """The function from x, t and the condition to the network's output, by weights and guidance."""
+        """Returns the function that predicts with these weights and this kind of guidance."""
         predict = self.average.predict if use_ema else lambda *inputs: self.network(list(inputs), training=False)
         if guided_calls == "none":
             return predict
@@ -254,7 +258,7 @@ class DiffusionModel(training.NoisyRegression):
 
     def save_own_variables(self, store):
         super().save_own_variables(store)
-        store["fit_random"] = self._fit_random.state  # Keras does not save it, and a resumed run would repeat itself.
+        store["fit_random"] = self._fit_random.state  # Keras does not save it. A resumed run would repeat its noise.
 
     def load_own_variables(self, store):
         self._fit_random.state.assign(store["fit_random"])

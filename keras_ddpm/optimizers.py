@@ -9,10 +9,10 @@ from keras_ddpm import _devices
 
 @keras.saving.register_keras_serializable(package="keras_ddpm")
 class Adam(keras.optimizers.Adam):
-    """Keras' Adam, with an update in one pass over memory on PyTorch's CPU.
+    """Keras' Adam. With PyTorch on a CPU it updates each variable in one pass over memory.
 
-    It takes the arguments of `keras.optimizers.Adam` and computes the same updates. A file that holds it loads on every
-    backend.
+    It takes the arguments of `keras.optimizers.Adam` and computes the same updates. A file with this optimizer can be
+    loaded on every backend.
     """
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
@@ -21,5 +21,5 @@ class Adam(keras.optimizers.Adam):
 
 @_devices.fast_on_torch
 def adam_step(optimizer: Adam, gradient: Any, variable: Any, learning_rate: Any) -> None:
-    """Keras' own update of one variable."""
+    """Updates one variable as `keras.optimizers.Adam` does."""
     super(Adam, optimizer).update_step(gradient, variable, learning_rate)

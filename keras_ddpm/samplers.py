@@ -1,21 +1,23 @@
 """Samplers: from noise to data in steps.
 
-Every step of every sampler is linear in what is at hand. A sampler sees the network only as x_0 = denoise(x, t). With
-one call of it,
+A sampler sees the network only as x_0 = denoise(x, t). After each network call it makes one linear update,
 
     x ← from_x x + from_x_0 x_0 + Σ_k from_previous[k] previous[k] + std noise
 
-where previous[0] is the x_0 of the call before, previous[1] that of the call before this one, and so on, as multistep
-methods need them. A sampler is thus a table with named columns, `ROW`, one row for each network call. It is made on the
-host, in float64, from a `schedules.Schedule`. `step` applies one row; it is the body of the one compiled loop that runs
-every sampler (`sampling.py`).
+Multistep methods use earlier x_0: previous[0] comes from the call before this one, previous[1] from the call before
+that, and so on. An entry is 0 if there was no such call. Earlier x are not kept, so a method that uses earlier slopes
+must write them in terms of x_0.
+
+A sampler is thus a table with one row for each network call and the named columns of `ROW`. NumPy computes it in
+float64 from a `schedules.Schedule`. `step` applies one row. One compiled loop runs every sampler (`sampling.py`).
 
 For example, DDIM from t to s keeps the noise ε = (x − alpha_t x_0) / sigma_t. Its row is
 
     row(t, from_x=sigma_s / sigma_t, from_x_0=alpha_s - alpha_t * sigma_s / sigma_t)
 
-To add a sampler, subclass `Sampler`. If its steps call the network once, write `coefficients`, which gets the scales at
-both ends of every step and returns columns by name. Otherwise write `steps`, which returns the rows themselves.
+To add a sampler, subclass `Sampler` as a frozen dataclass. If each step calls the network once, override
+`coefficients`. It gets the scales at both ends of all steps and returns the columns by name. Otherwise override
+`steps`, which returns the rows of each step, and `evaluations`. Columns that are not given are 0.
 """
 
 import dataclasses
@@ -31,10 +33,10 @@ from keras_ddpm.schedules import Schedule
 Array = np.ndarray
 Columns = dict[str, Any]  # from names of `ROW` to numbers or arrays
 
-# How many earlier predictions of x_0 a step can use: as many as a solver of fourth order needs.
+# How many earlier predictions of x_0 a row can use. A multistep solver of fourth order needs three.
 NUM_PREVIOUS = 3
 
-# t is the time at which the network is called; keep is 1 if the x_0 of this call is not to be remembered, else 0.
+# The network is called at the integer time t. With keep = 1 `previous` stays as it is, with keep = 0 it gains this x_0.
 ROW = np.dtype(
     {
         "names": ["t", "from_x", "from_x_0", "from_previous", "std", "keep"],
@@ -43,22 +45,22 @@ ROW = np.dtype(
 )
 
 SPACINGS: dict[str, Callable] = {
-    # Functions of sigma / alpha, in which the visited times are evenly spaced.
+    # Functions of sigma / alpha. The visited times are evenly spaced in the function's value.
     "logsnr": np.log,
     "karras": lambda ratio: ratio ** (1 / 7),  # Karras et al., 2022, Eq. 5 with ρ = 7
 }
 
 
 def row(t: Any, **columns: Any) -> Array:
-    """Rows of a table; the columns that are not given are 0.
+    """Makes rows of a table. Columns that are not given are 0.
 
     Args:
         t: the time of one row, or an array `(n,)` of times.
-        **columns: columns of `ROW`, numbers or arrays `(n,)`. `from_previous` is a sequence of at most `NUM_PREVIOUS`
-            of them, the last prediction first.
+        **columns: columns of `ROW`, each a number or an array `(n,)`. `from_previous` is a sequence of at most
+            `NUM_PREVIOUS` numbers or arrays, starting with the factor of the last prediction.
 
     Returns:
-        Array of the dtype `ROW`, `()` or `(n,)`.
+        Array of dtype `ROW` and shape `()` or `(n,)`.
     """
     rows = np.zeros(np.shape(t), ROW)
     rows["t"] = t
@@ -72,14 +74,14 @@ def row(t: Any, **columns: Any) -> Array:
 
 
 def step(row: Any, denoise: Callable, x: Any, noise: Any, previous: tuple) -> tuple:
-    """Applies one row of a table, to tensors or NumPy arrays.
+    """Applies one row of a table to tensors or NumPy arrays.
 
     Args:
-        row: a row, or a dict of tensors with its names.
+        row: a row, or a dict of tensors by the names of its columns.
         denoise: function from x and t to the predicted x_0.
         x: `(batch, ...)`.
         noise: standard Gaussian noise like x, or `None` if every std is 0.
-        previous: the `NUM_PREVIOUS` last predictions, the last one first, each like x.
+        previous: the last `NUM_PREVIOUS` predictions of x_0, most recent first, each like x.
 
     Returns:
         The new x and the new `previous`.
@@ -94,7 +96,7 @@ def step(row: Any, denoise: Callable, x: Any, noise: Any, previous: tuple) -> tu
 
 
 def add_noise_back(row: Array, schedule: Schedule, s: int, t: int) -> Array:
-    """The row that, after it has arrived at s, adds the noise that leads back to t > s."""
+    """Extends a row that arrives at s: the new row also adds the noise that leads back to t > s."""
     ratio = schedule.alpha[t] / schedule.alpha[s]
     back = row.copy()
     for name in ("from_x", "from_x_0", "from_previous"):
@@ -105,13 +107,13 @@ def add_noise_back(row: Array, schedule: Schedule, s: int, t: int) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """A sampler, as a value.
+    """Base class of samplers, which are immutable and compare by value.
 
     Args:
         num_steps: number of steps, at most T; `None` for all T.
         spacing: how the visited times are spaced from T down to 0: "uniform" in t, "logsnr" (uniform in the log-SNR)
-            or "karras" (uniform in (sigma/alpha)^(1/7)). The last step of the latter two starts at t = 1. Times are
-            rounded. If two fall on one, one of them moves to the next free time.
+            or "karras" (uniform in (sigma/alpha)^(1/7)). With "logsnr" and "karras" the last step starts at t = 1.
+            Times are rounded to integers. If two of them coincide, one moves to the next free time.
 
     Raises:
         ValueError: if `num_steps` or `spacing` is invalid.
@@ -134,7 +136,7 @@ class Sampler:
         return self.num_steps
 
     def shortened(self, share: float, timesteps: int) -> "Sampler":
-        """The same sampler with this share of its steps, at least one; `timesteps` stands for `num_steps=None`."""
+        """The same sampler with this share of its steps, at least one. `None` steps count as `timesteps`."""
         return dataclasses.replace(self, num_steps=max(1, round(share * (self.num_steps or timesteps))))
 
     def timesteps(self, schedule: Schedule) -> Array:
@@ -145,22 +147,22 @@ class Sampler:
         """
         end = schedule.timesteps
         num_steps = self.num_steps or end
-        _checks.require(num_steps <= end, f"A schedule of {end} steps cannot be sampled in more", num_steps=num_steps)
+        _checks.require(num_steps <= end, f"The schedule has only {end} steps", num_steps=num_steps)
         if self.spacing == "uniform" or num_steps == 1:
             return np.linspace(end, 0, num_steps + 1).round().astype("int64")
-        # Without signal, T has no finite log-SNR. Then only the later times are spaced.
+        # If there is no signal at T, its log-SNR is not finite. Then the times below T are spaced.
         highest = end if schedule.alpha[-1] > 0 else end - 1
         times = np.arange(1, highest + 1)
         num = num_steps - (end - highest)
         position = SPACINGS[self.spacing](schedule.sigma[times] / schedule.alpha[times])
         nodes = np.interp(np.linspace(position[-1], position[0], num)[::-1], position, times).round()
         order = np.arange(num)
-        nodes = np.maximum.accumulate(nodes - order) + order  # distinct, upwards
+        nodes = np.maximum.accumulate(nodes - order) + order  # moves equal times upwards
         nodes = np.minimum(nodes, highest - order[::-1])
         return np.concatenate([[end][: end - highest], nodes[::-1], [0]]).astype("int64")
 
     def table(self, schedule: Schedule) -> Array:
-        """All rows, an array `(network calls,)` of the dtype `ROW`."""
+        """All rows, an array `(network calls,)` of dtype `ROW`."""
         return np.concatenate(self.steps(schedule))
 
     def steps(self, schedule: Schedule) -> list[Array]:
@@ -170,20 +172,22 @@ class Sampler:
         alpha_t, sigma_t, alpha_s, sigma_s = schedule.alpha[t], schedule.sigma[t], schedule.alpha[s], schedule.sigma[s]
         with np.errstate(divide="ignore"):
             rows = row(t, **self.coefficients(alpha_t, sigma_t, alpha_s, sigma_s))
-        rows["std"][-1] = 0.0  # data hold no noise
+        rows["std"][-1] = 0.0  # the last step ends at clean data
         if alpha_t[0] == 0:
-            # Without signal in x_T, every sampler keeps its noise, because the log-SNR is not finite.
+            # If x_T has no signal, its log-SNR is not finite. So every sampler starts with a step of DDIM.
             rows[:1] = row(t[:1], from_x=sigma_s[:1] / sigma_t[:1], from_x_0=alpha_s[:1])
         return np.split(rows, len(rows))
 
     def coefficients(self, alpha_t: Array, sigma_t: Array, alpha_s: Array, sigma_s: Array) -> Columns:
         """The columns of `ROW`, by name, for steps from t to s.
 
+        `steps` sets the noise of the last step to 0. If alpha_T = 0, it also replaces the first step by a step of DDIM.
+
         Args:
             alpha_t: scale of the signal at the start of each step, float64 `(steps,)`.
-            sigma_t: scale of the noise there.
-            alpha_s: scale of the signal at the end of each step.
-            sigma_s: scale of the noise there.
+            sigma_t: scale of the noise at the start of each step.
+            alpha_s: scale of the signal at the end of each step; 1 at the end of the last step.
+            sigma_s: scale of the noise at the end of each step; 0 at the end of the last step.
         """
         raise NotImplementedError("A sampler needs `coefficients` or `steps`.")
 
@@ -194,8 +198,8 @@ class DDPM(Sampler):
 
     Args:
         num_steps: number of steps; `None` for all T.
-        variance: "small" (the posterior's variance), "large" (β_t, right for data that are noise), or a number in
-            [0, 1] that interpolates between their logarithms, 0 for "small".
+        variance: "small" (the posterior's variance), "large" (β_t, exact for data x_0 ~ N(0, I)), or a number in [0, 1]
+            that interpolates between their logarithms. 0 is "small" and 1 is "large".
         spacing: "uniform", "logsnr" or "karras", as in `Sampler`.
 
     Raises:
@@ -222,11 +226,11 @@ class DDPM(Sampler):
 class DDIM(Sampler):
     """Denoising diffusion implicit models: deterministic with `eta=0`, DDPM with `eta=1`.
 
-    The noise is derived again from the clipped prediction of x_0.
+    The noise ε is computed from x and the clipped prediction of x_0.
 
     Args:
         num_steps: number of steps; `None` for all T.
-        eta: the share of DDPM's noise ("small" variance) that is used, in [0, 1].
+        eta: factor of the standard deviation of DDPM's noise with "small" variance, in [0, 1].
         spacing: "uniform", "logsnr" or "karras", as in `Sampler`.
 
     Raises:
@@ -270,7 +274,7 @@ class DPMSolver(DDIM):
         columns = super().coefficients(alpha_t, sigma_t, alpha_s, sigma_s)
         h = np.log(alpha_s * sigma_t) - np.log(sigma_s * alpha_t)  # the step in λ
         extrapolation = np.zeros_like(h)
-        # The first step has no earlier call, and the last is infinite in λ.
+        # The first step has no earlier call. The last step is infinitely long in λ.
         extrapolation[1:-1] = h[1:-1] / (2 * h[:-2])
         from_x_0 = columns["from_x_0"]
         return columns | {"from_x_0": (1 + extrapolation) * from_x_0, "from_previous": [-extrapolation * from_x_0]}
@@ -280,9 +284,9 @@ class DPMSolver(DDIM):
 class Heun(Sampler):
     """Heun's second-order method in sigma/alpha: a step of DDIM, corrected with the x_0 predicted at its end.
 
-    A step calls the network twice. The last step calls it once, and so does the first if the schedule has no signal at
-    T. Prefer "logsnr" with few steps on a schedule like `cosine`, whose sigma/alpha at T is in the thousands: its first
-    steps are too long if they are uniform in t.
+    Each step calls the network twice. The last step calls it once. So does the first step if the schedule has no signal
+    at T. Use "logsnr" for few steps on a schedule like `cosine`. Its sigma/alpha at T is in the thousands, so with
+    "uniform" the first steps are too long.
 
     Args:
         num_steps: number of steps; `None` for all T.
@@ -317,7 +321,7 @@ class Heun(Sampler):
             from_x = sigma[s] / sigma[t]
             rows = [row(t, from_x=from_x, from_x_0=alpha[s] - alpha[t] * from_x)]
             if s > 0 and alpha[t] > 0:
-                # The mean of the slopes at both ends. The slopes differ by what their x_0 do.
+                # Replaces the slope at t by the mean of the slopes at t and s, which is linear in the two x_0.
                 gain = alpha[s] / 2 * (alpha[s] * sigma[t] / (sigma[s] * alpha[t]) - 1)
                 rows.append(row(s, from_x=1.0, from_x_0=gain, from_previous=[-gain]))
             if start > s:
@@ -326,7 +330,7 @@ class Heun(Sampler):
         return steps
 
     def _churned(self, times: Array, schedule: Schedule) -> list:
-        """The times at which the steps start, after noise was added to all but the first."""
+        """The times at which the steps start, after noise was added before every step but the first."""
         growth = 1 + min(self.churn / (len(times) - 1), np.sqrt(2) - 1)
         t = np.flatnonzero(schedule.alpha)
         ratio = schedule.sigma[t] / schedule.alpha[t]
@@ -342,17 +346,17 @@ class Langevin(Sampler):
 
         x ← x + step_size sigma_t² s + √(2 step_size) sigma_t noise
 
-    Its samples are right in the limit of small steps and many updates. A step of 0.1 makes the variance at one noise
-    level at most 5.3 % too large. Alone, it keeps x/alpha from one level to the next, and ends with the x_0 predicted
-    at the last level.
+    Its samples are exact in the limit of small steps and many updates. With a step_size of 0.1 the variance at a noise
+    level is at most 5.3 % too large. Without a predictor, it keeps x/alpha from one level to the next and returns the
+    x_0 predicted at the last level.
 
     Args:
-        num_steps: number of noise levels; `None` for all T, or for the steps of the predictor.
-        step_size: in units of sigma_t², in (0, 1].
-        num_updates: updates at each level.
-        predictor: the sampler whose steps are corrected, at every time that it visits between T and 0. It cannot be a
-            `Langevin` itself.
-        spacing: "uniform", "logsnr" or "karras", as in `Sampler`; with a predictor, its own spacing is used.
+        num_steps: number of noise levels; `None` for all T. With a predictor, it must be `None`.
+        step_size: step in units of sigma_t², in (0, 1].
+        num_updates: number of updates at each level.
+        predictor: the sampler whose steps are corrected, at every time that it visits between T and 0. It must not be a
+            `Langevin`.
+        spacing: "uniform", "logsnr" or "karras", as in `Sampler`. With a predictor, the predictor's spacing is used.
 
     Raises:
         ValueError: if an argument is invalid, or if `num_steps` or `spacing` is given together with a predictor.
@@ -374,7 +378,7 @@ class Langevin(Sampler):
             valid = isinstance(self.predictor, Sampler) and not isinstance(self.predictor, Langevin)
             valid = valid and (self.num_steps, self.spacing) == (None, "uniform")
             _checks.require(
-                valid, "`predictor` is another sampler, with its own `num_steps` and `spacing`", sampler=self
+                valid, "`predictor` must be another sampler, with its own `num_steps` and `spacing`", sampler=self
             )
 
     @property
@@ -396,7 +400,7 @@ class Langevin(Sampler):
         if self.predictor is not None:
             steps = self.predictor.steps(schedule)
             for index, after in enumerate(steps[1:]):
-                # The updates are not remembered, so that the predictor finds its own x_0.
+                # With keep = 1, `previous` holds the x_0 of the predictor only.
                 updates = self._updates(schedule, int(after["t"][0]), keep=1.0)
                 steps[index] = np.concatenate([steps[index], updates])
             return steps

@@ -1,7 +1,8 @@
 """The compiled loop that runs the table of any sampler.
 
-It knows no model: it gets rows, a function that predicts, the process, and an x to start from. One program serves every
-sampler and number of steps. The noise of sampling is drawn here.
+It does not depend on the model. It gets rows, a function that predicts, the process, and the x to start from. Samplers
+with noise share one compiled program for any number of steps, and samplers without noise share another. The noise of
+sampling is drawn here.
 """
 
 import functools
@@ -22,12 +23,12 @@ MAX_BATCH_SIZE = 256
 
 
 def noise(shape: tuple, seed: int, indices: np.ndarray) -> np.ndarray:
-    """The Gaussian noise of some samples, each drawn from the seed and the sample's index alone.
+    """Standard Gaussian noise. The noise of each sample depends on the seed and the sample's index alone.
 
     Args:
-        shape: of one sample.
+        shape: shape of one sample.
         seed: a non-negative integer.
-        indices: integers `(num,)`.
+        indices: the indices of the samples, integers `(num,)`.
 
     Returns:
         float32 array `(num, *shape)`.
@@ -36,7 +37,7 @@ def noise(shape: tuple, seed: int, indices: np.ndarray) -> np.ndarray:
 
 
 def prior(diffusion: GaussianDiffusion, shape: tuple, seed: int, indices: np.ndarray) -> np.ndarray:
-    """x_T of some samples: their `noise`, scaled to the standard deviation of x_T."""
+    """Draws x_T: `noise`, scaled to the standard deviation that x_T has for data of variance 1."""
     schedule = diffusion.schedule
     return np.hypot(schedule.alpha[-1], schedule.sigma[-1]).astype("float32") * noise(shape, seed, indices)
 
@@ -46,7 +47,7 @@ class Loop:
 
     Args:
         diffusion: the `GaussianDiffusion` that turns predictions into x_0.
-        shape: of one example.
+        shape: shape of one example.
         variables: every Keras variable that a predictor reads.
     """
 
@@ -76,23 +77,23 @@ class Loop:
 
         Args:
             predict: function from x `(batch, ...)`, t `(batch,)`, then `inputs` and the values of `columns`, to the
-                network's output. A program is compiled for each function, so pass the same object again.
+                network's output. A program is compiled for each function object, so pass the same object each time.
             steps: list of rows, as `Sampler.steps` returns.
-            start: function from indices of examples to the x that they start from.
+            start: function from indices of examples to the x at the start of the steps.
             num: number of examples.
             seed: seed of the noise of the steps.
-            inputs: arrays `(num, ...)`, of which `predict` gets the part of the batch.
-            columns: arrays `(rows,)`, of which `predict` gets the number of the row.
+            inputs: arrays `(num, ...)`. `predict` gets the examples of the batch.
+            columns: arrays `(rows,)` by name. `predict` gets the entry of the current row.
             dynamic_threshold: as in `GaussianDiffusion.predict_x0`.
             clip: whether to clip the predicted x_0.
-            known: pair of data x_0, `(num, ...)`, and a mask that broadcasts to it; or `None`. If the mask is 1, each
-                step ends with noisy data instead of x, and the last step with the data themselves.
-            batch_size: examples in a batch; `None` for at most 256.
-            num_states: number of states to return, at the ends of evenly spaced steps; `None` for the last x alone.
+            known: pair of data x_0, `(num, ...)`, and a mask that broadcasts to them; or `None`. After each row, x is
+                replaced by noisy data if the mask is 1, and after the last row by the data themselves.
+            batch_size: examples in a batch; `None` for equal batches of at most 256.
+            num_states: number of states to return, at the ends of evenly spaced steps; `None` for the last x only.
             verbose: 1 for a progress bar.
 
         Returns:
-            float32 array `(num, ...)`; with `num_states` two arrays `(num_states, num, ...)`, x and the predicted x_0.
+            float32 array `(num, ...)`. With `num_states`, two arrays `(num_states, num, ...)`: x and the predicted x_0.
 
         Raises:
             ValueError: if `batch_size` is not a positive integer.
@@ -120,11 +121,11 @@ class Loop:
         progress = keras.utils.Progbar(num_batches * len(table), verbose=verbose, unit_name="step")
         states = np.empty((2 if num_states else 1, num_states or 1, num, *self.shape), "float32")
         for batch in range(num_batches):
-            # The last batch is filled up.
+            # The last batch is filled up with its last example.
             indices = np.minimum(np.arange(batch * batch_size, (batch + 1) * batch_size), num - 1)
             for name, several in arrays.items():
                 job[name] = tuple(array[indices] for array in several)
-            # Keras on PyTorch adds seed and step as int32: leave room.
+            # On PyTorch, Keras adds the seed and the step as int32. The shift avoids an overflow.
             job["seed"] = np.int32(np.random.SeedSequence([seed, batch * batch_size]).generate_state(1)[0] >> 2)
             x = start(indices)
             previous = (np.zeros_like(x),) * samplers.NUM_PREVIOUS
@@ -139,18 +140,18 @@ class Loop:
 
 
 def _padded(column, multiple=1024):
-    """The column as float32, filled up with zeros, so that one program serves any number of rows."""
+    """Pads the column with zeros to a multiple of 1024 rows, so that most tables share one program."""
     missing = -len(column) % multiple
     return np.pad(column.astype("float32"), [(0, missing)] + [(0, 0)] * (column.ndim - 1))
 
 
 class _Program(keras.Model):
-    """A stretch of the rows of a table, as one compiled loop."""
+    """Runs a range of the rows of a table as one compiled loop."""
 
     def __init__(self, diffusion, variables, predict, *, draws_noise, thresholds, clips, masks):
         super().__init__(name="sampling", dtype="float32")
         self.diffusion = diffusion
-        self.predicted_from = list(variables)  # Keras tracks them, as JAX needs it
+        self.predicted_from = list(variables)  # so that Keras tracks them, which JAX needs
         self.predict_y = predict
         self.draws_noise = draws_noise
         self.thresholds = thresholds
@@ -162,7 +163,7 @@ class _Program(keras.Model):
         self.built = True
 
     def call(self, job):
-        """x and the previous predictions after the rows between two numbers."""
+        """Returns x and the previous predictions after the rows of the range `between`."""
         predict = recorded(self.predict_y, self.recordings, job["calls"])
         threshold = job["dynamic_threshold"] if self.thresholds else None
 
@@ -187,11 +188,11 @@ class _Program(keras.Model):
         return ops.fori_loop(*job["between"], step, (job["x"], job["previous"]))
 
     def _draw(self, shape, seed, index):
-        """Noise of the step and of the known data, or `None` if it is not needed.
+        """Draws noise for the row and for the known data, or returns `None` if it is not needed.
 
-        It depends on the seed and the step alone, however the steps are cut into stretches.
+        The noise depends on the seed and the number of the row alone, not on how the rows are cut into ranges.
         """
-        state = ops.cast(ops.stack([seed, 2 * index]), self.random.state.dtype)  # a draw adds 1
+        state = ops.cast(ops.stack([seed, 2 * index]), self.random.state.dtype)  # each draw adds 1 to it
         with keras.StatelessScope([(self.random.state, state)]):
             wanted = self.draws_noise, self.masks
             return [keras.random.normal(shape, seed=self.random) if drawn else None for drawn in wanted]
@@ -199,11 +200,11 @@ class _Program(keras.Model):
 
 @_devices.fast_on_torch
 def recorded(function: Callable, recordings: dict, calls: Any) -> Callable:
-    """The function, for many calls with the same weights and without gradients.
+    """Returns a version of the function for many calls with the same weights and without gradients.
 
     Args:
-        function: from tensors to a tensor.
-        recordings: dict that belongs to the function, in which a backend may keep what it learns about it.
+        function: function from tensors to a tensor.
+        recordings: dict that belongs to the function. A backend may keep its recordings in it between jobs.
         calls: number of calls in the whole job, an integer or a tensor.
     """
     return function

@@ -1,4 +1,4 @@
-"""Training: a batch of clean data becomes a regression problem, which Keras' own step solves."""
+"""Training: turns a batch of clean data into a regression problem for the training step of Keras."""
 
 import inspect
 import itertools
@@ -13,7 +13,7 @@ from keras_ddpm import _checks
 from keras_ddpm import _devices
 from keras_ddpm.callbacks import LossWatch
 
-# From numbers u in [0, 1), one for each example, and their indices 0..n − 1 in the batch to times in [0, 1).
+# Functions to times in [0, 1). They get a number u in [0, 1) and an index 0..n − 1 for each of n examples.
 TIMESTEP_SAMPLINGS = {
     "uniform": lambda u, index, n: u,
     "batch": lambda u, index, n: ops.broadcast_to(u[:1], ops.shape(u)),
@@ -22,29 +22,29 @@ TIMESTEP_SAMPLINGS = {
 
 
 def _arguments(function, *args, **kwargs):
-    """The arguments of a call by name, without `self`."""
+    """The arguments of a call as a dict by name, without `self`."""
     arguments = inspect.signature(function).bind(*args, **kwargs).arguments
     return {**arguments.pop("kwargs", {}), **{name: value for name, value in arguments.items() if name != "self"}}
 
 
 class NoisyRegression(keras.Model):
-    """The part of `DiffusionModel` that trains and evaluates: `fit` on clean data.
+    """The part of `DiffusionModel` that trains and evaluates on clean data.
 
-    A subclass has the attributes `network`, `condition`, `diffusion`, `average`, `loss_weight`, `timestep_sampling`,
-    `label_dropout` and `data_shape`.
+    A subclass must have the attributes `network`, `condition`, `diffusion`, `average`, `loss_weight`,
+    `timestep_sampling`, `label_dropout` and `data_shape`.
     """
 
     _checked_validation_data = None
 
     def compile(self, *args, **kwargs) -> None:
-        """Keras' own, with `jit_compile="auto"` as `keras_ddpm` measured it to be fastest."""
+        """`keras.Model.compile`. `jit_compile="auto"` selects what is fastest for this package on each backend."""
         given = _arguments(keras.Model.compile, self, *args, **kwargs)
         self._auto_jit_compile = given.get("jit_compile", "auto") == "auto"
         super().compile(**given)
         if self._auto_jit_compile and not self.run_eagerly:
             self.jit_compile = _devices.jit_compile()
-        # Build everything here. `fit` would do it by calling the model on clean data, and TensorFlow traces a step
-        # twice if it creates variables.
+        # Build everything here. Otherwise `fit` calls the model on clean data to do it, and TensorFlow traces a step
+        # twice if the step creates variables.
         if self.optimizer is not None:
             self.optimizer.build(self.trainable_variables)
             arrange(self.optimizer.variables)
@@ -54,7 +54,7 @@ class NoisyRegression(keras.Model):
         self.reset_metrics()
 
     def get_compile_config(self):
-        # Keras would store the value that "auto" has here, and load it on another backend or machine.
+        # Keras would store what "auto" means here. A file may be loaded on another backend or machine.
         config = super().get_compile_config()
         return {**config, "jit_compile": "auto"} if config and self._auto_jit_compile else config
 
@@ -62,12 +62,13 @@ class NoisyRegression(keras.Model):
         self.compile(**keras.saving.deserialize_keras_object(config))
 
     def fit(self, *args, **kwargs) -> keras.callbacks.History:
-        """Keras' own, on clean data, after a look at the data.
+        """`keras.Model.fit` on clean data. It checks the data first.
+
+        Arrays are checked completely. Of other sources, the first batch is checked.
 
         Raises:
-            ValueError: if the data have another shape than the network's input, lie outside `clip_range`, hold NaN, or
-                lack the condition of the network. Arrays are checked whole, streams by their first batch. Also if the
-                loss of an epoch is not finite.
+            ValueError: if the data do not have the shape of the network's input, lie outside `clip_range`, contain NaN,
+                or lack the condition of the network; or if the loss of an epoch is not finite.
         """
         given = _arguments(keras.Model.fit, self, *args, **kwargs)
         given["x"], first = self._checked(given.get("x"), given.get("y"))
@@ -76,7 +77,7 @@ class NoisyRegression(keras.Model):
         callbacks = given.get("callbacks") or []
         if isinstance(callbacks, keras.callbacks.Callback):
             callbacks = [callbacks]
-        # First, so that a checkpoint at the end of an epoch does not keep lost weights.
+        # `LossWatch` comes first. It raises before a checkpoint could store weights that are not finite.
         given["callbacks"] = [LossWatch(first), *callbacks]
         self._checked_validation_data = given.get("validation_data")
         try:
@@ -85,8 +86,8 @@ class NoisyRegression(keras.Model):
             self._checked_validation_data = None
 
     def evaluate(self, x=None, y=None, *args, **kwargs) -> Any:
-        """Keras' own, with the same t and noise at each call."""
-        known = self._checked_validation_data  # `fit` has checked it, and a generator cannot be looked at twice
+        """`keras.Model.evaluate` on clean data, with the same t and noise at each call."""
+        known = self._checked_validation_data  # `fit` has checked it, and a generator can be read only once
         if known is None or x is not (known[0] if isinstance(known, (list, tuple)) else known):
             x, _ = self._checked(x, y)
         self._test_random.state.assign([0, 0])
@@ -97,7 +98,7 @@ class NoisyRegression(keras.Model):
     evaluate.__signature__ = inspect.signature(keras.Model.evaluate)
 
     def train_step(self, *args):
-        """Keras' own on noisy data, then the moving average. Takes `(data)`, on JAX `(state, data)`."""
+        """Trains on noisy data, then updates the average. The arguments are `data`, on JAX `state` and `data`."""
         if len(args) == 1:
             data = self._corrupt(*args, self._fit_random, self.label_dropout)
             before = ops.copy(self.optimizer.iterations)
@@ -116,7 +117,7 @@ class NoisyRegression(keras.Model):
         return logs, scope.state()
 
     def test_step(self, *args):
-        """Keras' own on noisy data. Takes `(data)`, on JAX `(state, data)`."""
+        """Evaluates on noisy data. The arguments are `data`, on JAX `state` and `data`."""
         if len(args) == 1:
             return super().test_step(self._corrupt(*args, self._test_random))
         state, data = args
@@ -126,7 +127,7 @@ class NoisyRegression(keras.Model):
         return super().test_step(scope.state(), data)
 
     def _corrupt(self, data, generator, label_dropout=0.0):
-        """Clean data to Keras' `(x, y, sample_weight)`: the network's inputs, its target, and weights of the loss."""
+        """Turns clean data into Keras' `(x, y, sample_weight)`: inputs and target of the network, and loss weights."""
         x_0, condition, _ = keras.utils.unpack_x_y_sample_weight(data)
         x_0 = ops.cast(x_0, "float32")
         shape = ops.shape(x_0)
@@ -139,7 +140,7 @@ class NoisyRegression(keras.Model):
         return inputs, self.diffusion.target(x_0, t, noise), self.weight_of(t)
 
     def _draw_timesteps(self, batch_size, generator):
-        """t in 1..T, `(batch,)`."""
+        """Draws t in 1..T, `(batch,)`."""
         u = keras.random.uniform((batch_size,), seed=generator)
         index, number = ops.cast(ops.arange(batch_size), "float32"), ops.cast(batch_size, "float32")
         steps = self.diffusion.timesteps
@@ -147,18 +148,18 @@ class NoisyRegression(keras.Model):
         return ops.minimum(1 + ops.cast(time * steps, "int32"), steps)  # in float32, time may be rounded to 1
 
     def weight_of(self, t: Any) -> Any:
-        """The weights of the loss at times t, `(batch,)`, shaped like the loss of each example; `None` for 1."""
+        """The loss weights at times t, `(batch, 1, ...)`, with the rank of the loss; `None` if all are 1."""
         if self.loss_weight is None:
             return None
         weight = ops.take(ops.convert_to_tensor(self.loss_weight, "float32"), t)
         return ops.reshape(weight, (-1,) + (1,) * (len(self.data_shape) - 1))
 
     def _checked(self, data, labels=None):
-        """The data unchanged, and the part that was looked at. A generator is rebuilt around its first batch."""
+        """Checks data. Returns them and the x_0 that were checked. A generator gets its first batch back."""
         if isinstance(data, types.GeneratorType):
             first = next(data, None)
             batches = itertools.chain([first], data)
-            # Keras wants tuples.
+            # Keras needs tuples.
             data = (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,) for batch in batches)
         elif data is None:
             first = None
@@ -173,14 +174,14 @@ class NoisyRegression(keras.Model):
         x_0 = _checks.data(ops.convert_to_numpy(x_0), self.data_shape, self.diffusion.clip_range)
         if self.condition:
             _checks.require(condition is not None, "The network has a condition: it needs `(x_0, label)` batches")
-            every = getattr(data, "labels", None)  # of `datasets.Batches`, as one batch does not show all
+            every = getattr(data, "labels", None)  # `datasets.Batches` has the labels of all batches
             condition = ops.convert_to_numpy(condition) if every is None else every
             self.condition.array(condition, len(condition))
         return data, x_0
 
 
 class _Stateless(keras.StatelessScope):
-    """The scope in which JAX' state, lists of values, stands for lists of variables."""
+    """A scope in which variables have the values of a JAX state. Both come in lists of lists."""
 
     def __init__(self, variables, values):
         super().__init__(zip(itertools.chain(*variables), itertools.chain(*values)))
@@ -192,14 +193,14 @@ class _Stateless(keras.StatelessScope):
 
 @_devices.fast_on_torch
 def arrange(variables: list) -> None:
-    """Lays variables out in memory as the backend reads them fastest; most backends decide by themselves."""
+    """Arranges variables in memory as the backend reads them fastest. Only PyTorch needs it."""
 
 
 def checked_weight(loss_weight: Any, timesteps: int) -> np.ndarray | None:
     """The weights as a float64 array `(T + 1,)`; `None` stays `None`.
 
     Raises:
-        ValueError: if they have another shape, or one is not positive at some t in 1..T.
+        ValueError: if the weights have another shape, or one is not positive at some t in 1..T.
     """
     if loss_weight is None:
         return None

@@ -3,13 +3,15 @@
 import os
 import pathlib
 
-import keras
-import numpy as np
-import pytest
-from keras import ops
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes share the cores, and PyTorch's threads wait busily
 
-import keras_ddpm as kd
-from keras_ddpm import _devices
+import keras  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from keras import ops  # noqa: E402
+
+import keras_ddpm as kd  # noqa: E402
+from keras_ddpm import _devices  # noqa: E402
 
 TORCH = keras.backend.backend() == "torch"
 
@@ -37,7 +39,7 @@ def data_dir(request):
     """The folder of the real data; without one the test is skipped."""
     folder = request.config.getoption("--data-dir")
     if not folder:
-        pytest.skip("no real data: give --data-dir or set KERAS_DDPM_DATA")
+        pytest.skip("no real data: give --data-dir=FOLDER or set KERAS_DDPM_DATA")
     assert pathlib.Path(folder).is_dir(), folder
     return folder
 

@@ -1,3 +1,5 @@
+"""The callbacks: averaged weights in validation, samples during training, and the watch on the loss."""
+
 import warnings
 
 import keras

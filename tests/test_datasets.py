@@ -1,4 +1,4 @@
-"""Batches, and the sources of data."""
+"""Batches and the sources of data."""
 
 import multiprocessing
 import threading

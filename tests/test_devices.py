@@ -1,4 +1,6 @@
-"""The settings by backend and processor."""
+"""The settings for each backend and processor."""
+
+import os
 
 import keras
 import pytest
@@ -20,3 +22,29 @@ def test_bfloat16_where_the_accelerator_is_clearly_faster_in_it(monkeypatch, sec
     monkeypatch.setattr(_devices, "has_accelerator", lambda: True)
     monkeypatch.setattr(_devices, "_seconds_of_product", {"float32": 1.0, "bfloat16": seconds}.get)
     assert _devices.dtype_policy() == expected
+
+
+@pytest.mark.parametrize(("variable", "told"), [(None, True), ("MALLOC_ARENA_MAX", False)])
+def test_memory_is_kept_unless_the_environment_says_otherwise(monkeypatch, variable, told):
+    calls = []
+
+    class Library:
+        def __init__(self, name):
+            assert name is None  # the C library of this process
+
+        def mallopt(self, parameter, value):
+            calls.append(parameter)
+            return 1
+
+    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
+        monkeypatch.delenv(name)
+    if variable:
+        monkeypatch.setenv(variable, "2")
+    monkeypatch.setattr(_devices.ctypes, "CDLL", Library)
+    monkeypatch.setattr(_devices.sys, "platform", "linux")
+    _devices.keep_memory()
+    arenas = [-8] if keras.backend.backend() == "tensorflow" else []
+    assert calls == ([-1, -3, *arenas] if told else [])
+    monkeypatch.setattr(_devices.sys, "platform", "darwin")
+    _devices.keep_memory()
+    assert calls == ([-1, -3, *arenas] if told else [])

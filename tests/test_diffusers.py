@@ -1,6 +1,6 @@
-"""Against the schedulers of Hugging Face's diffusers: the same network, schedule, times and noise, the same samples.
+"""Samples compared with the schedulers of Hugging Face's diffusers, for the same network, schedule, times and noise.
 
-Runs where diffusers is installed. Its t is ours minus 1.
+The tests run if diffusers is installed. Its t is 1 less than the t of this package.
 """
 
 import numpy as np

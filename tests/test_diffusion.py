@@ -1,4 +1,4 @@
-"""The process against an independent derivation in float64, which conditions Gaussians by adding precisions."""
+"""The process compared with an independent derivation in float64, which conditions Gaussians by adding precisions."""
 
 import importlib
 

@@ -1,6 +1,6 @@
-"""Inpainting, variations, encoding and interpolation, against closed forms.
+"""Inpainting, variations, encoding and interpolation, compared with closed forms.
 
-The data are images of two pixels, x_0 ~ N(0, [[1, 0.8], [0.8, 1]]), whose best prediction is linear in x_t.
+The data are images of two pixels, x_0 ~ N(0, [[1, 0.8], [0.8, 1]]). Their best prediction is linear in x_t.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""The moving average against its recurrence."""
+"""The moving average compared with its recurrence."""
 
 import keras
 import numpy as np

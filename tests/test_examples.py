@@ -1,4 +1,4 @@
-"""The examples with tiny settings, as functions and as commands, and the code of the README."""
+"""The examples with tiny settings, as functions and as commands, and the code in the README."""
 
 import importlib
 import json

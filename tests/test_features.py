@@ -1,4 +1,4 @@
-"""The extractors of features, and the classifier that can be one."""
+"""The feature extractors, and the classifier that can serve as one."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Labels, vectors and guidance, against closed forms: the classes are the components of a mixture."""
+"""Labels, vectors and guidance, compared with closed forms. The classes are the components of a mixture."""
 
 import keras
 import numpy as np

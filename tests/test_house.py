@@ -1,4 +1,4 @@
-"""The rules by which the package is built, each checked on its source."""
+"""The rules for the package's structure and size, each checked on its source code."""
 
 import ast
 import io

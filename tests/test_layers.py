@@ -1,4 +1,7 @@
-"""Layers against NumPy and Keras' own. On PyTorch, each test runs with the fast functions and with the plain ones."""
+"""Layers compared with NumPy and with the layers of Keras.
+
+On PyTorch, each test runs with the fast functions and with the plain ones.
+"""
 
 import keras
 import numpy as np

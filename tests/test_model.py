@@ -1,4 +1,4 @@
-"""The model as a whole: saved, loaded, resumed, and built from wrong parts."""
+"""The model as a whole: saving, loading, resuming, and invalid arguments."""
 
 import os
 import subprocess
@@ -59,6 +59,14 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(tmp_path, points):
     assert all(map(np.array_equal, weights(whole.weights), weights(resumed.weights)))
 
 
+def test_summary_shows_the_network_and_counts_it_once(model):
+    lines = []
+    model.compile(loss="mse", optimizer="adam")
+    model.summary(print_fn=lambda line: lines.append(line))
+    text = "\n".join(lines)
+    assert f"Total params: {model.network.count_params():,}" in text and "block_0_dense_1" in text
+
+
 def test_config():
     diffusion = kd.GaussianDiffusion(kd.schedules.cosine(20), "v", None)
     model = kd.DiffusionModel(kd.networks.mlp(2, 16, 1), diffusion, 0.9, diffusion.min_snr_weight(), "batch", seed=5)
@@ -94,6 +102,9 @@ def test_bad_construction():
     for loss_weight in (np.ones(1000), "min_snr", kd.GaussianDiffusion().min_snr_weight):
         with pytest.raises(ValueError, match="an array of 1001 numbers, for t = 0..1000"):
             kd.DiffusionModel(network, loss_weight=loss_weight)
+    for dtype in ("mixed_bfloat16", keras.DTypePolicy("float16")):
+        with pytest.raises(ValueError, match="Only the network has a dtype policy"):
+            kd.DiffusionModel(network, dtype=dtype)
     with pytest.raises(ValueError, match="must be a `GaussianDiffusion`"):
         kd.DiffusionModel(network, kd.schedules.linear())
     diffusion = kd.GaussianDiffusion(kd.schedules.straight(), "flow")

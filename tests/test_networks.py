@@ -1,3 +1,5 @@
+"""The networks: numbers of parameters, shapes, initial outputs, and configurations."""
+
 import math
 
 import keras

@@ -1,4 +1,4 @@
-"""Updates against Keras' own."""
+"""Updates compared with Keras' own Adam."""
 
 import importlib
 

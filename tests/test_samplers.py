@@ -1,9 +1,8 @@
-"""Against closed forms.
+"""Samplers compared with closed forms. No training is needed.
 
-The best prediction of x_0 is known for Gaussian data and for mixtures of Gaussians. For the former each sampler's
-output has a mean and a variance that follow from a recursion in float64, and that tend to those of the data. Without
-noise each sampler follows the probability-flow equation, which in one dimension keeps quantiles. No training is
-needed.
+The best prediction of x_0 is known for Gaussian data and for mixtures of Gaussians. For Gaussian data, a recursion in
+float64 gives the mean and the variance of each sampler's output. They tend to the mean and the variance of the data.
+Without noise, each sampler follows the probability-flow equation. In one dimension this equation preserves quantiles.
 """
 
 import functools

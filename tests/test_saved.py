@@ -1,7 +1,7 @@
-"""Files of earlier versions.
+"""Files that earlier versions saved.
 
-`saved_by_0_1/` holds a model of each kind of network that version 0.1 has saved on TensorFlow, and next to it the
-samples that it made: with the average, `samples`, and with the raw weights, `raw`; and the loss of the data `x`.
+For each kind of network, `saved_by_0_1/` holds a model that version 0.1 saved on TensorFlow, and an `.npz` file with
+that version's results: `samples` of the average, `raw` samples of the raw weights, and the loss of the data `x`.
 """
 
 import pathlib

@@ -1,4 +1,4 @@
-"""Schedules against products of betas in exact rational arithmetic, and against published numbers."""
+"""Schedules compared with products of betas in exact rational arithmetic, and with published numbers."""
 
 import math
 from fractions import Fraction

@@ -1,6 +1,6 @@
-"""The fast functions for PyTorch: that they are used, and what happens without the operators that they need.
+"""The fast functions for PyTorch: that they are used, and what runs if PyTorch lacks an operator that they need.
 
-What they compute is compared in `test_layers.py`, `test_optimizers.py` and `test_ema.py`.
+`test_layers.py`, `test_optimizers.py` and `test_ema.py` compare their results.
 """
 
 import keras

@@ -1,4 +1,4 @@
-"""The drawn data."""
+"""The data sets that the package draws."""
 
 import colorsys
 

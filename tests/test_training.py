@@ -1,4 +1,6 @@
-"""Training against its definition: the loss by hand, the draws of t, and the data that are refused."""
+"""Training compared with its definition: the loss, the draws of t, and the data that are rejected."""
+
+import inspect
 
 import keras
 import numpy as np
@@ -94,6 +96,21 @@ def test_stratified_timesteps_lower_the_variance_of_a_mean_over_t():
     exact = np.mean((np.arange(1, 1001) / 1000) ** 2)
     for values in means.values():
         assert abs(np.mean(values) - exact) < 4 * np.std(values) / 300**0.5
+
+
+@pytest.mark.parametrize("name", ["compile", "fit", "evaluate"])
+def test_signatures_are_keras_own(name):
+    assert inspect.signature(getattr(kd.DiffusionModel, name)) == inspect.signature(getattr(keras.Model, name))
+
+
+def test_arguments_may_be_positional(model, points):
+    epochs = []
+    callback = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: epochs.append((epoch, sorted(logs))))
+    model.compile("adam", "mae")
+    model.fit(points, None, 128, 2, 0, callback, 0.0, (points,))
+    assert epochs == [(0, ["loss", "val_loss"]), (1, ["loss", "val_loss"])]
+    assert int(model.optimizer.iterations) == 4
+    assert model.evaluate(points, None, 256, 0) == pytest.approx(model.evaluate(points, batch_size=256, verbose=0))
 
 
 def test_learns(model, points):
