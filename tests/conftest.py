@@ -5,13 +5,13 @@ import pathlib
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes share the cores, and PyTorch's threads wait busily
 
-import keras  # noqa: E402
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-from keras import ops  # noqa: E402
+import keras
+import numpy as np
+import pytest
+from keras import ops
 
-import keras_ddpm as kd  # noqa: E402
-from keras_ddpm import _devices  # noqa: E402
+import keras_ddpm as kd
+from keras_ddpm import _devices
 
 TORCH = keras.backend.backend() == "torch"
 
