@@ -130,7 +130,7 @@ class Guidance:
         valid = p is None or _checks.is_positive(p) and p < 1
         _checks.require(valid, "`dynamic_threshold` must be in (0, 1)", dynamic_threshold=p)
 
-    def resolve(self, condition: Condition | None, num: int, t: np.ndarray) -> tuple[tuple, dict, str]:
+    def resolve(self, condition: Condition | None, num: int, t: np.ndarray) -> tuple[tuple, tuple, str]:
         """The inputs of the network for `num` examples.
 
         Args:
@@ -150,15 +150,15 @@ class Guidance:
         _checks.require(valid, "Guidance needs labels", guidance_scale=self.guidance_scale, labels=self.labels)
         if condition is None:
             _checks.require(self.labels is None, "The network takes no labels", labels=self.labels)
-            return (), {}, "none"
+            return (), (), "none"
         labels = condition.array(self.labels, num)
         low, high = self.guidance_interval or (-np.inf, np.inf)
         scale = np.where((low <= t) & (t <= high), self.guidance_scale, 1.0)
         if np.all(scale == 0) and not self.guidance_rescale:
-            return (np.full_like(labels, condition.null_label),), {}, "none"
+            return (np.full_like(labels, condition.null_label),), (), "none"
         if np.all(scale == 1):
-            return (labels,), {}, "none"
-        columns = {"guidance_scale": scale, "guidance_rescale": np.full(len(t), self.guidance_rescale)}
+            return (labels,), (), "none"
+        columns = scale, np.full(len(t), self.guidance_rescale)
         return (labels,), columns, "some" if np.any(scale == 1) else "all"
 
 

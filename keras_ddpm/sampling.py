@@ -65,7 +65,7 @@ class Loop:
         seed: int,
         *,
         inputs: tuple = (),
-        columns: dict[str, np.ndarray] | None = None,
+        columns: tuple = (),
         dynamic_threshold: float | None = None,
         clip: bool = True,
         known: tuple | None = None,
@@ -83,7 +83,7 @@ class Loop:
             num: number of examples.
             seed: seed of the noise of the steps.
             inputs: arrays `(num, ...)`. `predict` gets the examples of the batch.
-            columns: arrays `(rows,)` by name. `predict` gets the entry of the current row.
+            columns: arrays `(rows,)`. `predict` gets the entry of the current row.
             dynamic_threshold: as in `GaussianDiffusion.predict_x0`.
             clip: whether to clip the predicted x_0.
             known: pair of data x_0, `(num, ...)`, and a mask that broadcasts to them; or `None`. After each row, x is
@@ -105,7 +105,7 @@ class Loop:
         arrival, schedule = np.append(table["t"][1:], 0).astype("int64"), self.diffusion.schedule
         job = {
             "rows": {name: _padded(table[name]) for name in table.dtype.names},
-            "columns": {name: _padded(column) for name, column in (columns or {}).items()},
+            "columns": tuple(map(_padded, columns)),  # in order, which JAX does not keep in a dict
             "arrival": [_padded(schedule.alpha[arrival]), _padded(schedule.sigma[arrival])],
             "calls": np.int32(num_batches * len(table)),
             "dynamic_threshold": np.float32(dynamic_threshold or 1.0),
@@ -170,7 +170,7 @@ class _Program(keras.Model):
         def step(index, state):
             x, previous = state
             take = functools.partial(ops.take, indices=index, axis=0)
-            columns = [take(column) for column in job["columns"].values()]
+            columns = [take(column) for column in job["columns"]]
 
             def denoise(x, t):
                 t = ops.broadcast_to(ops.cast(t, "int32"), ops.shape(x)[:1])
