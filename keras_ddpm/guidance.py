@@ -139,8 +139,8 @@ class Guidance:
             t: the time of each network call, `(calls,)`.
 
         Returns:
-            The network's inputs after x and t, arrays `(num, ...)`; scale and rescaling for `guided`, arrays `(calls,)`;
-            and which calls are guided: "none", "some" or "all".
+            The network's inputs after x and t, arrays `(num, ...)`; the scale and the rescaling for `guided`, arrays
+            `(calls,)`; and which calls are guided: "none", "some" or "all".
 
         Raises:
             ValueError: if the network takes no labels but gets some, if guidance is asked for without labels, or if
