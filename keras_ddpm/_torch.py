@@ -25,9 +25,10 @@ def conv2d(x, kernel, bias, strides, padding, dilation, groups, training):
         return torch.nn.functional.linear(x, kernel[0, 0].T, bias)  # has a faster gradient
     interleaved = padding == "same" and kernel.shape[1] > 1 and all(size % 2 for size in kernel.shape[:2])
     several = batch_interleave(x) if interleaved else 1
-    x, kernel = torch.permute(_interleave(x, several), (0, 3, 1, 2)), torch.permute(kernel, (3, 2, 0, 1))
-    x = torch.nn.functional.conv2d(x, kernel, bias, 1, padding, (1, several))
-    return _separate(torch.permute(x, (0, 2, 3, 1)), several)
+    x = x if several == 1 else _interleave(x, several)
+    x, kernel = torch.permute(x, (0, 3, 1, 2)), torch.permute(kernel, (3, 2, 0, 1))
+    x = torch.permute(torch.nn.functional.conv2d(x, kernel, bias, 1, padding, (1, several)), (0, 2, 3, 1))
+    return x if several == 1 else _separate(x, several)
 
 
 def batch_interleave(x):
