@@ -4,7 +4,9 @@ import argparse
 import inspect
 import pathlib
 import re
+import shutil
 import sys
+import tempfile
 import typing
 
 import keras
@@ -53,8 +55,37 @@ def run(main, *parts, commands=(), presets=None):
         main(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
     except UsageError as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)  # as the shell counts Ctrl-C
     except (OSError, ValueError) as error:
         sys.exit(f"{parser.prog}: {error}")
+
+
+def open_output(output, resume=False, overwrite=False):
+    """The folder for the output files. The checkpoints of an earlier run are kept, removed or refused."""
+    out = pathlib.Path(output)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ValueError(f"Cannot write to --output {out}: {error}") from error
+    if resume and overwrite:
+        raise UsageError("--resume and --overwrite exclude each other.")
+    if overwrite:
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    elif not resume and any((out / "checkpoints").glob("**/*.npz")):
+        raise UsageError(
+            f"{out} holds a run. Go on with it by --resume, replace it by --overwrite, or change --output."
+        )
+    return out
+
+
+def number(text):
+    """Reads a number that is neither infinite nor NaN."""
+    if not np.isfinite(float(text)):
+        raise ValueError
+    return float(text)
 
 
 def add_arguments(parser, function, presets=None):
@@ -69,13 +100,14 @@ def add_arguments(parser, function, presets=None):
             kind = type(default)
         if type(None) in typing.get_args(kind):
             kind = typing.get_args(kind)[0]
-        options = {"type": kind}
+        options = {"type": number if kind is float else kind}
         if kind is bool:
             options = {"action": "store_true"}
         elif typing.get_origin(kind) is typing.Literal:
             options = {"choices": typing.get_args(kind)}
         elif typing.get_origin(kind) is tuple:
-            options = {"type": typing.get_args(kind)[0], "nargs": "*"}
+            entry = typing.get_args(kind)[0]
+            options = {"type": number if entry is float else entry, "nargs": "*"}
         flag = "--" + name.replace("_", "-") if parameter.kind is parameter.KEYWORD_ONLY else name
         if flag == name and default is not parameter.empty:
             options.setdefault("nargs", "?")
@@ -155,21 +187,40 @@ def split(x, labels=None, batch_size=32, seed=0, **options):
 
 def load_model(path):
     """Loads a trained model of images."""
-    if not pathlib.Path(path).is_file():
+    if not pathlib.Path(path).exists():
         raise ValueError(f"There is no model file {path}. `python examples/flowers.py` trains a model.")
-    model = keras.saving.load_model(path)
-    if not isinstance(model, kd.DiffusionModel) or len(model.data_shape) != 3:
+    model = kd.saving.load_model(path)
+    if len(model.data_shape) != 3:
         raise ValueError(f"{path} is not a diffusion model of images.")
     return model
 
 
-def train(model, data, epochs, learning_rate=2e-3, warmup_steps=200, loss="mse", **options):
-    """Trains with Adam, a linear warm-up and a cosine decay to 0. Returns the losses of each epoch."""
+def train(
+    model, data, epochs, learning_rate=2e-3, warmup_steps=200, loss="mse", *, checkpoints=None, callbacks=(), **options
+):
+    """Trains with Adam, a linear warm-up and a cosine decay to 0. Returns the losses of each epoch.
+
+    Args:
+        model: the model.
+        data: batches of training data.
+        epochs: number of epochs.
+        learning_rate: highest learning rate.
+        warmup_steps: number of batches during which the learning rate rises.
+        loss: loss of Keras.
+        checkpoints: folder of checkpoints. If it holds one, training goes on from there.
+        callbacks: further callbacks.
+        **options: as in `fit`.
+    """
+    if epochs < 1 or warmup_steps < 0:
+        raise UsageError(f"At least 1 epoch and 0 warm-up steps are needed. Received: {epochs} and {warmup_steps}")
+    if not 0 < learning_rate <= 1:
+        raise UsageError(f"The learning rate must be in (0, 1]. Received: {learning_rate}")
     rate = keras.optimizers.schedules.CosineDecay(
         0.0, max(1, epochs * len(data) - warmup_steps), warmup_target=learning_rate, warmup_steps=warmup_steps
     )
     model.compile(loss=loss, optimizer=kd.optimizers.Adam(rate, global_clipnorm=1.0))
-    return model.fit(data, epochs=epochs, **{"verbose": 2, **options}).history
+    callbacks = [*callbacks, *([kd.callbacks.Checkpoint(checkpoints)] if checkpoints else [])]
+    return model.fit(data, epochs=epochs, callbacks=callbacks, **{"verbose": 2, **options}).history
 
 
 def make_metric(train, test, num_samples, classifier_epochs, seed):

@@ -36,6 +36,8 @@ def inpaint(
         num_resamples: number of times that each step is repeated.
         **options: options of `model.sample`.
     """
+    if num < 1:
+        raise common.UsageError(f"At least 1 --num is needed. Received: {num}")
     size = x.shape[1]
     if mask:
         known = kd.images.load(mask, size, channels=1) > 127
@@ -127,6 +129,8 @@ def main(
         guidance_scale: guidance scale of the class.
         **settings: arguments of `command`.
     """
+    if num_flowers < 1:
+        raise common.UsageError(f"At least 1 --num-flowers is needed. Received: {num_flowers}")
     out, name = pathlib.Path(output), command.__name__
     trained = common.load_model(model)
     size, _, channels = trained.data_shape

@@ -18,9 +18,9 @@ Output files in --output:
     samples.png      25 samples of the full U-Net
     denoising.png    how they emerge from noise: x_t and the prediction of x_0
     model.keras      the full U-Net
+    checkpoints/     from which --resume goes on after Ctrl-C or a crash
 """
 
-import pathlib
 import time
 
 import common
@@ -65,6 +65,8 @@ def make_networks(shape):
 def main(
     *,
     output="runs/fashion_mnist",
+    resume=False,
+    overwrite=False,
     seed=0,
     data_dir: str | None = None,
     epochs=3,
@@ -76,6 +78,8 @@ def main(
 
     Args:
         output: folder for the output files.
+        resume: go on with the run in the output folder.
+        overwrite: replace the run in the output folder.
         seed: random seed.
         data_dir: folder of prepared data sets. By default the folder of TensorFlow Datasets.
         epochs: number of training epochs.
@@ -83,7 +87,7 @@ def main(
         classifier_epochs: number of training epochs of the classifier.
         num_samples: number of samples per distance.
     """
-    out = pathlib.Path(output)
+    out = common.open_output(output, resume, overwrite)
     keras.utils.set_random_seed(seed)
     options = {"data_dir": data_dir, "seed": seed, "steps_per_epoch": steps_per_epoch}
     data, test = common.load("fashion_mnist", 28, channels=1, labels=True, **options)
@@ -103,7 +107,8 @@ def main(
         make, learning_rate = networks[name]
         model = kd.DiffusionModel(make(), diffusion, seed=seed)
         start = time.time()
-        common.train(model, data, epochs, learning_rate, verbose=0)
+        checkpoints = out / "checkpoints" / title.replace("\n", " ")
+        common.train(model, data, epochs, learning_rate, checkpoints=checkpoints, verbose=0)
         trained = time.time()
         x = model.sample(num_samples, seed=seed, batch_size=min(250, num_samples), **options)
         sampled, distance = time.time(), distance_of(x)

@@ -1,6 +1,7 @@
 """Trains a DDPM on flowers and draws new ones.
 
     python examples/flowers.py                                  # Oxford Flowers 102, or drawn flowers when offline
+    python examples/flowers.py --resume                         # goes on with the run after Ctrl-C or a crash
     python examples/flowers.py --dataset procedural --epochs 3  # every setting has a flag
     python examples/flowers.py --init runs/flowers/model.keras --learning-rate 1e-4  # fine-tunes a trained model
 
@@ -13,11 +14,11 @@ Output files in --output:
     samples.png           64 samples at the end
     denoising.gif         how 16 of them emerge from noise: x_t on the left, the prediction of x_0 on the right
     model.keras           the model with its averaged weights and the optimizer
+    checkpoints/          from which --resume goes on; one every ten minutes, and one after Ctrl-C
 """
 
 import inspect
 import pathlib
-import tempfile
 import time
 from typing import Literal
 
@@ -99,6 +100,8 @@ def train(
     seed,
     *,
     output="runs/flowers",
+    resume=False,
+    overwrite=False,
     data_dir: str | None = None,
     strict=False,
     num_images=4096,
@@ -117,6 +120,8 @@ def train(
         dataset: as in `main`.
         seed: random seed.
         output: folder for the output files.
+        resume: go on with the run in the output folder.
+        overwrite: replace the run in the output folder.
         data_dir: folder of prepared data sets. By default the folder of TensorFlow Datasets.
         strict: stop at images in the folder that cannot be read.
         num_images: number of procedural flowers.
@@ -129,13 +134,7 @@ def train(
         grid_every: number of epochs between sample grids.
     """
     start = time.time()
-    out = pathlib.Path(output)
-    try:
-        (out / "samples").mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise ValueError(f"Cannot write to --output {out}: {error}") from error
+    out = common.open_output(output, resume, overwrite)
     size = model.data_shape[0]
     data, validation = common.load(
         "oxford_flowers102" if dataset == "auto" else dataset,
@@ -162,6 +161,7 @@ def train(
         learning_rate,
         warmup_steps,
         loss,
+        checkpoints=out / "checkpoints",
         validation_data=validation,
         verbose="auto",
         callbacks=[

@@ -15,12 +15,12 @@ Output files in --output:
 
     samples/0001.png ...  two samples of each class after each epoch
     model.keras           the trained model
+    checkpoints/          from which --resume goes on after Ctrl-C or a crash
     guidance.csv          guidance scale, share of samples in the requested class, and distance
     guidance.png          samples from the same noises, by guidance scale
 """
 
 import csv
-import pathlib
 
 import common
 import keras
@@ -33,6 +33,8 @@ import keras_ddpm as kd
 def main(
     *,
     output="runs/guidance",
+    resume=False,
+    overwrite=False,
     seed=0,
     data_dir: str | None = None,
     dataset="fashion_mnist",
@@ -48,6 +50,8 @@ def main(
 
     Args:
         output: folder for the output files.
+        resume: go on with the run in the output folder.
+        overwrite: replace the run in the output folder.
         seed: random seed.
         data_dir: folder of prepared data sets. By default the folder of TensorFlow Datasets.
         dataset: labeled data set with splits "train" and "test".
@@ -61,8 +65,7 @@ def main(
     """
     if not scales or min(scales) < 0:
         raise common.UsageError(f"--scales must be 0 or more. Received: {scales}")
-    out = pathlib.Path(output)
-    out.mkdir(parents=True, exist_ok=True)
+    out = common.open_output(output, resume or model, overwrite)
     keras.utils.set_random_seed(seed)
     options = {"data_dir": data_dir, "seed": seed, "steps_per_epoch": steps_per_epoch}
     data, test = common.load(dataset, image_size, channels=1, labels=True, **options)
@@ -76,7 +79,7 @@ def main(
         labels = np.arange(2 * num_classes) % num_classes
         grid = kd.callbacks.SampleGrid(out / "samples/{epoch:04d}.png", num_samples=len(labels), labels=labels)
         trained = make_model(data, seed, num_classes)
-        common.train(trained, data, epochs, callbacks=[grid])
+        common.train(trained, data, epochs, checkpoints=out / "checkpoints", callbacks=[grid])
         trained.save(out / "model.keras")
 
     print("guidance_scale   in the requested class   kernel distance x 1000", flush=True)

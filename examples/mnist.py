@@ -26,9 +26,8 @@ Output files in --output:
     denoising.png    x_t during sampling, and the x_0 predicted from it
     editing.png      digits, inpainting of their lower half, variations, and interpolations to the next digit
     model.keras      the model that was trained for longer
+    checkpoints/     from which --resume goes on after Ctrl-C or a crash
 """
-
-import pathlib
 
 import common
 import keras
@@ -99,6 +98,8 @@ def draw_editing(path, model, x, seed):
 def main(
     *,
     output="runs/mnist",
+    resume=False,
+    overwrite=False,
     seed=0,
     data_dir: str | None = None,
     steps=600,
@@ -110,6 +111,8 @@ def main(
 
     Args:
         output: folder for the output files.
+        resume: go on with the run in the output folder.
+        overwrite: replace the run in the output folder.
         seed: random seed.
         data_dir: folder of prepared data sets. By default the folder of TensorFlow Datasets.
         steps: number of training batches of 32 images for each choice.
@@ -117,7 +120,7 @@ def main(
         classifier_epochs: number of training epochs of the classifier.
         num_samples: number of samples per distance.
     """
-    out = pathlib.Path(output)
+    out = common.open_output(output, resume, overwrite)
     keras.utils.set_random_seed(seed)
     draw_schedules(out / "schedules.png")
     draw_embedding(out / "embedding.png")
@@ -125,10 +128,11 @@ def main(
     _, distance_of, _ = common.make_metric(train, test, num_samples, classifier_epochs, seed)
     data = kd.images.from_uint8(train.x)
 
-    def fit(model, steps, scale=1, offset=0):
+    def fit(name, model, steps, scale=1, offset=0):
         x = scale * data + offset
         batches = kd.datasets.from_arrays(x, batch_size=32, steps_per_epoch=max(1, steps // 5), seed=seed)
-        common.train(model, batches, 5, warmup_steps=100, verbose=0)
+        checkpoints = out / "checkpoints" / name
+        common.train(model, batches, 5, warmup_steps=100, checkpoints=checkpoints, verbose=0)
         samples = (model.sample(num_samples, kd.samplers.DDPM(100), seed) - offset) / scale
         return samples, distance_of(samples)
 
@@ -136,13 +140,13 @@ def main(
     for name, (network, options, scale, offset) in make_choices(data).items():
         keras.utils.set_random_seed(seed)
         model = kd.DiffusionModel(make_network(**network), ema_decay=0.99, seed=seed, **options)
-        samples, distance = fit(model, steps, scale, offset)
+        samples, distance = fit(name, model, steps, scale, offset)
         print(f"{name:28} kernel distance {distance:7.1f}", flush=True)
         rows[f"{name}: {distance:.0f}"] = {"": samples[:12]}
     kd.plots.table(out / "choices.png", rows, columns=12, size=0.4)
 
     model = kd.DiffusionModel(make_network(), ema_decay=0.999, seed=seed)
-    samples, distance = fit(model, more_steps)
+    samples, distance = fit("longer", model, more_steps)
     print(f"The first model after {more_steps} batches: kernel distance {distance:.1f}")
     model.save(out / "model.keras")
     kd.images.save(out / "samples.png", samples[:100])

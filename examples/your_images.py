@@ -15,9 +15,8 @@ Output files in --output:
     samples.png           16 new pictures
     denoise.png           the task of the network: held-out pictures with noise, x_t, and the prediction of x_0
     model.keras           the model, for examples/edit.py and others
+    checkpoints/          from which --resume goes on after Ctrl-C or a crash
 """
-
-import pathlib
 
 import common
 import keras
@@ -38,6 +37,8 @@ def main(
     folder: str | None = None,
     *,
     output="runs/your_images",
+    resume=False,
+    overwrite=False,
     seed=0,
     data_dir: str | None = None,
     image_size=64,
@@ -50,6 +51,8 @@ def main(
     Args:
         folder: folder of image files. By default flowers are written to a folder.
         output: folder for the output files.
+        resume: go on with the run in the output folder.
+        overwrite: replace the run in the output folder.
         seed: random seed.
         data_dir: folder of prepared data sets. By default the folder of TensorFlow Datasets.
         image_size: side of the images in pixels.
@@ -57,7 +60,7 @@ def main(
         epochs: number of training epochs.
         steps_per_epoch: number of batches of 16 pictures per epoch.
     """
-    out = pathlib.Path(output)
+    out = common.open_output(output, resume, overwrite)
     keras.utils.set_random_seed(seed)
     if folder is None:
         folder = out / "pictures"
@@ -75,6 +78,7 @@ def main(
         model,
         train,
         epochs,
+        checkpoints=out / "checkpoints",
         validation_data=held_out,
         callbacks=[kd.callbacks.EMAWeights(), kd.callbacks.SampleGrid(out / "samples/{epoch:04d}.png")],
     )

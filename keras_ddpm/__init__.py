@@ -13,6 +13,7 @@ from keras_ddpm import networks as networks
 from keras_ddpm import optimizers as optimizers
 from keras_ddpm import plots as plots
 from keras_ddpm import samplers as samplers
+from keras_ddpm import saving as saving
 from keras_ddpm import schedules as schedules
 from keras_ddpm import toys as toys
 from keras_ddpm._devices import dtype_policy as dtype_policy
@@ -25,5 +26,5 @@ __version__ = "0.2.0"
 
 
 def __dir__() -> list[str]:
-    internal = {"diffusion", "ema", "model", "sampling", "training"}
+    internal = {"checkpoints", "diffusion", "ema", "model", "sampling", "training"}
     return [name for name in globals() if not name.startswith("_") and name not in internal] + ["__version__"]

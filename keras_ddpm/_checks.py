@@ -8,12 +8,20 @@ from typing import Any
 
 import numpy as np
 
+ROUNDING = 1e-3  # by which data may lie outside the range
+
 
 def require(condition: Any, message: str, **received: Any) -> None:
     """Raises ValueError unless the condition holds: the message, a sentence without a period, and what was received."""
     if not condition:
-        values = ", ".join(f"{name}={value!r}" for name, value in received.items())
+        values = ", ".join(f"{name}={_short(value)}" for name, value in received.items())
         raise ValueError(f"{message}. Received: {values}" if received else f"{message}.")
+
+
+def _short(value: Any, most: int = 100) -> str:
+    """The representation of a value in one line of at most `most` characters."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def counts(low: int = 1, optional: bool = False, **values: Any) -> None:
@@ -43,11 +51,11 @@ def seed(value: int | None) -> int:
     """Returns `value`, or a seed drawn from Python's `random` if it is `None`.
 
     Raises:
-        ValueError: if `value` is not a non-negative integer.
+        ValueError: if `value` is not an integer of 32 bits.
     """
     if value is None:
         return random.randrange(2**31)
-    require(is_count(value, low=0), "`seed` must be a non-negative integer", seed=value)
+    require(is_count(value, low=0) and value < 2**32, "`seed` must be an integer in 0..2³² − 1", seed=value)
     return int(value)
 
 
@@ -77,5 +85,5 @@ def data(x: Any, shape: Sequence[int], clip_range: Sequence[float] | None = None
     if clip_range is not None:
         hint = "; scale images with x / 127.5 - 1" if tuple(clip_range) == (-1, 1) else ""
         message = f"Expected `{name}` in {list(clip_range)}, the `clip_range`{hint}. Received: values in {values}"
-        require(clip_range[0] - 1e-3 <= values[0] and values[1] <= clip_range[1] + 1e-3, message)
+        require(clip_range[0] - ROUNDING <= values[0] and values[1] <= clip_range[1] + ROUNDING, message)
     return x

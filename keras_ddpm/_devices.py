@@ -36,6 +36,17 @@ def fast_on_torch(plain: Callable) -> Callable:
     return function
 
 
+@fast_on_torch
+def random_state() -> list:
+    """The random states that the backend keeps for the whole process, as arrays. Only PyTorch has some."""
+    return []
+
+
+@fast_on_torch
+def set_random_state(states: list) -> None:
+    """Sets what `random_state` has returned. States of another backend or of other devices are ignored."""
+
+
 def has_accelerator() -> bool:
     """Whether Keras places its tensors on an accelerator rather than a CPU."""
     return "cpu" not in str(ops.zeros(1).device).lower()

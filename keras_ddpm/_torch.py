@@ -4,6 +4,8 @@
 body runs. Only `_devices` imports this module. `tests/benchmarks/fast_functions.py` measures what each function saves.
 """
 
+import threading
+
 import keras
 import numpy as np
 import torch
@@ -12,6 +14,7 @@ from keras import ops
 # Jobs with at least this many network calls are recorded. A recording takes as long as fifty calls. Later jobs of the
 # same batch size use it again.
 RECORDED_FROM = 20
+RECORDING = threading.RLock()  # PyTorch records one function at a time in a process
 
 
 def conv2d(x, kernel, bias, strides, padding, dilation, groups, training):
@@ -100,10 +103,13 @@ def arrange(variables):
 def move_averages(averages, variables, decay):
     """Moves each average in one pass over memory."""
     for average, v in zip(averages, variables):
-        if keras.backend.is_float_dtype(v.dtype):
-            average.value.data.lerp_(v.value.data, 1.0 - decay)
-        else:
+        if not keras.backend.is_float_dtype(v.dtype):
             average.assign(v)
+        elif decay.device.type != "cpu":  # reading the decay would wait for the accelerator
+            end = torch.where(decay < 1, v.value.data, average.value.data)
+            average.value.data.lerp_(end, 1.0 - decay)
+        elif decay < 1:
+            average.value.data.lerp_(v.value.data, 1.0 - decay)
 
 
 def adam_step(optimizer, gradient, variable, learning_rate):
@@ -131,6 +137,20 @@ def adam_step(optimizer, gradient, variable, learning_rate):
     adam(*lists, fused=True, amsgrad=False, maximize=False, **numbers)
 
 
+def random_state():
+    """Returns the state of the CPU, then of each CUDA device. Keras' `Dropout` without a seed uses them."""
+    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+    return [state.numpy() for state in states]
+
+
+def set_random_state(states):
+    states = [torch.from_numpy(state) for state in states]
+    if states:
+        torch.set_rng_state(states[0])
+    if torch.cuda.is_available() and len(states) == 1 + torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states[1:])
+
+
 # Recordings: a recording is the graph of PyTorch operations of a network. It runs without the network's Python code.
 
 
@@ -148,8 +168,9 @@ def recorded(function, recordings, calls):
     def run(*arguments):
         arguments = [x.contiguous() for x in arguments]  # a recording holds for one layout in memory
         shapes = tuple((tuple(x.shape), x.dtype) for x in arguments)
-        if shapes not in recordings:
-            recordings[shapes] = _record(function, arguments)
+        with RECORDING:
+            if shapes not in recordings:
+                recordings[shapes] = _record(function, arguments)
         prepare, compute = recordings[shapes]
         if shapes not in constants:
             constants[shapes] = prepare()

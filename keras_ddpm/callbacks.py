@@ -1,15 +1,19 @@
 """Callbacks for `DiffusionModel.fit`."""
 
+import pathlib
+import tempfile
 import warnings
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
+from PIL import Image
 
 from keras_ddpm import _checks
 from keras_ddpm import images
-from keras_ddpm.guidance import Guidance
+from keras_ddpm.checkpoints import Checkpoint as Checkpoint
+from keras_ddpm.samplers import Sampler
 
 
 class _Sampling(keras.callbacks.Callback):
@@ -17,18 +21,20 @@ class _Sampling(keras.callbacks.Callback):
 
     def __init__(self, every, num_samples, seed=0, sampler=None, **options):
         super().__init__()
-        _checks.counts(every=every)
+        _checks.counts(every=every, num_samples=num_samples)
         self.every = every
         self.num_samples = num_samples
-        self.seed = seed
+        self.seed = _checks.seed(seed)
         self.sampler = sampler
         self.options = options
 
     def on_train_begin(self, logs=None):
-        """Checks the options before training starts."""
+        """Takes the first step of the sampler, so that wrong options fail now and not after an epoch."""
         sampler = self.sampler or self.model.default_sampler
-        t = sampler.table(self.model.diffusion.schedule)["t"]
-        Guidance(**self.options).resolve(self.model.condition, self.num_samples, t)
+        _checks.require(isinstance(sampler, Sampler), "`sampler` must be one of `keras_ddpm.samplers`", sampler=sampler)
+        steps = sampler.steps(self.model.diffusion.schedule)[:1]
+        start = lambda indices: np.zeros((len(indices), *self.model.data_shape), "float32")  # noqa: E731
+        self.model.run(steps, start, self.num_samples, self.seed, **self.options)
 
     def sample(self, use_ema=True):
         return self.model.sample(self.num_samples, self.sampler, self.seed, use_ema=use_ema, **self.options)
@@ -47,8 +53,9 @@ class SampleGrid(_Sampling):
             `DiffusionModel.sample`.
 
     Raises:
-        ValueError: before training, if the data are not images, `path` has other names in braces, the sampler has more
-            steps than the schedule, or an option of guidance is invalid.
+        ValueError: before training, if the data are not images, `path` has other names in braces or no ending of an
+            image file, the sampler has more steps than the schedule, or an option is invalid.
+        OSError: before training, if files cannot be written to the folder.
     """
 
     def __init__(
@@ -56,6 +63,7 @@ class SampleGrid(_Sampling):
     ):
         super().__init__(every, num_samples, **options)
         self.path = str(path)
+        _checks.counts(scale=scale)
         self.compare_raw = compare_raw
         self.scale = scale
 
@@ -66,8 +74,14 @@ class SampleGrid(_Sampling):
         _checks.require(drawable, "Only images of 1 or 3 channels can be drawn", shape=shape)
         try:
             self.path.format(epoch=1)
-        except (KeyError, IndexError) as error:
+        except (KeyError, IndexError, ValueError) as error:
             raise ValueError(f"`path` must have no name but {{epoch}} in braces. Received: path={self.path}") from error
+        valid = pathlib.Path(self.path).suffix.lower() in Image.registered_extensions()
+        _checks.require(valid, "`path` must end like an image file", path=self.path)
+        folder = pathlib.Path(self.path).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
 
     def on_epoch_end(self, epoch, logs=None):
         epoch += 1
@@ -126,28 +140,35 @@ class SampleMetrics(_Sampling):
 class EMAWeights(keras.callbacks.Callback):
     """Evaluates the averaged weights: `evaluate(callbacks=[EMAWeights()])`, or validation during `fit`.
 
-    During the evaluation, the network holds the average and the average holds the raw weights. Afterwards they are
-    exchanged back, so a file saved after an epoch is not affected. An interrupted evaluation leaves them exchanged
-    until the same callback is used again.
+    `DiffusionModel.evaluate` looks for it. The raw weights stay where they are.
     """
 
-    def __init__(self):
+
+class Turns(keras.callbacks.Callback):
+    """Holds a lock during each step of training and evaluation. `DiffusionModel` adds it.
+
+    So other threads sample between two steps. On JAX a model has no values during a step.
+
+    Args:
+        lock: the lock that `DiffusionModel.run` takes, too.
+    """
+
+    def __init__(self, lock: Any):
         super().__init__()
-        self._exchanged = False
+        self.lock = lock
+        self.held = False
 
-    def on_train_begin(self, logs=None):
-        self._exchange(False)
+    def begin(self, batch=None, logs=None):
+        if not self.held:
+            self.held = self.lock.acquire()
 
-    def on_test_begin(self, logs=None):
-        self._exchange(True)
+    def end(self, batch=None, logs=None):
+        if self.held:
+            self.held = False
+            self.lock.release()
 
-    def on_test_end(self, logs=None):
-        self._exchange(False)
-
-    def _exchange(self, exchanged):
-        if exchanged != self._exchanged:
-            self._exchanged = exchanged
-            self.model.average.exchange()
+    on_train_batch_begin = on_test_batch_begin = begin
+    on_train_batch_end = on_test_batch_end = end
 
 
 class LossWatch(keras.callbacks.Callback):
@@ -157,9 +178,10 @@ class LossWatch(keras.callbacks.Callback):
         x_0: clean data. At most 256 examples are used.
 
     Raises:
-        ValueError: at the end of an epoch whose loss is not finite.
+        ValueError: within `every` steps after the loss has become NaN or infinite.
     """
 
+    every = 5  # steps; reading the loss waits for an accelerator
     patience = 300  # optimizer updates
 
     def __init__(self, x_0: np.ndarray):
@@ -175,14 +197,30 @@ class LossWatch(keras.callbacks.Callback):
         weight = self.model.weight_of(t)
         self.trivial = float(self.model.compute_loss(y=target, y_pred=ops.zeros_like(target), sample_weight=weight))
         self.start = int(self.model.optimizer.iterations)
+        self._recent = []
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._epoch = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        # The loss is the mean of the epoch so far. Once it is NaN, it stays NaN.
+        self._recent.append((batch, (logs or {}).get("loss", 0.0)))
+        if len(self._recent) >= self.every:
+            self._check()
+
+    def _check(self):
+        recent, self._recent = self._recent, []
+        for batch, loss in recent:
+            if not np.isfinite(float(loss)):
+                raise ValueError(
+                    f"The loss is {float(loss)} at step {batch + 1} of epoch {self._epoch + 1}: the data hold NaN, "
+                    "values outside the `clip_range` or unknown labels, or the learning rate is too high. "
+                    "The average is that of the step before."
+                )
 
     def on_epoch_end(self, epoch, logs=None):
+        self._check()
         loss = (logs or {}).get("loss", 0.0)
-        if not np.isfinite(loss):
-            raise ValueError(
-                f"The loss of epoch {epoch + 1} is {loss}: the data hold NaN or infinite values, or the learning "
-                "rate is too high."
-            )
         if loss > 0.9 * self.trivial and int(self.model.optimizer.iterations) - self.start >= self.patience:
             warnings.warn(
                 f"After epoch {epoch + 1} the loss is {loss:.3f}; always predicting zero gives {self.trivial:.3f}. "

@@ -8,8 +8,10 @@ TensorFlow, and only to read TensorFlow Datasets.
 """
 
 import dataclasses
+import difflib
 import functools
 import multiprocessing.pool
+import os
 import warnings
 from pathlib import Path
 
@@ -23,6 +25,8 @@ from keras_ddpm import images
 from keras_ddpm.toys import FLOWER_KINDS as FLOWER_KINDS
 from keras_ddpm.toys import moons as moons
 from keras_ddpm.toys import procedural_flowers as procedural_flowers
+
+ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -41,6 +45,11 @@ class Batches(keras.utils.PyDataset):
         flip: whether to mirror each image with probability 1/2.
         steps_per_epoch: number of batches in an epoch of shuffled data. By default `num // batch_size`.
         seed: seed of the order and of the flips.
+        class_names: the name of each label 0..K − 1, if they have names.
+
+    Attributes:
+        epoch: number of the epoch, which determines its batches. It counts on in further calls of `fit`; with
+            `initial_epoch`, `fit` starts there.
 
     Raises:
         ValueError: if `batch_size` is larger than the data, floats are not finite, the number of labels differs from
@@ -54,18 +63,24 @@ class Batches(keras.utils.PyDataset):
     flip: bool = False
     steps_per_epoch: int | None = None
     seed: int = 0
+    class_names: list[str] | None = None
 
     def __post_init__(self) -> None:
         super().__init__()
         self.x = x = np.asarray(self.x)
-        _checks.require(1 <= self.batch_size <= len(x), f"Expected a batch of 1..{len(x)}", batch_size=self.batch_size)
+        valid = _checks.is_count(self.batch_size) and self.batch_size <= len(x)
+        _checks.require(valid, f"Expected a batch of 1..{len(x)}", batch_size=self.batch_size)
+        _checks.counts(low=0, seed=self.seed)
+        flags = {"shuffle": self.shuffle, "flip": self.flip}
+        _checks.require(all(isinstance(flag, bool) for flag in flags.values()), "Expected True or False", **flags)
         _checks.counts(optional=True, steps_per_epoch=self.steps_per_epoch)
         _checks.require(x.dtype == "uint8" or np.all(np.isfinite(x)), "The data hold NaN or infinite values")
         _checks.require(not self.flip or x.ndim == 4, "Only images can be flipped", shape=x.shape)
         if self.labels is not None:
             self.labels = np.asarray(self.labels)
             _checks.require(len(self.labels) == len(x), f"Expected {len(x)} labels", shape=self.labels.shape)
-        self.epoch = self._next_epoch = 0
+        self.epoch = 0
+        self._begun = False
 
     @property
     def num_examples(self) -> int:
@@ -89,9 +104,12 @@ class Batches(keras.utils.PyDataset):
         return x if self.labels is None else (x, self.labels[chosen])
 
     def on_epoch_begin(self) -> None:
-        """Moves on to the next epoch. Keras calls this once per epoch, but `on_epoch_end` also before the first."""
-        self.epoch = self._next_epoch
-        self._next_epoch += 1
+        self._begun = True
+
+    def on_epoch_end(self) -> None:
+        """Moves on to the next epoch. Keras calls this before the first epoch, too, and then starts its workers."""
+        self.epoch += self._begun
+        self._begun = False
 
 
 @functools.lru_cache(maxsize=4)
@@ -134,16 +152,26 @@ def from_arrays(
 
 
 def from_folder(
-    path: str | Path, image_size: int = 64, channels: int = 3, labels: bool = False, strict: bool = False, **kwargs
+    path: str | Path,
+    image_size: int = 64,
+    channels: int = 3,
+    labels: bool = False,
+    strict: bool = False,
+    max_pixels: int = images.MAX_PIXELS,
+    **kwargs,
 ) -> Batches:
     """Makes batches of the image files in a folder and its subfolders.
+
+    Hidden files and folders are ignored. Links are followed.
 
     Args:
         path: the folder.
         image_size: side to which images are cropped and resized.
         channels: 3 for color, 1 for gray.
-        labels: whether to return labels. The label is the number of the subfolder in alphabetical order.
+        labels: whether to return labels. Each subfolder of `path` with a readable image is a class, with all images
+            below it. `class_names` holds their names in alphabetical order.
         strict: whether a file that cannot be read is an error. Otherwise it is skipped with a warning.
+        max_pixels: largest number of pixels of a file. Larger files cannot be read.
         **kwargs: arguments of `Batches`.
 
     Returns:
@@ -151,25 +179,40 @@ def from_folder(
 
     Raises:
         ValueError: if the folder does not exist or has no image, `channels` is neither 1 nor 3, an image cannot be read
-            (with `strict`), or `Batches` raises it.
+            (with `strict`), an image is in no subfolder (with `labels`), or `Batches` raises it.
     """
     _checks.require(channels in (1, 3), "`channels` must be 1 or 3", channels=channels)
     path = Path(path)
     _checks.require(path.is_dir(), f"There is no folder {path}")
-    endings = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in endings)
-    folders = sorted({file.parent for file in files})
-    x, numbers = [], []
-    for file in files:
+    x, classes = [], []
+    for file in sorted(_image_files(path)):
+        parts = file.relative_to(path).parts
+        _checks.require(not labels or len(parts) > 1, f"{file} is in no subfolder of {path}, so it has no class")
         try:
-            x.append(images.load(file, image_size, channels))
-            numbers.append(folders.index(file.parent))
+            x.append(images.load(file, image_size, channels, max_pixels))
+            classes.append(parts[0])
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises
             if strict:
                 raise ValueError(f"{file} cannot be read as an image: {error}") from error
             warnings.warn(f"Skipped {file}, which cannot be read as an image: {error}", stacklevel=2)
-    _checks.require(x, f"There is no readable image in {path} (looked for {', '.join(sorted(endings))})")
-    return Batches(np.stack(x), np.array(numbers, "int32") if labels else None, **kwargs)
+    _checks.require(x, f"There is no readable image in {path} (looked for {', '.join(sorted(ENDINGS))})")
+    if not labels:
+        return Batches(np.stack(x), **kwargs)
+    names, numbers = np.unique(classes, return_inverse=True)
+    return Batches(np.stack(x), numbers.astype("int32"), class_names=names.tolist(), **kwargs)
+
+
+def _image_files(path):
+    """Yields the files with the ending of an image. Links are followed unless they lead back to a parent folder."""
+    for folder, folders, files in os.walk(path, followlinks=True):
+        visible = [name for name in folders if not name.startswith(".") and name != "__MACOSX"]
+        here = os.path.join(os.path.realpath(folder), "")
+        folders[:] = [
+            name for name in visible if not here.startswith(os.path.realpath(os.path.join(folder, name)) + os.sep)
+        ]
+        for name in files:
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in ENDINGS:
+                yield Path(folder, name)
 
 
 def from_tfds(
@@ -197,7 +240,7 @@ def from_tfds(
 
     Raises:
         ConnectionError: if the data set is not on disk and cannot be downloaded.
-        ValueError: if the data set lacks a feature, its images differ in size and `image_size` is not given, or
+        ValueError: if there is no data set of this name, it lacks a feature, its images differ in size and `image_size` is not given, or
             `Batches` raises it.
     """
     return Batches(*_read_tfds(name, split, image_size, data_dir, labels), **kwargs)
@@ -250,7 +293,11 @@ def _read_tfds(name, split, image_size, data_dir, labels):
     if prepared:
         builder = tfds.builder_from_directory(prepared[-1].parent)
     else:
-        urls = list(tfds.builder_cls(name).url_infos or [])
+        try:
+            urls = list(tfds.builder_cls(name).url_infos or [])
+        except tfds.core.registered.DatasetNotFoundError as error:  # whose message lists every data set
+            similar = difflib.get_close_matches(name, tfds.list_builders(with_community_datasets=False))
+            raise ValueError(f"There is no data set {name!r}. Similar names: {similar}") from error
         try:
             for url in urls[:1]:
                 _check_reachable(url)

@@ -79,7 +79,9 @@ class GaussianDiffusion:
         if not isinstance(schedule, schedules.Schedule):
             schedule = schedules.linear() if schedule is None else schedules.from_betas(schedule)
         _checks.require(prediction in [*PREDICTIONS], f"Expected one of {[*PREDICTIONS]}", prediction=prediction)
-        valid = clip_range is None or (len(clip_range) == 2 and clip_range[0] < clip_range[1])
+        valid = clip_range is None or isinstance(clip_range, (tuple, list)) and len(clip_range) == 2
+        valid = valid and (clip_range is None or all(_checks.is_between(end, -np.inf, np.inf) for end in clip_range))
+        valid = valid and (clip_range is None or clip_range[0] < clip_range[1])
         _checks.require(valid, "`clip_range` must be (low, high) or None", clip_range=clip_range)
         self.schedule = schedule
         self.prediction = prediction
@@ -150,6 +152,7 @@ class GaussianDiffusion:
 
     def predict_noise(self, x_t: Tensor, t: Tensor, x_0: Tensor) -> Tensor:
         """Returns ε = (x_t − alpha_t x_0) / sigma_t for t >= 1. At t = 0 there is no noise."""
+        self._check(t, low=1)
         x_t, x_0 = _float32(x_t), _float32(x_0)
         alpha_t, sigma_t = self.scales(t, x_t)
         return (x_t - alpha_t * x_0) / sigma_t
@@ -159,7 +162,12 @@ class GaussianDiffusion:
 
         Returns:
             The mean, shaped like `x_t`, and the variance, `(batch, 1, ..., 1)`.
+
+        Raises:
+            ValueError: if s or t is no tensor and not an integer in 0..T, or s >= t somewhere.
         """
+        if self._check(t, low=1) and self._check(s):
+            _checks.require(np.all(np.less(s, t)), "`s` must be smaller than `t`", s=s, t=t)
         x_0, x_t = _float32(x_0), _float32(x_t)
         from_x_0, from_x_t, variance = posterior_coefficients(*self.scales(t, x_t), *self.scales(s, x_t))
         return from_x_0 * x_0 + from_x_t * x_t, variance
@@ -213,8 +221,21 @@ class GaussianDiffusion:
         from_x, from_y = self._gather(table, t, x)
         return from_x * x + from_y * y
 
+    def _check(self, t: Tensor, low: int = 0) -> bool:
+        """Raises ValueError if t is no tensor and not an integer in low..T. Returns whether it was checked.
+
+        The values of a tensor may be unknown or on an accelerator.
+        """
+        if not isinstance(t, (int, float, list, tuple, np.ndarray, np.generic)):
+            return False
+        times = np.asarray(t)
+        valid = times.dtype.kind in "iu" and np.all((times >= low) & (times <= self.timesteps))
+        _checks.require(valid, f"`t` must hold integers in {low}..{self.timesteps}", t=t)
+        return True
+
     def _gather(self, table: np.ndarray, t: Tensor, x: Tensor) -> list[Tensor]:
         """The rows t of a float64 table in float32: one tensor per column, which broadcasts against `x`."""
+        self._check(t)
         rows = ops.take(ops.convert_to_tensor(table, "float32"), ops.convert_to_tensor(t, "int32"), axis=0)
         shape = (-1,) + (1,) * (len(x.shape) - 1)
         return [ops.reshape(rows[..., column], shape) for column in range(table.shape[1])]

@@ -36,22 +36,17 @@ class Average:
         for average, v in zip(self.weights, network.weights):
             average.assign(ops.copy(v))
 
-    def update(self, before: Any, after: Any) -> None:
-        """Moves the average if the optimizer has made an update.
+    def update(self, before: Any, after: Any, loss: Any = 0.0) -> None:
+        """Moves the average if the optimizer has made an update and the loss is finite.
 
         Args:
             before: the optimizer's number of updates before the training step, a scalar tensor.
             after: its number of updates after the training step. With gradient accumulation, most steps make none.
+            loss: the loss of the training step, a scalar tensor.
         """
         decay = ops.minimum(self.max_decay, 1.0 - (1.0 + ops.cast(before, "float32")) ** -0.75)
-        move_averages(self.weights, self.network.weights, ops.where(after > before, decay, 1.0))
-
-    def exchange(self) -> None:
-        """Exchanges the average and the network's weights."""
-        for average, v in zip(self.weights, self.network.weights):
-            averaged, raw = ops.copy(average), ops.copy(v)
-            average.assign(raw)
-            v.assign(averaged)
+        moves = ops.logical_and(after > before, ops.isfinite(loss))
+        move_averages(self.weights, self.network.weights, ops.where(moves, decay, 1.0))
 
     def predict(self, *inputs: Any) -> Any:
         """The network's output with the averaged weights."""
@@ -64,6 +59,12 @@ class Average:
 
 @_devices.fast_on_torch
 def move_averages(averages: list, variables: list, decay: Any) -> None:
-    """average ← variable + decay (average − variable) for each pair. Integer variables are copied."""
+    """average ← average + (1 − decay) (variable − average) for each pair. Integer variables are copied.
+
+    With the decay 1 nothing moves, even if a variable is NaN.
+    """
     for average, v in zip(averages, variables):
-        average.assign(v + decay * (average - v) if keras.backend.is_float_dtype(v.dtype) else v)
+        if keras.backend.is_float_dtype(v.dtype):
+            average.assign(ops.where(decay < 1, v + decay * (average - v), average))
+        else:
+            average.assign(v)

@@ -40,10 +40,12 @@ class Extractor:
             network = keras.Sequential(layers, name=inception.name)
         else:
             network = keras.saving.load_model(model) if isinstance(model, (str, pathlib.Path)) else model
+        needed = "An extractor must have one input and one vector as output"
+        _checks.require(getattr(network, "inputs", None), needed, model=getattr(network, "name", network))
         if any(layer.name == "features" for layer in network.layers):
             network = keras.Model(network.inputs, network.get_layer("features").output, name=network.name)
         fits = len(network.inputs) == len(network.outputs) == 1 and len(network.output_shape) == 2
-        _checks.require(fits, "An extractor must have one input and one vector as output", model=network.name)
+        _checks.require(fits, needed, model=network.name)
         self.model = network
         self.name = network.name
         self.hash = hashlib.sha256(b"".join(weight.tobytes() for weight in network.get_weights())).hexdigest()[:12]
@@ -62,9 +64,13 @@ class Extractor:
             ValueError: if `images` is not an array of images, does not fit the model, or holds NaN or infinite values,
                 or if the features do.
         """
+        images = np.asarray(images)
+        _checks.require(images.dtype.kind not in "biu", "Expected floats in [-1, 1]: see `images.from_uint8`")
         images = _checks.array(images, "images")
         _checks.require(images.ndim == 4 and len(images), "Expected (num, height, width, channels)", shape=images.shape)
         _checks.require(np.all(np.isfinite(images)), "The images hold NaN or infinite values")
+        ends = [float(images.min()), float(images.max())]
+        _checks.require(ends[0] < 0 or ends[1] < 2, "Expected images in [-1, 1], not in 0..255", values=ends)
         if self.inception and images.shape[-1] == 1:
             images = np.repeat(images, 3, axis=-1)
         expected = self.model.input_shape[1:]

@@ -95,7 +95,7 @@ class Guidance:
     Args:
         labels: the condition of the samples: one label or vector for all samples, or one for each; `None` for no
             condition.
-        guidance_scale: w, 0 or more.
+        guidance_scale: w, in [0, 1000].
         guidance_rescale: φ in [0, 1], how far the standard deviation of the guided output is moved to the standard
             deviation of the conditional output. [Lin et al., 2024, Eq. 15-16]
         guidance_interval: `(low, high)`, or `None` for guidance at every t. Outside low <= t <= high, w is 1.
@@ -118,9 +118,8 @@ class Guidance:
 
     def __post_init__(self) -> None:
         scale, rescale, p = self.guidance_scale, self.guidance_rescale, self.dynamic_threshold
-        _checks.require(
-            _checks.is_between(scale, 0, np.inf), "`guidance_scale` must be 0 or more", guidance_scale=scale
-        )
+        valid = _checks.is_between(scale, 0, 1000)  # far more than is useful; float32 ends at 3e38
+        _checks.require(valid, "`guidance_scale` must be in [0, 1000]", guidance_scale=scale)
         valid = _checks.is_between(rescale, 0, 1)
         _checks.require(valid, "`guidance_rescale` must be in [0, 1]", guidance_rescale=rescale)
         ends = self.guidance_interval

@@ -1,5 +1,7 @@
 """Images in [-1, 1]: conversion from and to 8 bits, grids, and files."""
 
+import math
+import os
 import pathlib
 from collections.abc import Iterable
 
@@ -8,15 +10,34 @@ from numpy.typing import ArrayLike
 from PIL import Image
 from PIL import ImageOps
 
+from keras_ddpm import _checks
+
+MAX_PIXELS = 50_000_000  # of a file; decoding and resizing more takes many seconds
+
 
 def from_uint8(x: ArrayLike) -> np.ndarray:
-    """Maps 0..255 to [-1, 1], as float32."""
-    return np.asarray(x, "float32") / 127.5 - 1.0
+    """Maps 0..255 to [-1, 1], as float32.
+
+    Raises:
+        ValueError: if `x` does not hold integers in 0..255.
+    """
+    x = np.asarray(x)
+    valid = x.dtype == "uint8" or x.dtype.kind in "iu" and np.all((x >= 0) & (x <= 255))
+    _checks.require(valid, "Expected integers in 0..255", dtype=x.dtype)
+    return x.astype("float32") / 127.5 - 1.0
 
 
 def to_uint8(x: ArrayLike) -> np.ndarray:
-    """Maps [-1, 1] to 0..255, rounded. Values outside are clipped."""
-    return np.clip(np.round((np.asarray(x, "float32") + 1.0) * 127.5), 0, 255).astype("uint8")
+    """Maps [-1, 1] to 0..255, rounded. Values outside are clipped.
+
+    Raises:
+        ValueError: if `x` holds integers, NaN or infinite values.
+    """
+    x = np.asarray(x)
+    _checks.require(x.dtype.kind not in "biu", "Expected floats in [-1, 1]: see `images.from_uint8`", dtype=x.dtype)
+    x = _checks.array(x, "x")
+    _checks.require(np.all(np.isfinite(x)), "The images hold NaN or infinite values")
+    return np.clip(np.round((x + 1.0) * 127.5), 0, 255).astype("uint8")
 
 
 def resize(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
@@ -36,7 +57,7 @@ def resize(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
     return np.asarray(image).reshape(size, size, -1)
 
 
-def load(path: str | pathlib.Path, size: int, channels: int = 3) -> np.ndarray:
+def load(path: str | pathlib.Path, size: int, channels: int = 3, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Reads an image file as a square of 8 bits. The EXIF orientation is applied.
 
     Transparent images are drawn on white. Gray images of 16 bits keep their upper 8 bits.
@@ -45,15 +66,26 @@ def load(path: str | pathlib.Path, size: int, channels: int = 3) -> np.ndarray:
         path: file in any format that Pillow reads.
         size: side of the result in pixels.
         channels: 3 for color, 1 for gray.
+        max_pixels: largest number of pixels of the file.
 
     Returns:
         uint8 array `(size, size, channels)`.
 
     Raises:
         OSError: if the file cannot be read as an image.
-        ValueError: if its pixels are not integers of at most 16 bits.
+        ValueError: if its pixels are not integers of at most 16 bits, there are too many of them, or the file is no
+            regular file or holds several images.
     """
-    with Image.open(path) as file:
+    _checks.counts(size=size, max_pixels=max_pixels)
+    _checks.require(channels in (1, 3), "`channels` must be 1 or 3", channels=channels)
+    _checks.require(not os.path.exists(path) or os.path.isfile(path), f"{path} is not a regular file")
+    # Pillow maps a file given by its name into memory, and scrambles it if it is an uncompressed TIFF to be turned.
+    with open(path, "rb") as stream, Image.open(stream) as file:
+        count, pixels = getattr(file, "n_frames", 1), math.prod(file.size)
+        _checks.require(count == 1, f"The file holds {count} images")
+        _checks.require(
+            pixels <= max_pixels, f"The file has {pixels} pixels, more than `max_pixels`", max_pixels=max_pixels
+        )
         image = ImageOps.exif_transpose(file)
         if image.mode[0] in "IF":  # more than 8 bits, which `convert` would clip to 255
             pixels = np.asarray(image)
@@ -77,8 +109,14 @@ def grid(x: ArrayLike, columns: int | None = None, padding: int = 2) -> np.ndarr
 
     Returns:
         float32 array `(rows (height + padding) + padding, columns (width + padding) + padding, channels)`.
+
+    Raises:
+        ValueError: if `x` is not an array of one or more images, or `columns` is not a positive integer.
     """
-    x = np.asarray(x, "float32")
+    x = _checks.array(x, "x")
+    _checks.require(x.ndim == 4 and len(x), "Expected images (num, height, width, channels)", shape=x.shape)
+    _checks.counts(optional=True, columns=columns)
+    _checks.counts(low=0, padding=padding)
     columns = columns or int(np.ceil(np.sqrt(len(x))))
     x = np.pad(x, ((0, -len(x) % columns), (padding, 0), (padding, 0), (0, 0)), constant_values=1.0)
     rows = [np.hstack(x[start : start + columns]) for start in range(0, len(x), columns)]
@@ -92,6 +130,10 @@ def save(path: str | pathlib.Path, x: ArrayLike, scale: int = 1) -> None:
         path: file name. Its extension selects the format.
         x: `(height, width, channels)` or `(num, height, width, channels)` in [-1, 1].
         scale: integer factor by which every pixel is enlarged.
+
+    Raises:
+        ValueError: if `x` holds no images of 1 or 3 channels, integers, NaN or infinite values, or the extension is
+            unknown.
     """
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     _to_pil(x, scale).save(path)
@@ -105,8 +147,13 @@ def save_gif(path: str | pathlib.Path, frames: Iterable[ArrayLike], scale: int =
         frames: each `(height, width, channels)` or `(num, height, width, channels)` (a grid) in [-1, 1].
         scale: integer factor by which every pixel is enlarged.
         milliseconds: duration of every other frame.
+
+    Raises:
+        ValueError: if there is no frame, or as in `save`.
     """
-    first, *rest = [_to_pil(frame, scale) for frame in frames]
+    pictures = [_to_pil(frame, scale) for frame in frames]
+    _checks.require(pictures, "There is no frame")
+    first, *rest = pictures
     durations = [milliseconds] * len(rest) + [2000]
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     first.save(path, save_all=True, append_images=rest, duration=durations, loop=0)
@@ -114,5 +161,10 @@ def save_gif(path: str | pathlib.Path, frames: Iterable[ArrayLike], scale: int =
 
 def _to_pil(x, scale):
     x = np.asarray(x)
+    valid = x.ndim in (3, 4) and x.shape[-1] in (1, 3)
+    _checks.require(valid, "Expected one or several images of 1 or 3 channels", shape=x.shape)
+    _checks.counts(scale=scale)
+    if x.dtype.kind in "biu":
+        to_uint8(x)  # raises an error
     x = to_uint8(grid(x) if x.ndim == 4 else x).repeat(scale, axis=0).repeat(scale, axis=1)
     return Image.fromarray(x[..., 0] if x.shape[-1] == 1 else x)

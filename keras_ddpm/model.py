@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import pathlib
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -53,8 +55,8 @@ class DiffusionModel(training.NoisyRegression):
 
     Raises:
         ValueError: if the network's output is not shaped like its input, `diffusion` is not a `GaussianDiffusion`, a
-            decay or share is outside [0, 1), a weight is not positive at some t in 1..T, `timestep_sampling` is
-            unknown, or `dtype` is not float32.
+            decay or share is outside [0, 1), the seed is not an integer of 32 bits, a weight is not positive at some t
+            in 1..T, `timestep_sampling` is unknown, or `dtype` is not float32.
 
     Reference: Ho et al., 2020, algorithm 1.
     """
@@ -96,13 +98,15 @@ class DiffusionModel(training.NoisyRegression):
         self.loss_weight = training.checked_weight(loss_weight, self.diffusion.timesteps)
         self.timestep_sampling = timestep_sampling
         self.label_dropout = label_dropout
-        self.seed = seed
+        self.seed = seed if seed is None else _checks.seed(seed)
         self.average = Average(network, ema_decay, self.add_weight)
         training.arrange([*network.weights, *self.average.weights])
-        self._fit_random = keras.random.SeedGenerator(seed)
+        self._fit_random = keras.random.SeedGenerator(self.seed)
         self._test_random = keras.random.SeedGenerator(0)
         self._loop = sampling.Loop(self.diffusion, self.data_shape, [*network.variables, *self.average.weights])
         self._predictors = functools.cache(self._predictor)
+        self._test_functions = {}
+        self.turn = threading.RLock()  # held by a thread that trains, evaluates or samples
         self.built = True
 
     @property
@@ -117,6 +121,8 @@ class DiffusionModel(training.NoisyRegression):
 
     def call(self, inputs, training=None):
         """The network's output for `(x_t, t)` or `(x_t, t, condition)`."""
+        if self.evaluates_average and not training:
+            return self.average.predict(*inputs)
         return self.network(list(inputs), training=training)
 
     def summary(self, *args, **kwargs) -> None:
@@ -221,6 +227,7 @@ class DiffusionModel(training.NoisyRegression):
         Raises:
             ValueError: if an option is invalid.
         """
+        _checks.require(isinstance(use_ema, bool), "`use_ema` must be True or False", use_ema=use_ema)
         names = [field.name for field in dataclasses.fields(guidance.Guidance)]
         asked = guidance.Guidance(**{name: options.pop(name) for name in names if name in options})
         inputs, columns, guided_calls = asked.resolve(self.condition, num, np.concatenate(steps)["t"])
@@ -228,7 +235,10 @@ class DiffusionModel(training.NoisyRegression):
         valid = threshold is None or (clip and self.diffusion.clip_range is not None)
         _checks.require(valid, "Nothing is clipped, so there is no threshold", dynamic_threshold=threshold)
         options |= {"inputs": inputs, "columns": columns, "dynamic_threshold": threshold, "clip": clip}
-        return self._loop.run(self._predictors(bool(use_ema), guided_calls), steps, start, num, seed, **options)
+        with self.turn:
+            if hasattr(self, "jax_state_sync"):  # in a callback after a step, Keras on JAX holds the weights elsewhere
+                self.jax_state_sync()
+            return self._loop.run(self._predictors(use_ema, guided_calls), steps, start, num, seed, **options)
 
     def _predictor(self, use_ema, guided_calls):
         """Returns the function that predicts with these weights and this kind of guidance."""
@@ -238,6 +248,17 @@ class DiffusionModel(training.NoisyRegression):
         return guidance.guided(predict, self.condition.null_label, sometimes=guided_calls == "some")
 
     # Saving.
+
+    def save(self, filepath: Any, *args, **kwargs) -> None:
+        """`keras.Model.save` to a `.keras` file.
+
+        Raises:
+            ValueError: if the file name has another ending.
+        """
+        _checks.require(
+            pathlib.Path(filepath).suffix == ".keras", "The file name must end in .keras", filepath=filepath
+        )
+        super().save(filepath, *args, **kwargs)
 
     def get_config(self):
         return {
@@ -258,8 +279,20 @@ class DiffusionModel(training.NoisyRegression):
 
     def save_own_variables(self, store):
         super().save_own_variables(store)
-        store["fit_random"] = self._fit_random.state  # Keras does not save it. A resumed run would repeat its noise.
+        # Keras saves no random states. A resumed run would repeat its noise and its dropout.
+        store["fit_random"] = self._fit_random.state
+        for index, state in enumerate(self._states_of_dropout()):
+            store[f"random_{index}"] = state
 
     def load_own_variables(self, store):
-        self._fit_random.state.assign(store["fit_random"])
-        super().load_own_variables({key: store[key] for key in store.keys() if key != "fit_random"})
+        states = {f"random_{index}": state for index, state in enumerate(self._states_of_dropout())}
+        states["fit_random"] = self._fit_random.state
+        for key, state in states.items():
+            if key in store.keys():  # files of version 0.1 have no states of dropout
+                state.assign(store[key])
+        super().load_own_variables({key: store[key] for key in store.keys() if key not in states})
+
+    def _states_of_dropout(self):
+        """The random states of the network's layers."""
+        weights = {id(v) for v in self.network.weights}
+        return [v for v in self.network.variables if id(v) not in weights]

@@ -9,6 +9,7 @@ no label. A vector of zeros means no condition.
 To add a network, write a function that returns a `keras.Model` and uses `_embedding` for the time and the condition.
 """
 
+import random
 import warnings
 from collections.abc import Sequence
 
@@ -88,7 +89,8 @@ def unet(
         h = _conv(channels, name=f"{name}_conv_1")(normalize(x, f"{name}_1"))
         h = normalize(h + keras.layers.Dense(channels, name=f"{name}_time")(time), f"{name}_2")
         if dropout:
-            h = keras.layers.Dropout(dropout, name=f"{name}_dropout")(h)
+            # Without a seed, Keras takes PyTorch's own random numbers, which are not in the model's file.
+            h = keras.layers.Dropout(dropout, seed=random.randrange(2**31), name=f"{name}_dropout")(h)
         h = _conv(channels, scale=0.0, name=f"{name}_conv_2")(h)
         if x.shape[-1] != channels:
             x = _conv(channels, kernel_size=1, name=f"{name}_skip")(x)
@@ -269,6 +271,8 @@ def _padding(image_shape, multiple):
     """Returns the padding of `ZeroPadding2D` that makes both sides multiples of `multiple`."""
     valid = len(image_shape) == 3 and all(map(_checks.is_count, image_shape))
     _checks.require(valid, "`image_shape` must be (height, width, channels)", image_shape=image_shape)
+    layout = keras.config.image_data_format()
+    _checks.require(layout == "channels_last", "Images must be channels_last", image_data_format=layout)
     return tuple((-size % multiple // 2, (-size % multiple + 1) // 2) for size in image_shape[:2])
 
 

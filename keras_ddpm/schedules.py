@@ -65,7 +65,13 @@ class Schedule:
             return 2 * (np.log(self.alpha) - np.log(self.sigma))
 
     def until(self, t: int) -> "Schedule":
-        """Returns the schedule of the steps 1..t."""
+        """Returns the schedule of the steps 1..t.
+
+        Raises:
+            ValueError: if `t` is not an integer in 1..T.
+        """
+        valid = _checks.is_count(t) and t <= self.timesteps
+        _checks.require(valid, f"`t` must be an integer in 1..{self.timesteps}", t=t)
         return Schedule(self.alpha[: t + 1], self.sigma[: t + 1])
 
     def get_config(self) -> dict[str, Any]:

@@ -1,5 +1,8 @@
 """Training: turns a batch of clean data into a regression problem for the training step of Keras."""
 
+import contextlib
+import copy
+import functools
 import inspect
 import itertools
 import types
@@ -11,7 +14,11 @@ from keras import ops
 
 from keras_ddpm import _checks
 from keras_ddpm import _devices
+from keras_ddpm import saving
+from keras_ddpm.callbacks import Checkpoint
+from keras_ddpm.callbacks import EMAWeights
 from keras_ddpm.callbacks import LossWatch
+from keras_ddpm.callbacks import Turns
 
 # Functions to times in [0, 1). They get a number u in [0, 1) and an index 0..n − 1 for each of n examples.
 TIMESTEP_SAMPLINGS = {
@@ -27,22 +34,40 @@ def _arguments(function, *args, **kwargs):
     return {**arguments.pop("kwargs", {}), **{name: value for name, value in arguments.items() if name != "self"}}
 
 
+def _in_tuple(function, *args):
+    return (function(*args),)
+
+
+def _epochs_of(data, initial_epoch):
+    """A callback that tells the data the epoch. If `fit` begins with epoch 0, the data count on from an earlier `fit`."""
+    shift = 0 if initial_epoch else data.epoch
+    return keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: setattr(data, "epoch", epoch + shift))
+
+
 class NoisyRegression(keras.Model):
     """The part of `DiffusionModel` that trains and evaluates on clean data.
 
     A subclass must have the attributes `network`, `condition`, `diffusion`, `average`, `loss_weight`,
-    `timestep_sampling`, `label_dropout` and `data_shape`.
+    `timestep_sampling`, `label_dropout`, `data_shape` and `turn`.
     """
 
     _checked_validation_data = None
+    _compiled_with = None
+    evaluates_average = False
 
     def compile(self, *args, **kwargs) -> None:
-        """`keras.Model.compile`. `jit_compile="auto"` selects what is fastest for this package on each backend."""
-        given = _arguments(keras.Model.compile, self, *args, **kwargs)
-        self._auto_jit_compile = given.get("jit_compile", "auto") == "auto"
+        """`keras.Model.compile`. `jit_compile="auto"` selects what is fastest for this package on each backend.
+
+        With a network in mixed float16, the optimizer becomes a `LossScaleOptimizer` unless `auto_scale_loss=False`.
+        """
+        given = self._compiled_with = _arguments(keras.Model.compile, self, *args, **kwargs)
+        self._test_functions = {}
         super().compile(**given)
-        if self._auto_jit_compile and not self.run_eagerly:
+        if given.get("jit_compile", "auto") == "auto" and not self.run_eagerly:
             self.jit_compile = _devices.jit_compile()
+        scales = given.get("auto_scale_loss", True) and self.network.dtype_policy.name == "mixed_float16"
+        if scales and self.optimizer and not isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
+            self.optimizer = keras.optimizers.LossScaleOptimizer(self.optimizer)
         # Build everything here. Otherwise `fit` calls the model on clean data to do it, and TensorFlow traces a step
         # twice if the step creates variables.
         if self.optimizer is not None:
@@ -54,12 +79,10 @@ class NoisyRegression(keras.Model):
         self.reset_metrics()
 
     def get_compile_config(self):
-        # Keras would store what "auto" means here. A file may be loaded on another backend or machine.
-        config = super().get_compile_config()
-        return {**config, "jit_compile": "auto"} if config and self._auto_jit_compile else config
+        return saving.portable(self._compiled_with or {})
 
     def compile_from_config(self, config):
-        self.compile(**keras.saving.deserialize_keras_object(config))
+        self.compile(**keras.saving.deserialize_keras_object(saving.neutral(config)))
 
     def fit(self, *args, **kwargs) -> keras.callbacks.History:
         """`keras.Model.fit` on clean data. It checks the data first.
@@ -68,7 +91,7 @@ class NoisyRegression(keras.Model):
 
         Raises:
             ValueError: if the data do not have the shape of the network's input, lie outside `clip_range`, contain NaN,
-                or lack the condition of the network; or if the loss of an epoch is not finite.
+                or lack the condition of the network; or if the loss is not finite.
         """
         given = _arguments(keras.Model.fit, self, *args, **kwargs)
         given["x"], first = self._checked(given.get("x"), given.get("y"))
@@ -77,21 +100,46 @@ class NoisyRegression(keras.Model):
         callbacks = given.get("callbacks") or []
         if isinstance(callbacks, keras.callbacks.Callback):
             callbacks = [callbacks]
-        # `LossWatch` comes first. It raises before a checkpoint could store weights that are not finite.
-        given["callbacks"] = [LossWatch(first), *callbacks]
+        checkpoints = [callback for callback in callbacks if isinstance(callback, Checkpoint)]
+        _checks.require(len(checkpoints) <= 1, "There can be one `Checkpoint`", number=len(checkpoints))
+        others = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
+        # `LossWatch` raises before another callback stores weights that are not finite. `Checkpoint` stores the state
+        # after all others.
+        turns = Turns(self.turn)
+        given["callbacks"] = [turns, LossWatch(first), *others, *checkpoints]
         self._checked_validation_data = given.get("validation_data")
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(setattr, self, "_checked_validation_data", None)
+            stack.callback(turns.end)
+            for checkpoint in checkpoints:
+                running = checkpoint.running(self, others, given.get("initial_epoch", 0))
+                given["initial_epoch"] = stack.enter_context(running)
+            if hasattr(given["x"], "epoch"):  # `datasets.Batches`, which shuffles by itself
+                given["shuffle"] = False
+                given["callbacks"].append(_epochs_of(given["x"], given.get("initial_epoch", 0)))
             return super().fit(**given)
-        finally:
-            self._checked_validation_data = None
 
-    def evaluate(self, x=None, y=None, *args, **kwargs) -> Any:
+    def evaluate(self, *args, **kwargs) -> Any:
         """`keras.Model.evaluate` on clean data, with the same t and noise at each call."""
+        given = _arguments(keras.Model.evaluate, self, *args, **kwargs)
         known = self._checked_validation_data  # `fit` has checked it, and a generator can be read only once
+        x = given.get("x")
         if known is None or x is not (known[0] if isinstance(known, (list, tuple)) else known):
-            x, _ = self._checked(x, y)
+            given["x"], _ = self._checked(x, given.get("y"))
+        callbacks = given.get("callbacks") or []
+        if not isinstance(callbacks, keras.callbacks.CallbackList):  # `fit` gives one
+            callbacks = callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]
+            given["callbacks"] = callbacks = [Turns(self.turn), *callbacks]
+        every = getattr(callbacks, "callbacks", callbacks)
+        self.evaluates_average = any(isinstance(callback, EMAWeights) for callback in every)
+        self.test_function = self._test_functions.get(self.evaluates_average)  # each is compiled once
         self._test_random.state.assign([0, 0])
-        return super().evaluate(x, y, *args, **kwargs)
+        try:
+            return super().evaluate(**given)
+        finally:
+            every[0].end()  # if a step has raised
+            self._test_functions[self.evaluates_average] = self.test_function
+            self.evaluates_average = False
 
     compile.__signature__ = inspect.signature(keras.Model.compile)
     fit.__signature__ = inspect.signature(keras.Model.fit)
@@ -103,7 +151,7 @@ class NoisyRegression(keras.Model):
             data = self._corrupt(*args, self._fit_random, self.label_dropout)
             before = ops.copy(self.optimizer.iterations)
             logs = super().train_step(data)
-            self.average.update(before, self.optimizer.iterations)
+            self.average.update(before, self.optimizer.iterations, logs["loss"])
             return logs
         state, data = args
         weights = self.trainable_variables, self.non_trainable_variables
@@ -113,7 +161,7 @@ class NoisyRegression(keras.Model):
             before = ops.copy(self.optimizer.iterations)
         logs, state = super().train_step(scope.state(), data)
         with _Stateless(variables, state) as scope:
-            self.average.update(before, self.optimizer.iterations)
+            self.average.update(before, self.optimizer.iterations, logs["loss"])
         return logs, scope.state()
 
     def test_step(self, *args):
@@ -129,7 +177,7 @@ class NoisyRegression(keras.Model):
     def _corrupt(self, data, generator, label_dropout=0.0):
         """Turns clean data into Keras' `(x, y, sample_weight)`: inputs and target of the network, and loss weights."""
         x_0, condition, _ = keras.utils.unpack_x_y_sample_weight(data)
-        x_0 = ops.cast(x_0, "float32")
+        x_0 = self._poisoned(ops.cast(x_0, "float32"), condition)
         shape = ops.shape(x_0)
         t = self._draw_timesteps(shape[0], generator)
         noise = keras.random.normal(shape, seed=generator)
@@ -138,6 +186,20 @@ class NoisyRegression(keras.Model):
             kept = keras.random.uniform((shape[0],), seed=generator) >= label_dropout
             inputs = (*inputs, self.condition.drop(condition, kept))
         return inputs, self.diffusion.target(x_0, t, noise), self.weight_of(t)
+
+    def _poisoned(self, x_0, condition):
+        """Replaces data that `_checked` would refuse by NaN, as a compiled step cannot raise an error.
+
+        `fit` checks only the first batch of a stream. `LossWatch` raises an error if the loss is NaN.
+        """
+        valid = True
+        if self.diffusion.clip_range is not None:
+            low, high = self.diffusion.clip_range
+            valid = ops.logical_and(x_0 >= low - _checks.ROUNDING, x_0 <= high + _checks.ROUNDING)
+        if self.condition and self.condition.num_classes:
+            known = ops.logical_and(condition >= 0, condition < self.condition.num_classes)
+            valid = ops.logical_and(valid, ops.reshape(known, (-1,) + (1,) * len(self.data_shape)))
+        return x_0 if valid is True else ops.where(valid, x_0, np.nan)
 
     def _draw_timesteps(self, batch_size, generator):
         """Draws t in 1..T, `(batch,)`."""
@@ -169,6 +231,10 @@ class NoisyRegression(keras.Model):
             first = data if labels is None else (data, labels)
         else:
             first = next(iter(data), None)
+            if hasattr(data, "collate_fn") and hasattr(first, "shape"):
+                # Keras takes a tensor of PyTorch's `DataLoader` apart on other backends.
+                data = copy.copy(data)
+                data.collate_fn = functools.partial(_in_tuple, data.collate_fn)
         _checks.require(first is not None, "The data hold no batch", data=data)
         x_0, condition, _ = keras.utils.unpack_x_y_sample_weight(first)
         x_0 = _checks.data(ops.convert_to_numpy(x_0), self.data_shape, self.diffusion.clip_range)

@@ -67,21 +67,30 @@ def test_training_on_is_not_disturbed(model, points):
         np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
-@pytest.mark.skipif(keras.backend.backend() == "jax", reason="Keras on JAX loses all variables when interrupted")
-def test_an_interrupted_validation_is_undone(model, points):
-    callback = kd.callbacks.EMAWeights()
-
+def test_an_interrupted_validation_leaves_the_weights_alone(model, points):
     def interrupt(batch, logs):
+        average.append(model.sample(2, seed=0))
         raise KeyboardInterrupt
 
     model.fit(points, epochs=1, verbose=0)
-    raw = weights(model.network.weights)
+    raw, average = weights(model.network.weights), [model.sample(2, seed=0)]
+    loss = model.evaluate(points, verbose=0)
     with pytest.raises(KeyboardInterrupt):
         stop = keras.callbacks.LambdaCallback(on_test_batch_end=interrupt)
-        model.evaluate(points, callbacks=[callback, stop], verbose=0)
-    assert not np.array_equal(raw[0], weights(model.network.weights)[0])
-    model.evaluate(points, callbacks=[callback], verbose=0)
+        model.evaluate(points, callbacks=[kd.callbacks.EMAWeights(), stop], verbose=0)
+    assert np.array_equal(*average)  # `sample` uses the average in an evaluation of the average, too
     assert all(map(np.array_equal, raw, weights(model.network.weights)))
+    assert model.evaluate(points, verbose=0) == loss
+
+
+def test_evaluation_is_compiled_once_for_each_kind_of_weights(model, points):
+    callback = kd.callbacks.EMAWeights()
+    model.evaluate(points, verbose=0)
+    functions = [model.test_function]
+    for callbacks in ([callback], [], callback, None):
+        model.evaluate(points, callbacks=callbacks, verbose=0)
+        functions.append(model.test_function)
+    assert functions[0] is functions[2] is functions[4] is not functions[1] is functions[3]
 
 
 @pytest.mark.parametrize(
@@ -90,12 +99,24 @@ def test_an_interrupted_validation_is_undone(model, points):
         ({"path": "{epoch}-{step}.png"}, "path={epoch}-{step}.png"),
         ({"path": "x.png", "sampler": kd.samplers.DDIM(1001)}, "num_steps=1001"),
         ({"path": "x.png", "every": 0}, "every=0"),
+        ({"path": "x.png", "num_samples": 0}, "num_samples=0"),
+        ({"path": "x.png", "num_samples": -1}, "num_samples=-1"),
+        ({"path": "x.png", "seed": -1}, "seed=-1"),
+        ({"path": "x.png", "scale": 0}, "scale=0"),
+        ({"path": "x.rose"}, "path='x.rose'"),
+        ({"path": "x"}, "path='x'"),
+        ({"path": "x{.png"}, "path=x{.png"),
+        ({"path": "x.png", "batch_size": 0}, "batch_size=0"),
+        ({"path": "x.png", "dynamic_threshold": 2}, "dynamic_threshold=2"),
+        ({"path": "x.png", "use_ema": 1}, "use_ema=1"),
+        ({"path": "x.png", "sampler": "ddim"}, "sampler='ddim'"),
         ({"path": "x.png", "labels": 1}, "takes no labels"),
         ({"path": "x.png", "guidance_scale": 2.0}, "Guidance needs labels"),
         ({"path": "x.png", "guidance_scale": -1}, "guidance_scale=-1"),
     ],
 )
-def test_sample_grid_fails_before_training(arguments, message):
+def test_sample_grid_fails_before_training(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
     model = small_model()
     with pytest.raises(ValueError, match=message):
         model.fit(IMAGES, callbacks=[kd.callbacks.SampleGrid(**arguments)], verbose=0)
@@ -220,17 +241,30 @@ def test_early_stopping_by_a_metric_of_samples(monkeypatch):
     assert history["val_kid"] == [3.0, 1.0, 2.0, 2.0]
 
 
-def test_a_late_nan_stops_the_run(model, points):
-    def batches():
-        while True:
-            yield (points[:64],)
-            yield (np.full((64, 2), np.nan, "float32"),)
+@pytest.mark.parametrize("kind", ["nan", "range", "label"])
+def test_a_late_batch_that_is_wrong_stops_the_run(points, kind):
+    """Within five steps, before the average is spoilt. A compiled step cannot say what is wrong."""
+    x, labels = {
+        "nan": (np.nan * points[:32], np.zeros(32)),
+        "range": (3 * points[:32], np.zeros(32)),
+        "label": (points[:32], np.full(32, 3)),  # as in classes that are counted from 1
+    }[kind]
 
-    saved = []
+    def batches():
+        for step in range(100):
+            seen.append(step)
+            yield (points[:32], np.zeros(32, "int32")) if step != 7 else (x.astype("float32"), labels.astype("int32"))
+
+    seen, saved = [], []
+    model = kd.DiffusionModel(kd.networks.mlp(2, 16, 1, num_classes=3), seed=0)
+    model.compile(loss="mse", optimizer=keras.optimizers.Adam(1e-2))
     save = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: saved.append(epoch))
-    with pytest.raises(ValueError, match="loss of epoch 1 is nan"):
-        model.fit(batches(), steps_per_epoch=4, epochs=3, callbacks=save, shuffle=False, verbose=0)
-    assert not saved
+    with pytest.raises(ValueError, match="loss is nan at step 8 of epoch 1"):
+        model.fit(batches(), steps_per_epoch=100, callbacks=save, shuffle=False, verbose=0)
+    assert not saved and len(seen) < 20
+    average = weights(model.ema_weights)
+    assert all(np.all(np.isfinite(w)) for w in average) and np.all(np.isfinite(model.sample(4, seed=0)))
+    assert not all(map(np.array_equal, average, weights(kd.DiffusionModel(model.network).network.weights)))
 
 
 def test_a_model_that_learns_nothing_says_so(points):

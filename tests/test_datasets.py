@@ -1,12 +1,17 @@
 """Batches and the sources of data."""
 
 import multiprocessing
+import os
+import re
 import threading
 
+import keras
 import numpy as np
 import pytest
+from keras import ops
 from PIL import Image
 
+import keras_ddpm as kd
 from keras_ddpm import datasets
 from keras_ddpm import images
 from keras_ddpm import toys
@@ -16,7 +21,9 @@ ROWS = np.arange(10, dtype="float32")[:, None] / 10
 
 def epoch(batches):
     batches.on_epoch_begin()
-    return [batches[step] for step in range(len(batches))]
+    rows = [batches[step] for step in range(len(batches))]
+    batches.on_epoch_end()
+    return rows
 
 
 def test_the_toy_data_are_exported():
@@ -103,8 +110,9 @@ def test_folder(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (12, 9), color).save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("no image")
-    x, labels = datasets.from_folder(tmp_path, 8, labels=True, batch_size=3, shuffle=False)[0]
-    assert x.shape == (3, 8, 8, 3) and labels.tolist() == [0, 1, 2]
+    batches = datasets.from_folder(tmp_path, 8, labels=True, batch_size=3, shuffle=False)
+    x, labels = batches[0]
+    assert x.shape == (3, 8, 8, 3) and labels.tolist() == [0, 0, 1] and batches.class_names == ["a", "b"]
     assert x[2, 0, 0].tolist() == [1, -1, -1]
     assert datasets.from_folder(tmp_path, 8, channels=1, batch_size=3)[0].shape == (3, 8, 8, 1)
 
@@ -113,6 +121,91 @@ def test_folder(tmp_path):
         assert datasets.from_folder(tmp_path, 8, batch_size=3).num_examples == 3
     with pytest.raises(ValueError, match="broken.png cannot be read"):
         datasets.from_folder(tmp_path, 8, strict=True)
+
+
+def test_what_is_no_image_of_a_folder(tmp_path):
+    """Hidden files and those of archives are ignored; folders without an image are no class; links are followed."""
+    picture = Image.new("RGB", (8, 8), "red")
+    names = ["cat/a.png", "cat/._a.png", "dog/a.png", ".ipynb_checkpoints/a.png", "__MACOSX/cat/a.png", "dog/.x/a.png"]
+    for name in names:
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        picture.save(tmp_path / "data" / name)
+    (tmp_path / "data/ant").mkdir()
+    (tmp_path / "data/bee").mkdir()
+    (tmp_path / "data/bee/a.png").write_text("no picture")
+    (tmp_path / "elsewhere").mkdir()
+    picture.save(tmp_path / "elsewhere/a.png")
+    (tmp_path / "data/elk").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data/dog/loop").symlink_to(tmp_path / "data")
+    os.mkfifo(tmp_path / "data/dog/pipe.png")
+    with pytest.warns(UserWarning) as caught:
+        batches = datasets.from_folder(tmp_path / "data", 8, labels=True, batch_size=1)
+    assert sorted(re.search(r"(\w+/\w+\.png)", str(warning.message))[1] for warning in caught) == [
+        "bee/a.png",
+        "dog/pipe.png",
+    ]
+    assert batches.labels.tolist() == [0, 1, 2] and batches.class_names == ["cat", "dog", "elk"]
+    picture.save(tmp_path / "data/root.png")
+    with pytest.raises(ValueError, match="root.png is in no subfolder"):
+        datasets.from_folder(tmp_path / "data", 8, labels=True)
+
+
+def test_files_that_are_too_much(tmp_path):
+    Image.new("1", (2000, 1000)).save(tmp_path / "large.png")
+    with pytest.raises(ValueError, match="2000000 pixels, more than `max_pixels`"):
+        datasets.from_folder(tmp_path, 8, strict=True, max_pixels=1_999_999)
+    assert datasets.from_folder(tmp_path, 8, max_pixels=2_000_000, batch_size=1).num_examples == 1
+    frames = [Image.new("L", (8, 8), 40 * i) for i in range(3)]
+    for name in ("pages.tif", "animation.gif"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+        with pytest.raises(ValueError, match="holds 3 images"):
+            images.load(tmp_path / name, 8)
+
+
+def run_epochs(data, epochs, **options):
+    """The rows of each batch that a model sees."""
+    rows = []
+
+    class Model(kd.DiffusionModel):
+        def _corrupt(self, data, *args):
+            x = data[0] if isinstance(data, (tuple, list)) else data
+            rows.append(ops.convert_to_numpy(x)[:, 0].astype(int).tolist())
+            return super()._corrupt(data, *args)
+
+    x, t = keras.Input((1,)), keras.Input((), dtype="int32")
+    model = Model(keras.Model([x, t], keras.layers.Dense(1)(x)), kd.GaussianDiffusion(clip_range=None))
+    model.compile(loss="mse", optimizer=keras.optimizers.SGD(0.0), run_eagerly=True)
+    model.fit(data, epochs=epochs, verbose=0, **options)
+    return rows
+
+
+def numbered(**options):
+    return datasets.Batches(np.arange(24, dtype="float32")[:, None], batch_size=4, seed=1, **options)
+
+
+def expected_rows(epochs):
+    data, rows = numbered(), []
+    for data.epoch in epochs:
+        rows += [data[step][:, 0].astype(int).tolist() for step in range(len(data))]
+    return rows
+
+
+@pytest.mark.parametrize(("workers", "processes"), [(1, False), (2, False), (8, False), (2, True)])
+def test_workers_see_the_same_batches(workers, processes):
+    data = numbered()
+    data.workers, data.use_multiprocessing = workers, processes
+    assert run_epochs(data, 4) == expected_rows(range(4))
+
+
+def test_the_order_does_not_depend_on_python_s_random_numbers():
+    assert run_epochs(numbered(), 2) == run_epochs(numbered(), 2, shuffle=True) == expected_rows([0, 1])
+
+
+def test_the_initial_epoch_is_where_the_data_go_on():
+    assert run_epochs(numbered(), 5, initial_epoch=3) == expected_rows([3, 4])
+    data = numbered()
+    assert [run_epochs(data, 1) for _ in range(3)] == [expected_rows([epoch]) for epoch in range(3)]
+    assert run_epochs(data, 3, initial_epoch=2) == expected_rows([2])
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 import re
-import runpy
 import subprocess
 import sys
 import typing
@@ -13,13 +12,13 @@ import typing
 import keras
 import numpy as np
 import pytest
+from conftest import ROOT
+from conftest import check_error
 from keras import ops
 from PIL import Image
 
 import keras_ddpm as kd
 
-ROOT = pathlib.Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
 README_CODE = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 SHORT = {"preset": "cpu", "grid_every": 1, "batch_size": 8, "epochs": 2, "steps_per_epoch": 2}
 TINY = {"image_size": 16, "width": 8, "width_multipliers": (1, 2), "groups": 4}
@@ -39,31 +38,6 @@ def run_script(name, *arguments, **environment):
         command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     return run.returncode, run.stdout
-
-
-@pytest.fixture
-def command_line(monkeypatch, capsys):
-    """Runs an example as a command in this process, which is faster. Returns the exit status and the output."""
-
-    def run(name, *arguments):
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
-            sys.exit(0)
-        printed = "".join(capsys.readouterr())
-        if isinstance(stop.value.code, str):  # which Python prints
-            return 1, f"{printed}{stop.value.code}\n"
-        return stop.value.code, printed
-
-    return run
-
-
-def check_error(result, status, message):
-    """Checks that the last line of the output is the whole message, after the name of the script."""
-    got, text = result
-    *_, line = text.splitlines()
-    assert got == status and re.match(r"\w+\.py: " + ("error: " if status == 2 else ""), line), text
-    assert re.search(message, line) and "Traceback" not in text, text
 
 
 def call(name, *arguments, **settings):

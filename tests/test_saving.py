@@ -1,0 +1,148 @@
+"""Files: complete, for every backend, and bounded."""
+
+import json
+import sys
+import zipfile
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_ddpm as kd
+
+
+def random_pair(shape=(4, 6)):
+    random = np.random.default_rng(0)
+    return [random.uniform(0.1, 1, shape).astype("float32") for _ in range(2)]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: keras.losses.Huber(0.1),
+        lambda: keras.losses.CosineSimilarity(axis=0),
+        lambda: keras.losses.Tversky(0.3, 0.7),
+        lambda: keras.losses.MeanAbsoluteError(reduction="sum"),
+        lambda: keras.losses.CategoricalFocalCrossentropy(gamma=3.0),
+        lambda: "log_cosh",
+    ],
+)
+def test_no_argument_of_a_loss_is_forgotten(model, make):
+    """Keras 3.15 forgets `delta` of Huber and `axis` of others."""
+    loss = make()
+    model.compile(loss=loss, metrics=[keras.metrics.CosineSimilarity(axis=0)], optimizer="adam")
+    copy = kd.DiffusionModel.from_config(model.get_config())
+    copy.compile_from_config(json.loads(json.dumps(model.get_compile_config())))
+    y, y_pred = random_pair((4, 2))
+    assert float(copy.compute_loss(y=y, y_pred=y_pred)) == float(model.compute_loss(y=y, y_pred=y_pred))
+    values = [float(m.compute_metrics(None, y, y_pred)["cosine_similarity"]) for m in (model, copy)]
+    assert values[0] == values[1]
+
+
+def test_forgotten_arguments_without_keras_private_attribute(model, monkeypatch):
+    """Such a version of Keras is taken to store all arguments itself."""
+    loss = keras.losses.Huber(0.1)
+    monkeypatch.delattr(loss, "_fn_kwargs")
+    assert "delta" not in kd.saving.portable(loss)["config"]
+
+
+@pytest.mark.parametrize(
+    "optimizer", ["adam", "sgd", keras.optimizers.LossScaleOptimizer(keras.optimizers.AdamW(1e-3))]
+)
+def test_files_name_no_backend(tmp_path, model, points, optimizer):
+    """Keras writes the module of PyTorch's optimizers, which is missing where PyTorch is."""
+    model.compile(loss="mse", optimizer=optimizer)
+    model.fit(points, verbose=0)
+    model.save(tmp_path / "x.keras")
+    with zipfile.ZipFile(tmp_path / "x.keras") as archive:
+        assert "keras.src.backend" not in archive.read("config.json").decode()
+    copy = kd.saving.load_model(tmp_path / "x.keras")
+    for got, expected in zip(copy.optimizer.variables, model.optimizer.variables, strict=True):
+        assert np.array_equal(ops.convert_to_numpy(got), ops.convert_to_numpy(expected))
+    copy.fit(points, verbose=0)
+
+
+def test_a_file_that_names_a_backend(model):
+    """As version 0.1 wrote it on PyTorch."""
+    config = model.get_compile_config()
+    config["optimizer"]["module"] = "keras.src.backend.torch.optimizers.torch_adam"
+    before = set(sys.modules)
+    copy = kd.DiffusionModel.from_config(model.get_config())
+    copy.compile_from_config(config)
+    assert isinstance(copy.optimizer, keras.optimizers.Adam)
+    assert not any(name.startswith("keras.src.backend.torch.optimizers") for name in set(sys.modules) - before)
+
+
+@pytest.mark.parametrize("scales", [True, False])
+def test_mixed_float16_scales_the_loss(scales):
+    """As `compile` of Keras does for a model with this policy."""
+    keras.config.set_dtype_policy("mixed_float16")
+    model = kd.DiffusionModel(kd.networks.mlp(2, 16, 1), seed=0)
+    options = {} if scales else {"auto_scale_loss": False}
+    model.compile(loss="mse", optimizer=keras.optimizers.Adam(1e-3), **options)
+    assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer) == scales
+    model.fit(np.zeros((8, 2), "float32"), batch_size=4, verbose=0)
+    copy = kd.DiffusionModel.from_config(model.get_config())
+    copy.compile_from_config(model.get_compile_config())
+    assert isinstance(copy.optimizer, keras.optimizers.LossScaleOptimizer) == scales
+
+
+@pytest.mark.parametrize("name", ["x.h5", "x.hdf5", "x", "x.weights.h5"])
+def test_other_endings(tmp_path, model, name):
+    with pytest.raises(ValueError, match=r"must end in \.keras"):
+        model.save(tmp_path / name)
+
+
+def write(path, **entries):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name.replace("_json", ".json"), content)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path.write_bytes(b""), "not a zip file"),
+        (lambda path: path.write_text("nothing"), "not a zip file"),
+        (lambda path: path.mkdir(), "directory"),
+        (lambda path: write(path, other="x"), "no .keras file"),
+        (lambda path: write(path, config_json=" " * 2**27), "config is too large"),
+        (lambda path: write(path, config_json="{}", weights="0" * 10**7), "far more than its size"),
+        (lambda path: keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)]).save(path), "not a diffusion model"),
+    ],
+)
+def test_files_that_are_no_models(tmp_path, make, message):
+    path = tmp_path / "x.keras"
+    make(path)
+    with pytest.raises(ValueError, match=message) as raised:
+        kd.saving.load_model(path)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_file_that_does_not_exist(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no file .*x.keras"):
+        kd.saving.load_model(tmp_path / "x.keras")
+
+
+@pytest.mark.parametrize("number", [40, pytest.param(1000, marks=pytest.mark.slow)])
+def test_damaged_files(tmp_path, model, number):
+    """Flipped bits and truncated files: an error in one line, or the same model."""
+    path = tmp_path / "x.keras"
+    model.save(path)
+    content, random = path.read_bytes(), np.random.default_rng(0)
+    expected = [ops.convert_to_numpy(v) for v in model.weights]
+    for _ in range(number):
+        damaged = bytearray(content)
+        place = random.integers(len(content))
+        if random.random() < 0.2:
+            damaged = damaged[:place]
+        else:
+            damaged[place] ^= 1 << random.integers(8)
+        path.write_bytes(damaged)
+        try:
+            got = kd.saving.load_model(path)
+        except ValueError as error:
+            assert "cannot be loaded as a model" in str(error) and "\n" not in str(error)
+        else:
+            assert all(np.array_equal(ops.convert_to_numpy(v), value) for v, value in zip(got.weights, expected))

@@ -1,0 +1,100 @@
+"""Threads that sample at once, or while a model trains, as in a web page: they wait for each other."""
+
+import threading
+
+import keras
+import numpy as np
+import pytest
+
+import keras_ddpm as kd
+
+DDIM = kd.samplers.DDIM(5)
+
+
+def run_threads(*jobs):
+    """Runs the jobs in threads. Returns what they raised."""
+    raised = []
+
+    def run(job):
+        try:
+            job()
+        except Exception as error:
+            raised.append(error)
+
+    threads = [threading.Thread(target=run, args=(job,)) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return raised
+
+
+def test_one_model_in_several_threads(model):
+    """On JAX each call gives the buffers of the weights away until it ends."""
+    expected = [model.sample(seed + 1, DDIM, seed=seed) for seed in range(3)]
+    got = {}
+
+    def job(seed):
+        for _ in range(5):
+            got[seed] = model.sample(seed + 1, DDIM, seed=seed)
+
+    assert not run_threads(*(lambda seed=seed: job(seed) for seed in range(3)))
+    assert all(np.array_equal(got[seed], x) for seed, x in enumerate(expected))
+
+
+def test_several_models_in_several_threads():
+    """On PyTorch each is recorded, and PyTorch records one function at a time."""
+    diffusion = kd.GaussianDiffusion(kd.schedules.linear(25))
+    models = [kd.DiffusionModel(kd.networks.unet((8, 8, 1), 8, (1, 2), 1, (4,), 4), diffusion) for _ in range(3)]
+    sampler = kd.samplers.DDIM(25)
+    assert not run_threads(*(lambda model=model: model.sample(2, sampler, seed=0) for model in models))
+
+
+@pytest.mark.parametrize("steps_per_execution", [1] + [2] * (keras.backend.backend() != "torch"))
+def test_sampling_during_training(model, points, steps_per_execution):
+    """Between two steps, and in a callback that holds the model by its own name. Training is not disturbed."""
+    model.compile(loss="mse", optimizer=keras.optimizers.Adam(1e-2), steps_per_execution=steps_per_execution)
+    copy = kd.DiffusionModel.from_config(model.get_config())
+    copy.compile_from_config(model.get_compile_config())
+    copy.set_weights(model.get_weights())
+    data = kd.datasets.Batches(points, batch_size=32)
+    expected = copy.fit(data, epochs=10, validation_data=points, verbose=0).history
+    data.epoch = 0
+    sampled = []
+
+    def in_callback(batch, logs):
+        sampled.append(model.sample(2, DDIM, seed=0))
+
+    history = {}
+
+    def fit():
+        callback = keras.callbacks.LambdaCallback(on_train_batch_end=in_callback)
+        options = {"validation_data": points, "callbacks": [callback], "verbose": 0}
+        history.update(model.fit(data, epochs=10, **options).history)
+
+    def sample():
+        for _ in range(10):
+            assert np.all(np.isfinite(model.sample(2, DDIM, seed=0)))
+
+    assert not run_threads(fit, sample)
+    assert history == expected
+    assert len(sampled) == 10 * len(data) // steps_per_execution
+    assert not np.array_equal(sampled[0], sampled[-1])
+    assert np.all(np.isfinite(model.sample(2, DDIM, seed=0)))
+
+
+def test_an_error_in_a_step_lets_others_sample(model, points):
+    def fail(batch, logs):
+        raise ZeroDivisionError
+
+    for hook in ("on_train_batch_begin", "on_test_batch_begin"):
+        with pytest.raises(ZeroDivisionError):
+            callback = keras.callbacks.LambdaCallback()
+            setattr(callback, hook, fail)
+            model.fit(points, validation_data=points, callbacks=[callback], verbose=0)
+        raised = run_threads(lambda: model.sample(2, DDIM, seed=0))
+        assert not raised or keras.backend.backend() == "jax", hook
+    with pytest.raises(ZeroDivisionError):
+        model.evaluate(points, callbacks=[callback], verbose=0)
+    assert model.turn.acquire(blocking=False)
+    model.turn.release()
