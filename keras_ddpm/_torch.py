@@ -30,6 +30,8 @@ def conv2d(x, kernel, bias, strides, padding, dilation, groups, training):
     several = batch_interleave(x) if interleaved else 1
     x = x if several == 1 else _interleave(x, several)
     x, kernel = torch.permute(x, (0, 3, 1, 2)), torch.permute(kernel, (3, 2, 0, 1))
+    if len(kernel) == 1:  # of a single image, PyTorch cannot compute the gradient of such a view
+        kernel = kernel.contiguous()
     x = torch.permute(torch.nn.functional.conv2d(x, kernel, bias, 1, padding, (1, several)), (0, 2, 3, 1))
     return x if several == 1 else _separate(x, several)
 

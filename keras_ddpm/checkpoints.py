@@ -141,7 +141,7 @@ class Checkpoint(keras.callbacks.Callback):
             "callbacks": changed,
             "history": _encode([history.epoch, history.history], arrays),
             "logs": {name: float(value) for name, value in self._logs.items()},
-            "random": _encode([random.getstate(), np.random.get_state(), _devices.random_state()], arrays),
+            "random": _encode([random.getstate(), np.random.get_state(), _devices.random_state()], arrays),  # noqa: NPY002
         }
         path = self.folder / f"{position[0]:06}-{position[1]:08}.npz"
         try:
@@ -170,7 +170,7 @@ class Checkpoint(keras.callbacks.Callback):
         self._logs = state["logs"]
         of_python, of_numpy, of_backend = state["random"]
         random.setstate(of_python)
-        np.random.set_state(of_numpy)
+        np.random.set_state(of_numpy)  # noqa: NPY002
         _devices.set_random_state(of_backend)
 
     def _restore_history(self):

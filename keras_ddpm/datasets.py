@@ -240,8 +240,8 @@ def from_tfds(
 
     Raises:
         ConnectionError: if the data set is not on disk and cannot be downloaded.
-        ValueError: if there is no data set of this name, it lacks a feature, its images differ in size and `image_size` is not given, or
-            `Batches` raises it.
+        ValueError: if there is no data set of this name, it lacks a feature, its images differ in size and `image_size`
+            is not given, or `Batches` raises it.
     """
     return Batches(*_read_tfds(name, split, image_size, data_dir, labels), **kwargs)
 

@@ -65,6 +65,6 @@ def move_averages(averages: list, variables: list, decay: Any) -> None:
     """
     for average, v in zip(averages, variables):
         if keras.backend.is_float_dtype(v.dtype):
-            average.assign(ops.where(decay < 1, v + decay * (average - v), average))
+            average.assign(ops.where(decay < 1, v + decay * (average - v), average.value))
         else:
             average.assign(v)

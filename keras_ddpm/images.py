@@ -1,5 +1,6 @@
 """Images in [-1, 1]: conversion from and to 8 bits, grids, and files."""
 
+import contextlib
 import math
 import os
 import pathlib
@@ -63,7 +64,7 @@ def load(path: str | pathlib.Path, size: int, channels: int = 3, max_pixels: int
     Transparent images are drawn on white. Gray images of 16 bits keep their upper 8 bits.
 
     Args:
-        path: file in any format that Pillow reads.
+        path: file in any format that Pillow reads, or an open file.
         size: side of the result in pixels.
         channels: 3 for color, 1 for gray.
         max_pixels: largest number of pixels of the file.
@@ -78,9 +79,10 @@ def load(path: str | pathlib.Path, size: int, channels: int = 3, max_pixels: int
     """
     _checks.counts(size=size, max_pixels=max_pixels)
     _checks.require(channels in (1, 3), "`channels` must be 1 or 3", channels=channels)
-    _checks.require(not os.path.exists(path) or os.path.isfile(path), f"{path} is not a regular file")
+    opened = hasattr(path, "read")
+    _checks.require(opened or not os.path.exists(path) or os.path.isfile(path), f"{path} is not a regular file")
     # Pillow maps a file given by its name into memory, and scrambles it if it is an uncompressed TIFF to be turned.
-    with open(path, "rb") as stream, Image.open(stream) as file:
+    with contextlib.nullcontext(path) if opened else open(path, "rb") as stream, Image.open(stream) as file:
         count, pixels = getattr(file, "n_frames", 1), math.prod(file.size)
         _checks.require(count == 1, f"The file holds {count} images")
         _checks.require(

@@ -35,12 +35,15 @@ class Models:
 
 MODELS = Models()
 mlp = lambda **options: kd.networks.mlp(2, 8, 1, **options)  # noqa: E731
-unet = lambda shape=(8, 8, 1), **options: kd.networks.unet(shape, **{"width": 8, "groups": 4, "attention_resolutions": ()} | options)  # noqa: E731
 model = lambda **options: kd.DiffusionModel(mlp(), **options)  # noqa: E731
 sample = lambda *args, **options: MODELS.points.sample(*args, **options)  # noqa: E731
 ask = lambda **options: MODELS.labels.sample(2, **options)  # noqa: E731
 fit = lambda *args, **options: MODELS.points.fit(*args, verbose=0, **options)  # noqa: E731
 batches = lambda x=X, **options: kd.datasets.Batches(x, **{"batch_size": 2} | options)  # noqa: E731
+
+
+def unet(shape=(8, 8, 1), **options):
+    return kd.networks.unet(shape, **{"width": 8, "groups": 4, "attention_resolutions": ()} | options)
 
 
 def kid(extractor=None, **options):
@@ -294,7 +297,10 @@ def test_bad_input(tmp_path, monkeypatch, call, message):
     assert not list(tmp_path.glob("x*"))
 
 
-FLOWERS = "flowers.py --preset cpu --dataset procedural --num-images 40 --image-size 8 --width 8 --groups 4 --attention-resolutions 8"
+FLOWERS = (
+    "flowers.py --preset cpu --dataset procedural --num-images 40 --image-size 8 --width 8 --groups 4 "
+    "--attention-resolutions 8"
+)
 COMMANDS = [
     (f"{FLOWERS} --epochs 0", 2, "At least 1 epoch and 0 warm-up steps"),
     (f"{FLOWERS} --epochs -1", 2, "At least 1 epoch and 0 warm-up steps"),

@@ -145,6 +145,8 @@ def test_what_is_no_image_of_a_folder(tmp_path):
         "dog/pipe.png",
     ]
     assert batches.labels.tolist() == [0, 1, 2] and batches.class_names == ["cat", "dog", "elk"]
+    (tmp_path / "data/bee/a.png").unlink()
+    (tmp_path / "data/dog/pipe.png").unlink()
     picture.save(tmp_path / "data/root.png")
     with pytest.raises(ValueError, match="root.png is in no subfolder"):
         datasets.from_folder(tmp_path / "data", 8, labels=True)

@@ -133,8 +133,11 @@ def code_lines(source):
 
 
 def test_the_house_stays_small():
-    """At most 2,350 lines of code, 450 lines in a file and 300 in a class."""
-    assert sum(len(code_lines(text)) for text in MODULES.values()) <= 2350
+    """At most 2,850 lines of code, 450 lines in a file and 300 in a class.
+
+    Version 0.2 had 2,350 before checkpoints and the answers to bad input.
+    """
+    assert sum(len(code_lines(text)) for text in MODULES.values()) <= 2850
     for name, text in MODULES.items():
         assert len(text.splitlines()) <= 450, name
         for node in ast.walk(ast.parse(text)):

@@ -74,6 +74,21 @@ def test_a_file_that_names_a_backend(model):
     assert not any(name.startswith("keras.src.backend.torch.optimizers") for name in set(sys.modules) - before)
 
 
+def test_a_loaded_model_draws_the_same_dropout(tmp_path):
+    """Of `networks.unet`. A layer of one's own needs a seed on PyTorch."""
+    images = np.random.default_rng(0).uniform(-1, 1, (8, 4, 4, 1)).astype("float32")
+    network = kd.networks.unet((4, 4, 1), 8, (1,), 1, (), groups=4, dropout=0.5)
+    model = kd.DiffusionModel(network, kd.GaussianDiffusion(kd.schedules.linear(25)), seed=3)
+    model.compile(loss="mse", optimizer=keras.optimizers.Adam(1e-2))
+    model.fit(images, batch_size=4, shuffle=False, verbose=0)
+    model.save(tmp_path / "x.keras")
+    copy = kd.saving.load_model(tmp_path / "x.keras")
+    for each in (model, copy):
+        each.fit(images, batch_size=4, shuffle=False, verbose=0)
+    for got, expected in zip(copy.weights, model.weights, strict=True):
+        assert np.array_equal(ops.convert_to_numpy(got), ops.convert_to_numpy(expected))
+
+
 @pytest.mark.parametrize("scales", [True, False])
 def test_mixed_float16_scales_the_loss(scales):
     """As `compile` of Keras does for a model with this policy."""

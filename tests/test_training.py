@@ -248,3 +248,32 @@ def test_data_without_bounds(points):
     model = kd.DiffusionModel(kd.networks.mlp(2, 16, 1), kd.GaussianDiffusion(clip_range=None))
     model.compile(loss="mse", optimizer="adam")
     model.fit(100 * points, epochs=1, verbose=0)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_images_of_any_channels_in_batches_of_any_size(request, channels):
+    """Alone in a batch, too, where PyTorch lacks a gradient of the convolution to one channel that Keras calls."""
+    if request.config.getoption("--plain") and channels == 1:
+        pytest.skip("this is what the fast function mends")
+    for side in (8, 12, 28):
+        x_t, t = keras.Input((side, side, channels)), keras.Input((), dtype="int32")
+        h = kd.layers.Conv2D(4, 3, padding="same")(x_t)
+        model = kd.DiffusionModel(keras.Model([x_t, t], kd.layers.Conv2D(channels, 3, padding="same")(h)))
+        model.compile(loss="mse", optimizer="adam", run_eagerly=True)
+        for batch_size in (1, 2, 3):
+            loss = model.train_on_batch(np.zeros((batch_size, side, side, channels), "float32"))
+            assert np.isfinite(loss)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5])
+def test_data_loaders_of_bare_tensors(points, batch_size):
+    """On TensorFlow and JAX, Keras takes such a batch for a tuple of its examples."""
+    torch = pytest.importorskip("torch")
+    x = points[:23]
+    model = kd.DiffusionModel(kd.networks.mlp(2, 8, 1), kd.GaussianDiffusion(kd.schedules.linear(25), "x0"))
+    model.compile(loss="mse", optimizer=keras.optimizers.SGD(0.0))
+    loader = torch.utils.data.DataLoader(torch.tensor(x), batch_size=batch_size)
+    history = model.fit(loader, validation_data=loader, shuffle=False, verbose=0).history
+    for name in ("loss", "val_loss"):  # of a network that predicts 0
+        assert history[name][0] == pytest.approx(np.mean(x.astype("float64") ** 2), rel=1e-5)
+    assert next(iter(loader)).shape == (batch_size, 2)  # the user's own is as it was
