@@ -131,8 +131,10 @@ class Checkpoint(keras.callbacks.Callback):
         arrays: dict = {}
         changed = []
         for callback, unchanged in zip(self._callbacks, self._unchanged):
-            attributes = _attributes(callback, arrays)
+            found: dict = {}
+            attributes = _attributes(callback, found)
             changed.append({name: value for name, value in attributes.items() if unchanged.get(name) != value})
+            arrays |= found if changed[-1] else {}
         history = self.model.history
         state = {
             "position": position,
@@ -151,7 +153,7 @@ class Checkpoint(keras.callbacks.Callback):
                 old.unlink()
             said = f"`fit` with the same checkpoint folder goes on from {path}."
         except (OSError, ValueError) as error:
-            said = f"No checkpoint was written. {error}. The ones before it are in {self.folder}."
+            said = f"No checkpoint was written. {str(error).rstrip('.')}. The ones before it are in {self.folder}."
             warnings.warn(said, stacklevel=2)
         if self._signal:
             print(f"\nStopped by {signal.Signals(self._signal).name}. {said}", file=sys.stderr)
@@ -188,7 +190,8 @@ class Checkpoint(keras.callbacks.Callback):
                 state = _read(path)
             except ValueError as error:
                 warnings.warn(f"{error}. It is set aside, and the one before it is taken.", stacklevel=2)
-                path.replace(path.with_suffix(".damaged"))
+                with contextlib.suppress(OSError):
+                    path.replace(path.with_suffix(".damaged"))
                 continue
             expected = [tuple(v.shape) for v in _variables(model)]
             fits = [value.shape for value in state["variables"]] == expected

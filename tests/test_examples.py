@@ -5,8 +5,10 @@ import json
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
+import time
 import typing
 
 import keras
@@ -202,9 +204,43 @@ def test_flowers_without_network_and_data(tmp_path, command_line):
     assert status == 0 and "18 images of 16x16, with 2 held out" in text, text
     assert "Skipped" in text and "broken.png" in text
     check_output(tmp_path / "b")
+    check_error(command_line("flowers.py", *arguments), 2, r"b holds a run\. Go on with it by --resume, replace it by")
+    arguments.append("--overwrite")
     check_error(command_line("flowers.py", *arguments, "--strict"), 1, "broken.png cannot be read")
+    assert not list((tmp_path / "b/checkpoints").glob("*"))
     result = command_line("flowers.py", *arguments, "--width", 16, "--groups", 4)
     check_error(result, 2, "--init determines the network and the process. Received as well: width, groups$")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_flowers_go_on_after_an_interruption(tmp_path, number):
+    """With the same samples, byte for byte, as without it."""
+    options = SHORT | TINY | {"dataset": "procedural", "num_images": 90, "epochs": 6, "steps_per_epoch": 8}
+    status, text = run_script("flowers.py", *flags(**options, output=tmp_path / "a"))
+    assert status == 0, text
+    arguments = flags(**options, output=tmp_path / "b")
+    command = [sys.executable, str(ROOT / "examples/flowers.py"), *map(str, arguments)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=own_ctrl_c
+    )
+    while not (tmp_path / "b/samples/0002.png").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    printed, _ = process.communicate()
+    assert process.returncode == (130 if number == signal.SIGINT else 143), printed
+    assert "Traceback" not in printed and f"Stopped by {number.name}" in printed
+    assert not (tmp_path / "b/samples.png").exists()
+    status, text = run_script("flowers.py", *arguments, "--resume")
+    assert status == 0, text
+    for name in ("samples.png", "samples/0006.png", "history.csv", "denoising.gif"):
+        assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "a" / name).read_bytes(), name
+
+
+def own_ctrl_c():
+    """A shell may start jobs that ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.mark.slow
