@@ -491,7 +491,7 @@ def test_your_images(tmp_path, offline, command_line):
     check_pictures(tmp_path / "out", "pictures", "samples/0002", "samples", "denoise")
     assert read(tmp_path / "out/loss.png").ndim == 3
     assert keras.saving.load_model(tmp_path / "out/model.keras").data_shape == (18, 18, 3)
-    output = ["--output", offline["output"]]
+    output = ["--output", offline["output"], "--overwrite"]
     check_error(command_line("your_images.py", tmp_path / "yours", *output), 1, "no folder")
     kd.images.save(tmp_path / "one/a.png", flower)
     result = command_line("your_images.py", tmp_path / "one", *output)
