@@ -234,8 +234,9 @@ def _rewind(logger, epoch):
     logger.append = True
     path = pathlib.Path(logger.filename)
     if path.exists():
-        header, *rows = path.read_text().splitlines(keepends=True) or [""]
-        path.write_text(header + "".join(row for row in rows if int("0" + row.split(logger.sep)[0]) < epoch))
+        header, *rows = path.read_bytes().splitlines(keepends=True) or [b""]
+        kept = [row for row in rows if int(b"0" + row.split(logger.sep.encode())[0]) < epoch]
+        path.write_bytes(header + b"".join(kept))
 
 
 # Files. A checkpoint is an .npz file. The name of an array is its checksum; the state refers to arrays by these names.

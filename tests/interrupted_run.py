@@ -1,4 +1,4 @@
-"""The run of test_checkpoints.py, which is interrupted and killed: `python interrupted_run.py FOLDER`."""
+"""The run of test_checkpoints.py, which is interrupted and killed: `python interrupted_run.py FOLDER EPOCHS`."""
 
 import pathlib
 import sys
@@ -24,13 +24,13 @@ def run(folder, callbacks=(), every=0.0, epochs=3):
     """Trains, or goes on training, for `epochs` epochs of 5 batches. Returns all that an interruption could change."""
     keras.utils.set_random_seed(1)
     model = kd.DiffusionModel(make_network(), kd.GaussianDiffusion(kd.schedules.linear(25)), seed=3)
-    rate = keras.optimizers.schedules.CosineDecay(1e-2, 6)
+    rate = keras.optimizers.schedules.CosineDecay(1e-2, 30)
     model.compile(loss="mse", optimizer=kd.optimizers.Adam(rate, gradient_accumulation_steps=2))
     x = np.random.default_rng(0).integers(0, 256, (14, 4, 4, 1)).astype("uint8")
     data = kd.datasets.Batches(x, np.arange(14) % 3, batch_size=4, flip=True, steps_per_epoch=5, seed=2)
-    stopping = keras.callbacks.EarlyStopping("loss", patience=10, restore_best_weights=True)
+    stopping = keras.callbacks.EarlyStopping("loss", patience=100, restore_best_weights=True)
     checkpoint = kd.callbacks.Checkpoint(pathlib.Path(folder) / "checkpoints", every)
-    begin = keras.callbacks.LambdaCallback(on_train_begin=lambda logs: print("Training", flush=True))
+    begin = keras.callbacks.LambdaCallback(on_train_batch_begin=lambda batch, logs: print("Batch", batch, flush=True))
     options = {"callbacks": [checkpoint, stopping, begin, *callbacks], "epochs": epochs, "verbose": 0}
     history = model.fit(data, validation_data=data, **options)
     result = {f"variable_{i}": ops.convert_to_numpy(v) for i, v in enumerate(model.variables)}
@@ -40,4 +40,4 @@ def run(folder, callbacks=(), every=0.0, epochs=3):
 
 
 if __name__ == "__main__":
-    np.savez(pathlib.Path(sys.argv[1]) / "result.npz", **run(sys.argv[1]))
+    np.savez(pathlib.Path(sys.argv[1]) / "result.npz", **run(sys.argv[1], epochs=int(sys.argv[2])))

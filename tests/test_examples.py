@@ -418,7 +418,9 @@ def test_guidance(tmp_path, data_dir, capsys, command_line):
         with Image.open(tmp_path / name) as picture:
             picture.load()
     check_error(command_line("guidance.py", "--scales", -1, 2), 2, r"must be 0 or more. Received: \(-1.0, 2.0\)$")
-    result = command_line("guidance.py", "--num-samples", 19, "--data-dir", data_dir, "--output", tmp_path)
+    result = command_line(
+        "guidance.py", "--num-samples", 19, "--data-dir", data_dir, "--output", tmp_path, "--overwrite"
+    )
     check_error(result, 2, "--num-samples must be at least 20")
 
 
