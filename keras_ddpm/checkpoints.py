@@ -91,13 +91,14 @@ class Checkpoint(keras.callbacks.Callback):
             self._stop_skipping(model)
 
     def on_train_begin(self, logs=None):
-        if self._pending and self._pending["ended"]:
-            self._restore()
-        elif self._pending and self._pending["position"][1]:
+        if self._pending and self._pending["position"][1]:
             self._train_function, self.model.train_function = self.model.train_function, self._skip
 
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch = epoch
+        if self._pending and self._pending["ended"]:
+            self._restore()
+            self.model.reset_metrics()  # as Keras does before this call
         self._restore_history()
 
     def on_train_batch_begin(self, batch, logs=None):
@@ -123,7 +124,7 @@ class Checkpoint(keras.callbacks.Callback):
     def _save(self, position, ended=False):
         """Writes a checkpoint of the state before the batch at `position`. Ends the run if there was a signal.
 
-        At the end of `fit`, the state is that before the next epoch begins, if it is ever run.
+        At the end of `fit`, the state is that before the other callbacks end, and before a next epoch begins.
         """
         self._time = time.monotonic()
         values = [ops.convert_to_numpy(v) for v in _variables(self.model)]

@@ -104,9 +104,9 @@ class NoisyRegression(keras.Model):
         _checks.require(len(checkpoints) <= 1, "There can be one `Checkpoint`", number=len(checkpoints))
         others = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
         # `LossWatch` raises before another callback stores weights that are not finite. `Checkpoint` stores the state
-        # after all others.
+        # before the others end, as they may put other weights into the model.
         turns = Turns(self.turn)
-        given["callbacks"] = [turns, LossWatch(first), *others, *checkpoints]
+        given["callbacks"] = [turns, LossWatch(first), *checkpoints, *others]
         self._checked_validation_data = given.get("validation_data")
         with contextlib.ExitStack() as stack:
             stack.callback(setattr, self, "_checked_validation_data", None)
