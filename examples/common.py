@@ -1,18 +1,40 @@
 """What the examples share: command lines, data, training and a metric."""
 
 import argparse
+import contextlib
 import inspect
+import os
 import pathlib
 import re
 import shutil
 import sys
 import tempfile
+import time
 import typing
 
-import keras
 import numpy as np
 
-import keras_ddpm as kd
+
+@contextlib.contextmanager
+def quiet_import():
+    """Hides what TensorFlow's libraries say about missing accelerators, unless the import fails."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    with tempfile.TemporaryFile() as hidden, os.fdopen(os.dup(2), "wb") as standard_error:
+        os.dup2(hidden.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            hidden.seek(0)
+            standard_error.write(hidden.read())
+            raise
+        finally:
+            os.dup2(standard_error.fileno(), 2)
+
+
+with quiet_import():  # so examples import this module first
+    import keras
+
+    import keras_ddpm as kd
 
 # Names of data sets. A folder of the same name is ignored.
 DATASETS = ["oxford_flowers102", "mnist", "fashion_mnist", "procedural"]
@@ -78,6 +100,7 @@ def open_output(output, resume=False, overwrite=False):
         raise UsageError(
             f"{out} holds a run. Go on with it by --resume, replace it by --overwrite, or change --output."
         )
+    print(f"Output: {out}")
     return out
 
 
@@ -219,8 +242,29 @@ def train(
         0.0, max(1, epochs * len(data) - warmup_steps), warmup_target=learning_rate, warmup_steps=warmup_steps
     )
     model.compile(loss=loss, optimizer=kd.optimizers.Adam(rate, global_clipnorm=1.0))
-    callbacks = [*callbacks, *([kd.callbacks.Checkpoint(checkpoints)] if checkpoints else [])]
+    print("The first batch takes longer than the others, as it compiles the network.", flush=True)
+    callbacks = [
+        *callbacks,
+        estimate(epochs * len(data)),
+        *([kd.callbacks.Checkpoint(checkpoints)] if checkpoints else []),
+    ]
     return model.fit(data, epochs=epochs, callbacks=callbacks, **{"verbose": 2, **options}).history
+
+
+def estimate(steps, seconds=10):
+    """A callback that says how long training for this number of steps will take, once it knows."""
+    times = []
+
+    def on_train_batch_end(batch, logs):
+        times.append(time.monotonic())
+        if on_train_batch_end.waits and len(times) > 3 and times[-1] - times[0] > seconds:
+            on_train_batch_end.waits = False
+            step = np.median(np.diff(times)[-10:])
+            minutes = max(1, round(step * (steps - len(times)) / 60))
+            print(f"\nThe training will take about {minutes} min, at {step:.2f} s per batch.", flush=True)
+
+    on_train_batch_end.waits = True
+    return keras.callbacks.LambdaCallback(on_train_batch_end=on_train_batch_end)
 
 
 def make_metric(train, test, num_samples, classifier_epochs, seed):

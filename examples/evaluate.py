@@ -62,9 +62,9 @@ def measure(extractor, samples, held_out, real, seed):
 
 def draw(path, samples, pairs, lines, copies, bits):
     with kd.plots.figure(path, 2, 3, (18, 12)) as ((grid, nearest, distances), (text, error, bound)):
-        kd.plots.show(grid, samples[:64], 8)
+        kd.plots.show(samples[:64], 8, grid)
         grid.set_title("Samples, uncurated")
-        kd.plots.show(nearest, pairs, 8)
+        kd.plots.show(pairs, 8, nearest)
         nearest.set_title("Samples nearest to training images, each next to its image")
         options = {"bins": 30, "histtype": "step", "density": True}
         distances.hist(copies.held_out_distances, label="held-out images", **options)

@@ -179,6 +179,8 @@ def train(
     kd.images.save_gif(out / "denoising.gif", frames, max(1, scale // 2))
     images_seen = epochs * len(data) * batch_size
     print(f"Saw {images_seen:,} images in {(time.time() - start) / 60:.1f} minutes. Wrote {out}.")
+    if images_seen < 20_000:
+        print("These are few: models draw noise or blobs before they have seen some 20,000 images.")
 
 
 def main(

@@ -1,5 +1,14 @@
 """Denoising diffusion probabilistic models in Keras 3."""
 
+import inspect as _inspect
+
+try:
+    import keras as _keras  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name not in ("jax", "tensorflow", "torch"):
+        raise
+    _hint = f"Install it by `pip install {error.name}`, or set KERAS_BACKEND to another backend."
+    raise ModuleNotFoundError(f"Keras' backend {error.name} is not installed. {_hint}", name=error.name) from error
 from keras_ddpm import callbacks as callbacks
 from keras_ddpm import datasets as datasets
 from keras_ddpm import editing as editing
@@ -23,6 +32,18 @@ from keras_ddpm.diffusion import GaussianDiffusion as GaussianDiffusion
 from keras_ddpm.model import DiffusionModel as DiffusionModel
 
 __version__ = "0.2.0"
+
+
+def _own_names(module):
+    """Returns `__dir__` of a module for tab completion: its public names without those that it imports."""
+    own = {n: v for n, v in vars(module).items() if not n.startswith("_") and not _inspect.ismodule(v)}
+    names = [n for n, v in own.items() if getattr(v, "__module__", module.__name__).startswith(__name__)]
+    return lambda: names
+
+
+for _module in filter(_inspect.ismodule, list(globals().values())):
+    if _module.__name__.startswith(__name__):
+        vars(_module)["__dir__"] = _own_names(_module)
 
 
 def __dir__() -> list[str]:

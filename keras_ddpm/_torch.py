@@ -6,7 +6,6 @@ body runs. Only `_devices` imports this module. `tests/benchmarks/fast_functions
 
 import threading
 
-import keras
 import numpy as np
 import torch
 from keras import ops
@@ -70,9 +69,8 @@ def upsampled_conv2d(x, kernel, bias):
     """
     sums = np.array([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])  # along one axis, mirrored for the transposition
     channels, filters = kernel.shape[2:]
-    kernel = torch.permute(kernel, (3, 0, 1, 2)).reshape(filters, 9, channels)  # a view, in the layout of `arrange`
-    kernel = torch.matmul(ops.cast(np.kron(sums, sums), kernel.dtype), kernel)
-    kernel = torch.permute(kernel.reshape(filters, 4, 4, channels), (3, 0, 1, 2))
+    kernel = torch.mm(ops.cast(np.kron(sums, sums), kernel.dtype), kernel.reshape(9, channels * filters))
+    kernel = torch.permute(kernel.reshape(4, 4, channels, filters), (2, 3, 0, 1))
     x = torch.nn.functional.conv_transpose2d(torch.permute(x, (0, 3, 1, 2)), kernel, bias, stride=2, padding=1)
     return torch.permute(x, (0, 2, 3, 1))
 
@@ -100,18 +98,6 @@ def arrange(variables):
     for variable in variables:
         if len(variable.shape) == 4:
             variable.value.data = variable.value.data.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)
-
-
-def move_averages(averages, variables, decay):
-    """Moves each average in one pass over memory."""
-    for average, v in zip(averages, variables):
-        if not keras.backend.is_float_dtype(v.dtype):
-            average.assign(v)
-        elif decay.device.type != "cpu":  # reading the decay would wait for the accelerator
-            end = torch.where(decay < 1, v.value.data, average.value.data)
-            average.value.data.lerp_(end, 1.0 - decay)
-        elif decay < 1:
-            average.value.data.lerp_(v.value.data, 1.0 - decay)
 
 
 def adam_step(optimizer, gradient, variable, learning_rate):

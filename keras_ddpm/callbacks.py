@@ -1,7 +1,9 @@
 """Callbacks for `DiffusionModel.fit`."""
 
+import io
 import pathlib
 import tempfile
+import time
 import warnings
 from typing import Any
 
@@ -49,23 +51,34 @@ class SampleGrid(_Sampling):
         num_samples: number of images in a grid.
         compare_raw: whether to draw samples of the raw weights to the right of the samples of the average.
         scale: integer factor by which images are enlarged.
+        tensorboard: folder of logs for TensorBoard, as in `keras.callbacks.TensorBoard`, or `None`.
         **options: `seed` (by default 0), `sampler`, and what to sample, such as `labels` and `guidance_scale`, as in
             `DiffusionModel.sample`.
 
     Raises:
+        ModuleNotFoundError: before training, if `tensorboard` is given and not installed.
         ValueError: before training, if the data are not images, `path` has other names in braces or no ending of an
             image file, the sampler has more steps than the schedule, or an option is invalid.
         OSError: before training, if files cannot be written to the folder.
     """
 
     def __init__(
-        self, path: Any, every: int = 1, num_samples: int = 16, *, compare_raw: bool = False, scale: int = 1, **options
+        self,
+        path: Any,
+        every: int = 1,
+        num_samples: int = 16,
+        *,
+        compare_raw: bool = False,
+        scale: int = 1,
+        tensorboard: Any = None,
+        **options,
     ):
         super().__init__(every, num_samples, **options)
         self.path = str(path)
         _checks.counts(scale=scale)
         self.compare_raw = compare_raw
         self.scale = scale
+        self.tensorboard = tensorboard
 
     def on_train_begin(self, logs=None):
         super().on_train_begin(logs)
@@ -76,6 +89,11 @@ class SampleGrid(_Sampling):
             self.path.format(epoch=1)
         except (KeyError, IndexError, ValueError) as error:
             raise ValueError(f"`path` must have no name but {{epoch}} in braces. Received: path={self.path}") from error
+        self.writer = None
+        if self.tensorboard is not None:
+            from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+            self.writer = EventFileWriter(str(self.tensorboard))
         valid = pathlib.Path(self.path).suffix.lower() in Image.registered_extensions()
         _checks.require(valid, "`path` must end like an image file", path=self.path)
         folder = pathlib.Path(self.path).parent
@@ -88,7 +106,28 @@ class SampleGrid(_Sampling):
         if epoch % self.every:
             return
         grids = [images.grid(self.sample(use_ema)) for use_ema in ((True, False) if self.compare_raw else (True,))]
-        images.save(self.path.format(epoch=epoch), np.concatenate(grids, axis=1), self.scale)
+        grid = np.concatenate(grids, axis=1)
+        images.save(self.path.format(epoch=epoch), grid, self.scale)
+        if self.writer:
+            self.writer.add_event(_event(images.to_pil(grid), epoch))
+            self.writer.flush()
+
+
+def _event(image, step):
+    """An image as TensorBoard reads it."""
+    from tensorboard.compat.proto import event_pb2
+    from tensorboard.compat.proto import summary_pb2
+
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    entry = summary_pb2.Summary.Image(
+        height=image.height,
+        width=image.width,
+        colorspace=len(image.getbands()),
+        encoded_image_string=file.getvalue(),
+    )
+    value = summary_pb2.Summary.Value(tag="samples", image=entry)
+    return event_pb2.Event(wall_time=time.time(), step=step, summary=summary_pb2.Summary(value=[value]))
 
 
 class SampleMetrics(_Sampling):

@@ -10,6 +10,7 @@ TensorFlow, and only to read TensorFlow Datasets.
 import dataclasses
 import difflib
 import functools
+import mimetypes
 import multiprocessing.pool
 import os
 import warnings
@@ -81,6 +82,10 @@ class Batches(keras.utils.PyDataset):
             _checks.require(len(self.labels) == len(x), f"Expected {len(x)} labels", shape=self.labels.shape)
         self.epoch = 0
         self._begun = False
+
+    def __repr__(self) -> str:
+        labels = "" if self.labels is None else ", with labels"
+        return f"<Batches of {self.batch_size} of {len(self.x)} examples {self.x.shape[1:]} {self.x.dtype}{labels}>"
 
     @property
     def num_examples(self) -> int:
@@ -182,10 +187,15 @@ def from_folder(
             (with `strict`), an image is in no subfolder (with `labels`), or `Batches` raises it.
     """
     _checks.require(channels in (1, 3), "`channels` must be 1 or 3", channels=channels)
+    _checks.counts(image_size=image_size, max_pixels=max_pixels)
     path = Path(path)
     _checks.require(path.is_dir(), f"There is no folder {path}")
-    x, classes = [], []
-    for file in sorted(_image_files(path)):
+    x, classes, unread = [], [], set()
+    for file in sorted(_visible_files(path)):
+        if file.suffix.lower() not in ENDINGS:
+            if (mimetypes.guess_type(file)[0] or "").startswith("image/"):
+                unread.add(file.suffix)
+            continue
         parts = file.relative_to(path).parts
         _checks.require(not labels or len(parts) > 1, f"{file} is in no subfolder of {path}, so it has no class")
         try:
@@ -195,6 +205,8 @@ def from_folder(
             if strict:
                 raise ValueError(f"{file} cannot be read as an image: {error}") from error
             warnings.warn(f"Skipped {file}, which cannot be read as an image: {error}", stacklevel=2)
+    if unread:
+        warnings.warn(f"Files ending in {', '.join(sorted(unread))} are skipped: convert them to .png", stacklevel=2)
     _checks.require(x, f"There is no readable image in {path} (looked for {', '.join(sorted(ENDINGS))})")
     if not labels:
         return Batches(np.stack(x), **kwargs)
@@ -202,17 +214,15 @@ def from_folder(
     return Batches(np.stack(x), numbers.astype("int32"), class_names=names.tolist(), **kwargs)
 
 
-def _image_files(path):
-    """Yields the files with the ending of an image. Links are followed unless they lead back to a parent folder."""
+def _visible_files(path):
+    """Yields files that are not hidden. Links are followed unless they lead back to a parent folder."""
     for folder, folders, files in os.walk(path, followlinks=True):
         visible = [name for name in folders if not name.startswith(".") and name != "__MACOSX"]
         here = os.path.join(os.path.realpath(folder), "")
         folders[:] = [
             name for name in visible if not here.startswith(os.path.realpath(os.path.join(folder, name)) + os.sep)
         ]
-        for name in files:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in ENDINGS:
-                yield Path(folder, name)
+        yield from (Path(folder, name) for name in files if not name.startswith("."))
 
 
 def from_tfds(

@@ -34,7 +34,7 @@ PREDICTIONS = {
 def posterior_coefficients(alpha_t: Tensor, sigma_t: Tensor, alpha_s: Tensor, sigma_s: Tensor) -> tuple[Tensor, ...]:
     """q(x_s | x_t, x_0) for s < t: the factors of x_0 and x_t in its mean, and its variance.
 
-    The arguments are numbers, arrays or tensors.
+    `alpha_t`, `sigma_t`, `alpha_s` and `sigma_s` are numbers, arrays or tensors.
 
     Reference: Kingma et al., 2021, appendix A; with s = t − 1, Ho et al., 2020, Eq. 7.
     """
@@ -98,6 +98,9 @@ class GaussianDiffusion:
         self._scales = np.stack([alpha, sigma], axis=1)
         self._target = np.stack([a, b], axis=1)
         self._x0 = np.stack([from_x_t, from_y], axis=1)
+
+    def __repr__(self) -> str:
+        return f"GaussianDiffusion({self.schedule}, prediction={self.prediction!r}, clip_range={self.clip_range})"
 
     @property
     def timesteps(self) -> int:

@@ -49,7 +49,8 @@ def inpaint(
     Args:
         model: a `DiffusionModel`.
         images: `(batch, height, width, channels)`; unknown pixels may hold anything.
-        masks: `(batch, height, width, 1)`, 1 for known pixels and 0 for pixels to fill.
+        masks: `(batch, height, width, 1)`, or `(height, width, 1)` for all images: 1 for known pixels and 0 for pixels
+            to fill.
         seed: see above.
         sampler: a `samplers.Sampler`; `None` for `DDPM(50)`.
         num_steps: see above.
@@ -65,6 +66,8 @@ def inpaint(
     Reference: Lugmayr et al., 2022 ("RePaint"), algorithm 1.
     """
     images, masks = _checks.array(images, "images"), np.asarray(masks)
+    if masks.shape == (*images.shape[1:-1], 1):
+        masks = np.repeat(masks[None], len(images), axis=0)
     if masks.shape == (*images.shape[:-1], 1):
         images = np.where(masks == 0, np.float32(0), images)
     images = _images(model, images, "images")

@@ -6,8 +6,6 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_ddpm import _devices
-
 
 class Average:
     """A moving average of the network's weights.
@@ -57,11 +55,10 @@ class Average:
             return self.network(list(inputs), training=False)
 
 
-@_devices.fast_on_torch
 def move_averages(averages: list, variables: list, decay: Any) -> None:
-    """average ← average + (1 − decay) (variable − average) for each pair. Integer variables are copied.
+    """average ← average + (1 − decay) (variable − average) for each pair of `averages` and `variables`.
 
-    With the decay 1 nothing moves, even if a variable is NaN.
+    Integer variables are copied. With the decay 1 nothing moves, even if a variable is NaN.
     """
     for average, v in zip(averages, variables):
         if keras.backend.is_float_dtype(v.dtype):

@@ -105,7 +105,7 @@ def grid(x: ArrayLike, columns: int | None = None, padding: int = 2) -> np.ndarr
     """Arranges images in a grid on white.
 
     Args:
-        x: `(num, height, width, channels)` in [-1, 1].
+        x: `(num, height, width, channels)` in [-1, 1], or `(rows, columns, height, width, channels)`.
         columns: number of images in a row. By default, the grid has about as many rows as columns.
         padding: pixels between images and around them.
 
@@ -116,6 +116,8 @@ def grid(x: ArrayLike, columns: int | None = None, padding: int = 2) -> np.ndarr
         ValueError: if `x` is not an array of one or more images, or `columns` is not a positive integer.
     """
     x = _checks.array(x, "x")
+    if x.ndim == 5:
+        columns, x = columns or x.shape[1], x.reshape(-1, *x.shape[2:])
     _checks.require(x.ndim == 4 and len(x), "Expected images (num, height, width, channels)", shape=x.shape)
     _checks.counts(optional=True, columns=columns)
     _checks.counts(low=0, padding=padding)
@@ -128,9 +130,12 @@ def grid(x: ArrayLike, columns: int | None = None, padding: int = 2) -> np.ndarr
 def save(path: str | pathlib.Path, x: ArrayLike, scale: int = 1) -> None:
     """Writes one image, or a grid of several. Missing folders are created.
 
+    >>> save("grid.png", x)
+    >>> save("flower-{:04d}.png", x)  # one file per image, numbered from 0
+
     Args:
         path: file name. Its extension selects the format.
-        x: `(height, width, channels)` or `(num, height, width, channels)` in [-1, 1].
+        x: `(height, width, channels)` in [-1, 1], or several images as in `grid`.
         scale: integer factor by which every pixel is enlarged.
 
     Raises:
@@ -138,7 +143,11 @@ def save(path: str | pathlib.Path, x: ArrayLike, scale: int = 1) -> None:
             unknown.
     """
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    _to_pil(x, scale).save(path)
+    if "{:" in str(path):
+        for index, image in enumerate(x):
+            to_pil(image, scale).save(str(path).format(index))
+    else:
+        to_pil(x, scale).save(path)
 
 
 def save_gif(path: str | pathlib.Path, frames: Iterable[ArrayLike], scale: int = 1, milliseconds: int = 100) -> None:
@@ -153,7 +162,7 @@ def save_gif(path: str | pathlib.Path, frames: Iterable[ArrayLike], scale: int =
     Raises:
         ValueError: if there is no frame, or as in `save`.
     """
-    pictures = [_to_pil(frame, scale) for frame in frames]
+    pictures = [to_pil(frame, scale) for frame in frames]
     _checks.require(pictures, "There is no frame")
     first, *rest = pictures
     durations = [milliseconds] * len(rest) + [2000]
@@ -161,12 +170,16 @@ def save_gif(path: str | pathlib.Path, frames: Iterable[ArrayLike], scale: int =
     first.save(path, save_all=True, append_images=rest, duration=durations, loop=0)
 
 
-def _to_pil(x, scale):
+def to_pil(x: ArrayLike, scale: int = 1) -> Image.Image:
+    """Returns one image, or a grid of several, as an image of Pillow. Notebooks display it.
+
+    Args and errors: as in `save`.
+    """
     x = np.asarray(x)
-    valid = x.ndim in (3, 4) and x.shape[-1] in (1, 3)
+    valid = x.ndim in (3, 4, 5) and x.shape[-1] in (1, 3)
     _checks.require(valid, "Expected one or several images of 1 or 3 channels", shape=x.shape)
     _checks.counts(scale=scale)
     if x.dtype.kind in "biu":
         to_uint8(x)  # raises an error
-    x = to_uint8(grid(x) if x.ndim == 4 else x).repeat(scale, axis=0).repeat(scale, axis=1)
+    x = to_uint8(grid(x) if x.ndim > 3 else x).repeat(scale, axis=0).repeat(scale, axis=1)
     return Image.fromarray(x[..., 0] if x.shape[-1] == 1 else x)

@@ -120,7 +120,13 @@ class DiffusionModel(training.NoisyRegression):
         return self.average.weights
 
     def call(self, inputs, training=None):
-        """The network's output for `(x_t, t)` or `(x_t, t, condition)`."""
+        """The network's output for `(x_t, t)` or `(x_t, t, condition)`.
+
+        Raises:
+            ValueError: if the inputs are something else.
+        """
+        valid = isinstance(inputs, (list, tuple)) and len(inputs) == len(self.network.inputs)
+        _checks.require(valid, "Generate data with `model.sample(num)`, and clean x_t with `model.denoise(x_t, t)`")
         if self.evaluates_average and not training:
             return self.average.predict(*inputs)
         return self.network(list(inputs), training=training)
@@ -174,7 +180,7 @@ class DiffusionModel(training.NoisyRegression):
         _checks.counts(num_samples=num_samples)
         sampler = sampler or self.default_sampler
         valid = isinstance(sampler, samplers.Sampler)
-        _checks.require(valid, "`sampler` must be one of `keras_ddpm.samplers`", sampler=sampler)
+        _checks.require(valid, "`sampler` must be a sampler, such as `samplers.DPMSolver(20)`", sampler=sampler)
         steps = sampler.steps(self.diffusion.schedule)
         if return_trajectory is not None:
             valid = _checks.is_count(return_trajectory) and return_trajectory <= len(steps)
@@ -259,6 +265,12 @@ class DiffusionModel(training.NoisyRegression):
             pathlib.Path(filepath).suffix == ".keras", "The file name must end in .keras", filepath=filepath
         )
         super().save(filepath, *args, **kwargs)
+
+    def export(self, filepath: Any, *args, **kwargs) -> None:
+        """`keras.Model.export` of the network with the averaged weights: a function of x_t, t and the condition."""
+        network = keras.models.clone_model(self.network)
+        network.set_weights([keras.ops.convert_to_numpy(v) for v in self.ema_weights])
+        network.export(filepath, *args, **kwargs)
 
     def get_config(self):
         return {

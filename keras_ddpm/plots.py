@@ -70,14 +70,18 @@ def curves(axes: Axes, lines: dict[str, Any], **settings: Any) -> None:
     axes.legend()
 
 
-def show(axes: Axes, x: ArrayLike, columns: int | None = None) -> None:
+def show(x: ArrayLike, columns: int | None = None, axes: Axes | None = None) -> None:
     """Draws a grid of images on Matplotlib axes.
 
     Args:
-        axes: the axes.
-        x: `(num, height, width, channels)` in [-1, 1].
+        x: images in [-1, 1], as in `images.grid`.
         columns: number of images in a row, as in `images.grid`.
+        axes: the axes. By default, the current axes of `matplotlib.pyplot`, which notebooks display.
     """
+    if axes is None:
+        from matplotlib import pyplot  # which looks for a display
+
+        axes = pyplot.gca()
     axes.imshow(images.to_uint8(images.grid(x, columns)), cmap="gray", vmin=0, vmax=255)
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
@@ -101,6 +105,6 @@ def table(path: str | pathlib.Path, rows: dict[str, dict[str, Any]], columns: in
         for axes_of_row, (row, cells) in zip(grid, rows.items()):
             axes_of_row[0].set_ylabel(row, rotation=0, ha="right", va="center", fontsize="small")
             for axes, name in zip(axes_of_row, names):
-                show(axes, cells[name], columns)
+                show(cells[name], columns, axes)
         for axes, name in zip(grid[0], names):
             axes.set_title(name, fontsize="small")

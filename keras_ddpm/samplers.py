@@ -96,7 +96,7 @@ def step(row: Any, denoise: Callable, x: Any, noise: Any, previous: tuple) -> tu
 
 
 def add_noise_back(row: Array, schedule: Schedule, s: int, t: int) -> Array:
-    """Extends a row that arrives at s: the new row also adds the noise that leads back to t > s."""
+    """Extends a row of a schedule that arrives at s: the new row also adds the noise that leads back to t > s."""
     ratio = schedule.alpha[t] / schedule.alpha[s]
     back = row.copy()
     for name in ("from_x", "from_x_0", "from_previous"):

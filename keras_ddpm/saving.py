@@ -43,7 +43,7 @@ def load_model(path: str | pathlib.Path, **options: Any) -> keras.Model:
 
 
 def portable(value: Any) -> Any:
-    """Serializes the arguments of `compile`, or an object or a container among them.
+    """Serializes a value: the arguments of `compile`, or an object or a container among them.
 
     Keras 3.15 forgets some arguments of losses and metrics, such as `delta` of `Huber`. They are added.
     """
@@ -62,7 +62,7 @@ def portable(value: Any) -> Any:
 
 
 def neutral(config: Any) -> Any:
-    """Replaces the modules of a backend's optimizers, which another backend does not have, by the public module."""
+    """Replaces a backend's optimizers in a `config`, which another backend does not have, by the public ones."""
     if isinstance(config, list):
         return [neutral(entry) for entry in config]
     if not isinstance(config, dict):

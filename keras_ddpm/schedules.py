@@ -24,7 +24,7 @@ from keras_ddpm import _checks
 
 
 @keras.saving.register_keras_serializable(package="keras_ddpm")
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Schedule:
     """The scales of signal and noise at t = 0..T.
 
@@ -52,6 +52,9 @@ class Schedule:
         finite = np.all(np.isfinite([alpha, sigma])) and np.all(alpha >= 0)
         falls = finite and np.all(alpha[1:] * sigma[:-1] < alpha[:-1] * sigma[1:])
         _checks.require(falls, "A schedule's alpha / sigma falls at every step, and both are finite and never negative")
+
+    def __repr__(self) -> str:
+        return f"<Schedule of {self.timesteps} steps, log SNR {self.log_snr[1]:.3g} to {self.log_snr[-1]:.3g}>"
 
     @property
     def timesteps(self) -> int:

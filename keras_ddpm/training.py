@@ -6,6 +6,7 @@ import functools
 import inspect
 import itertools
 import types
+import warnings
 from typing import Any
 
 import keras
@@ -95,6 +96,8 @@ class NoisyRegression(keras.Model):
         """
         given = _arguments(keras.Model.fit, self, *args, **kwargs)
         given["x"], first = self._checked(given.get("x"), given.get("y"))
+        if len(self.data_shape) == 3 and self.diffusion.clip_range == (-1, 1) and 0 <= first.min() < first.max():
+            warnings.warn("The images lie in [0, 1]. Expected [-1, 1]: scale them with 2 * x - 1", stacklevel=2)
         if given.get("validation_data") is not None:
             given["validation_data"], _ = self._checked(given["validation_data"])
         callbacks = given.get("callbacks") or []

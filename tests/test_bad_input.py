@@ -170,7 +170,7 @@ TABLE = [
     # Sampling
     (lambda: sample(0), "`num_samples` must be an integer of at least 1"),
     (lambda: sample(2.0), "`num_samples` must be an integer of at least 1"),
-    (lambda: sample(2, "ddim"), "`sampler` must be one of"),
+    (lambda: sample(2, "ddim"), "`sampler` must be a sampler, such as"),
     (lambda: sample(2, kd.samplers.DDIM(51)), "The schedule has only 50 steps"),
     (lambda: sample(2, seed=-1), "`seed` must be an integer"),
     (lambda: sample(2, seed="0"), "`seed` must be an integer"),

@@ -1,5 +1,6 @@
 """The callbacks: averaged weights in validation, samples during training, and the watch on the loss."""
 
+import io
 import warnings
 
 import keras
@@ -278,3 +279,18 @@ def test_a_model_that_learns_nothing_says_so(points):
         texts = [str(w.message) for w in caught if "learned next to nothing" in str(w.message)]
         assert len(texts) == warns
         assert not warns or "always predicting zero gives 0.7" in texts[0] or "gives 0.8" in texts[0]
+
+
+def test_grids_for_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    model = kd.DiffusionModel(kd.networks.unet((8, 8, 1), 8, (1,), 1, (), groups=2))
+    model.compile(loss="mse", optimizer="adam")
+    grids = kd.callbacks.SampleGrid(
+        tmp_path / "{epoch}.png", num_samples=4, sampler=kd.samplers.DDIM(2), tensorboard=tmp_path / "logs"
+    )
+    model.fit(np.zeros((4, 8, 8, 1), "float32"), epochs=2, verbose=0, callbacks=[grids])
+    found = EventAccumulator(str(tmp_path / "logs")).Reload().Images("samples")
+    assert [event.step for event in found] == [1, 2]
+    with Image.open(io.BytesIO(found[1].encoded_image_string)) as logged, Image.open(tmp_path / "2.png") as written:
+        assert np.array_equal(np.asarray(logged), np.asarray(written))

@@ -123,6 +123,14 @@ def test_folder(tmp_path):
         datasets.from_folder(tmp_path, 8, strict=True)
 
 
+def test_formats_that_are_not_read_are_named(tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    for name in ("b.heic", "c.SVG", "d.txt"):
+        (tmp_path / name).write_text("")
+    with pytest.warns(UserWarning, match=r"Files ending in \.SVG, \.heic are skipped"):
+        assert datasets.from_folder(tmp_path, 8, batch_size=1).num_examples == 1
+
+
 def test_what_is_no_image_of_a_folder(tmp_path):
     """Hidden files and those of archives are ignored; folders without an image are no class; links are followed."""
     picture = Image.new("RGB", (8, 8), "red")

@@ -291,65 +291,32 @@ def test_presets_of_flowers(monkeypatch):
 
 def test_the_readmes_code(tmp_path, monkeypatch):
     """As printed, but for the size of the job."""
-    fifteen_lines, own_data, *_ = README_CODE
-    flowers, _ = kd.datasets.procedural_flowers(64, 16)
-    batches = [kd.datasets.from_arrays(flowers, batch_size=8, steps_per_epoch=2)] * 2
-    monkeypatch.setattr(kd.datasets, "oxford_flowers", lambda image_size, batch_size: batches)
-    small = [("64, 64, 3", "16, 16, 3), 8, (1, 2"), ("groups=8", "groups=4, num_blocks=1")]
-    for old, new in [*small, ("epochs=800", "epochs=10"), ("DDIM(50)", "DDIM(3)")]:
+    fifteen_lines, own_data = README_CODE
+    for old, new in [("1024", "64"), ("epochs=6", "epochs=2"), ("width=24", "width=8")]:
         assert old in fifteen_lines
         fifteen_lines = fifteen_lines.replace(old, new)
     monkeypatch.chdir(tmp_path)
-    exec(fifteen_lines, {})
-    for name in ("samples/0010.png", "flowers.png"):
+    names = {}
+    exec(fifteen_lines, names)
+    for name in ("samples/0002.png", "flowers.png"):
         with Image.open(name) as picture:
             assert picture.size == (74, 74)
 
-    for index, flower in enumerate(flowers):
-        kd.images.save(f"pictures/{index}.png", flower)
+    flowers = names["images"]
+    kd.images.save("pictures/{:03d}.png", flowers)
     np.savez("pictures.npz", x=kd.images.to_uint8(flowers))
     monkeypatch.setattr(kd.datasets, "from_tfds", lambda name, batch_size, data_dir: None)
     exec(own_data, {})
 
 
 @pytest.mark.slow
-def test_the_readmes_conditions_and_editing(monkeypatch):
-    _, _, conditional, _ = README_CODE
-    flowers, labels = kd.datasets.procedural_flowers(64, 16)
-    batches = kd.datasets.from_arrays(flowers, labels + 70, batch_size=8, steps_per_epoch=2)
-    monkeypatch.setattr(kd.datasets, "oxford_flowers", lambda image_size, batch_size, labels: (batches, None))
-    for old, new in [("64, 64, 3), ", "16, 16, 3), 16, (1, 2), "), ("16, 64, 64, 1", "2, 16, 16, 1"), ("32:", "8:")]:
-        assert old in conditional
-        conditional = conditional.replace(old, new)
-    names = {}
-    for old, new in [("epochs=800", "epochs=1"), ("sample(16", "sample(2"), ("[:8]", "[:1]"), ("[8:]", "[1:]")]:
-        assert old in conditional
-        conditional = conditional.replace(old, new)
-    exec(conditional, names)
-    assert names["between"].shape == (5, 1, 16, 16, 3) and names["similar"].shape == (2, 16, 16, 3)
-    assert np.array_equal(names["filled"][:, :, :8], names["roses"][:, :, :8])
-
-
-@pytest.mark.slow
-def test_the_readmes_metrics(tmp_path, monkeypatch, capsys):
-    *_, code = README_CODE
-    flowers, labels = kd.datasets.procedural_flowers(150, 16)
-    options = {"batch_size": 8, "steps_per_epoch": 2}
-    batches = [kd.datasets.from_arrays(kd.images.to_uint8(flowers), labels, **options) for _ in range(2)]
-    monkeypatch.setattr(kd.datasets, "oxford_flowers", lambda image_size, labels: batches)
-    for old, new in [
-        ("64, 64, 3)", "16, 16, 3), 16, (1, 2), 1, ()"),
-        ("epochs=800", "epochs=2"),
-        ("num_samples=500, every=10", "num_samples=100, every=2, sampler=kd.samplers.DDIM(2)"),
-        ("x), 500", "x), 100"),
-        ("[:100]", "[:2]"),
-    ]:
-        assert old in code
-        code = code.replace(old, new)
+def test_the_readmes_code_learns(tmp_path, monkeypatch):
+    """As printed."""
     monkeypatch.chdir(tmp_path)
-    exec(code, {})
-    assert "'num_generated': 100, 'extractor': 'classifier'" in capsys.readouterr().out
-    assert pathlib.Path("best.keras").is_file()
+    names = {}
+    exec(README_CODE[0], names)
+    losses = names["model"].history.history["loss"]
+    assert losses[-1] < losses[0] / 2
 
 
 @pytest.mark.slow

@@ -118,6 +118,28 @@ assert not {"diffusion", "sampling", "training", "ema", "model"} & set(dir(keras
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(REPOSITORY)})
 
 
+def test_names_for_tab_completion():
+    """A module shows its own public names, not those that it imports."""
+    own = {"MAX_PIXELS", "from_uint8", "to_uint8", "resize", "load", "grid", "save", "save_gif", "to_pil"}
+    assert set(dir(kd.images)) == own
+    assert {"Batches", "from_folder", "moons"} <= set(dir(kd.datasets)) and "np" not in dir(kd.datasets)
+
+
+def test_a_backend_that_is_not_installed():
+    code = """
+import sys
+class Missing:
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            raise ModuleNotFoundError("No module named 'torch'", name="torch")
+sys.meta_path.insert(0, Missing())
+import keras_ddpm
+"""
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "KERAS_BACKEND": "torch"}
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert "Keras' backend torch is not installed. Install it by `pip install torch`" in process.stderr
+
+
 def code_lines(source):
     """The numbers of lines that hold a token, without comments and docstrings."""
     docstrings = set()
@@ -133,11 +155,11 @@ def code_lines(source):
 
 
 def test_the_house_stays_small():
-    """At most 2,850 lines of code, 450 lines in a file and 300 in a class.
+    """At most 2,950 lines of code, 450 lines in a file and 300 in a class.
 
-    Version 0.2 had 2,350 before checkpoints and the answers to bad input.
+    The house had 2,349 before checkpoints, answers to bad input, and what helps newcomers.
     """
-    assert sum(len(code_lines(text)) for text in MODULES.values()) <= 2850
+    assert sum(len(code_lines(text)) for text in MODULES.values()) <= 2950
     for name, text in MODULES.items():
         assert len(text.splitlines()) <= 450, name
         for node in ast.walk(ast.parse(text)):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from matplotlib import pyplot
 from PIL import Image
 
 from keras_ddpm import images
@@ -91,6 +92,22 @@ def test_files(tmp_path, channels):
         assert gif.info["duration"] == 50
         gif.seek(2)
         assert gif.info["duration"] == 2000
+
+
+def test_one_file_per_image_and_rows_of_a_grid(tmp_path):
+    x = np.random.default_rng(0).uniform(-1, 1, (2, 3, 5, 6, 3))
+    images.save(tmp_path / "new/a-{:03d}.png", x[0])
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["a-000.png", "a-001.png", "a-002.png"]
+    assert np.array_equal(read(tmp_path / "new/a-002.png"), images.to_uint8(x[0, 2]))
+    assert np.array_equal(images.grid(x), images.grid(x.reshape(6, 5, 6, 3), columns=3))
+    assert np.array_equal(np.asarray(images.to_pil(x)), images.to_uint8(images.grid(x)))
+
+
+def test_show_draws_on_the_current_axes():
+    pyplot.switch_backend("agg")
+    plots.show(np.zeros((4, 5, 6, 1)))
+    assert pyplot.gca().images[0].get_size() == (2 * 7 + 2, 2 * 8 + 2)
+    pyplot.close()
 
 
 def test_loss_plot(tmp_path):

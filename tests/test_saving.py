@@ -161,3 +161,17 @@ def test_damaged_files(tmp_path, model, number):
             assert "cannot be loaded as a model" in str(error) and "\n" not in str(error)
         else:
             assert all(np.array_equal(ops.convert_to_numpy(v), value) for v, value in zip(got.weights, expected))
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="a format of TensorFlow")
+def test_export_holds_the_average(tmp_path, model, points):
+    import tensorflow as tf
+
+    model.fit(points, verbose=0)
+    model.save(tmp_path / "x.keras")
+    kd.saving.load_model(tmp_path / "x.keras").export(tmp_path / "exported", verbose=False)
+    exported = tf.saved_model.load(tmp_path / "exported")
+    served = exported.serve([points[:4], np.arange(4, dtype="int32")])
+    expected = model.average.predict(points[:4], np.arange(4))
+    assert np.allclose(served, expected, atol=1e-6)
+    assert not np.allclose(served, model((points[:4], np.arange(4))), atol=1e-4)

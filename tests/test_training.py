@@ -277,3 +277,12 @@ def test_data_loaders_of_bare_tensors(points, batch_size):
     for name in ("loss", "val_loss"):  # of a network that predicts 0
         assert history[name][0] == pytest.approx(np.mean(x.astype("float64") ** 2), rel=1e-5)
     assert next(iter(loader)).shape == (batch_size, 2)  # the user's own is as it was
+
+
+def test_images_in_0_1_are_named():
+    model = kd.DiffusionModel(kd.networks.unet((8, 8, 1), 8, (1,), 1, (), groups=2))
+    model.compile(loss="mse", optimizer="adam")
+    x = np.random.default_rng(0).uniform(0, 1, (4, 8, 8, 1)).astype("float32")
+    with pytest.warns(UserWarning, match=r"The images lie in \[0, 1\]"):
+        model.fit(x, verbose=0)
+    model.fit(2 * x - 1, verbose=0)

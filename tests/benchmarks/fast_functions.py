@@ -18,7 +18,7 @@ import keras_ddpm as kd
 from keras_ddpm import _devices
 
 FUNCTIONS = {
-    "training": ["arrange", "conv2d", "upsampled_conv2d", "group_norm", "attention", "move_averages", "adam_step"],
+    "training": ["arrange", "conv2d", "upsampled_conv2d", "group_norm", "attention", "adam_step"],
     "sampling": ["arrange", "conv2d", "upsampled_conv2d", "group_norm", "attention", "recorded"],
 }
 

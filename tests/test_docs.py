@@ -1,0 +1,101 @@
+"""The documents: their code runs as printed, their links lead somewhere, and the reference is complete."""
+
+import ast
+import inspect
+import json
+import re
+
+import pytest
+from conftest import ROOT
+from conftest import TORCH
+
+import keras_ddpm as kd
+
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "examples/README.md"]
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
+
+
+def code_of(path):
+    return re.findall(r"^```python\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.skipif(not TORCH, reason="takes longest to compile elsewhere")
+@pytest.mark.parametrize("path", [path for path in PAGES if code_of(path) and path.name != "README.md"], ids=name_of)
+def test_code_of_the_documents(path, tmp_path, monkeypatch):
+    """All blocks of a page, in order."""
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for code in code_of(path):
+        exec(code, names)
+    for claim in ("same",):
+        assert names.get(claim, True)
+    kd.diffusion.PREDICTIONS.pop("difference", None)
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=name_of)
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text()):
+        assert "://" in target or (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=name_of)
+def test_no_sentence_is_long(path):
+    """At most 35 words, and a README of at most 150 lines."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"\$\$.*?\$\$|^#.*$|^\|.*$|^!\[.*$", "\n\n", text, flags=re.DOTALL | re.MULTILINE)
+    for sentence in re.split(r"\n\s*\n|\n\s*[-*] |\n\s*\d+\. |(?<=[.:!?])\s", text):
+        assert len(sentence.split()) <= 35, sentence
+    assert path != ROOT / "README.md" or len(path.read_text().splitlines()) <= 150
+
+
+def public():
+    """All public classes and functions of the package, with their names."""
+    for module in [getattr(kd, name) for name in dir(kd)] + [kd.model, kd.diffusion, kd.checkpoints, kd.ema]:
+        for name in dir(module) if inspect.ismodule(module) else []:
+            value = getattr(module, name)
+            if (inspect.isclass(value) or inspect.isfunction(value)) and value.__module__ == module.__name__:
+                yield f"{module.__name__}.{name}", value
+
+
+def test_the_reference_is_complete():
+    """Every public name has a docstring that names its arguments, and its module is on the page."""
+    text = (ROOT / "docs/reference.md").read_text()
+    for name, value in public():
+        assert f"::: {value.__module__}\n" in text, name
+        documented = inspect.getdoc(value) or ""
+        assert documented, name
+        if hasattr(value, "__wrapped__"):  # what a layer computes, and documents
+            continue
+        arguments = {n for n in inspect.signature(value).parameters if n not in ("args", "kwargs", "name", "options")}
+        missing = {n for n in arguments if n.lower() not in documented.lower()}
+        elsewhere = "Args and errors: as in" in documented or "Keras' " in documented
+        assert not missing or elsewhere, (name, missing)
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    for path in (ROOT / "docs").rglob("*.md"):
+        assert str(path.relative_to(ROOT / "docs")) in navigation
+
+
+@pytest.mark.skipif(not TORCH, reason="takes longest to compile elsewhere")
+def test_the_notebook(tmp_path, monkeypatch):
+    """Every cell, at a small size. A cell that ends in an image shows one."""
+    notebook = json.loads((ROOT / "examples/flowers.ipynb").read_text())
+    monkeypatch.chdir(tmp_path)
+    names, images = {}, 0
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"]
+            code = "".join(cell["source"]).replace("2048", "64").replace("epochs=5", "epochs=1")
+            *lines, last = ast.parse(code).body
+            if isinstance(last, ast.Expr):
+                exec(compile(ast.Module(lines, []), "notebook", "exec"), names)
+                images += hasattr(eval(ast.unparse(last), names), "_repr_png_")
+            else:
+                exec(code, names)
+    assert images == 6
