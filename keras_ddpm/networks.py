@@ -30,11 +30,12 @@ def unet(
     dropout: float = 0.0,
     num_classes: int | None = None,
     context_dim: int | None = None,
+    patch_size: int = 1,
 ) -> keras.Model:
     """The U-Net of Ho et al.: residual blocks with group normalization, and self-attention at low resolution.
 
-    If a side of the images is not a multiple of 2^(levels − 1), the input is padded with zeros and the output is
-    cropped. The output is float32 under any dtype policy.
+    If a side of the images is not a multiple of patch_size · 2^(levels − 1), the input is padded with zeros and the
+    output is cropped. The output is float32 under any dtype policy.
 
     Example:
 
@@ -53,6 +54,8 @@ def unet(
         dropout: dropout rate in the residual blocks, in [0, 1).
         num_classes: number K of labels 0..K − 1 to condition on. The label embedding is added to the time embedding.
         context_dim: size of the vectors to condition on instead of labels.
+        patch_size: side of the square patches that the first convolution turns into one pixel, and the last convolution
+            turns back. Resolutions are counted in patches. With 2, a call costs a quarter.
 
     Returns:
         A functional `keras.Model` with inputs `x_t` `(batch, height, width, channels)`, `t` `(batch,)`, int32, and,
@@ -64,7 +67,7 @@ def unet(
 
     Reference: Ho et al., 2020, appendix B.
     """
-    _checks.counts(width=width, num_blocks=num_blocks, groups=groups)
+    _checks.counts(width=width, num_blocks=num_blocks, groups=groups, patch_size=patch_size)
     valid = len(width_multipliers) and all(map(_checks.is_count, width_multipliers))
     _checks.require(valid, "Expected one or more positive integers", width_multipliers=width_multipliers)
     _checks.require(_checks.is_between(dropout, 0, 1) and dropout < 1, "`dropout` must be in [0, 1)", dropout=dropout)
@@ -73,11 +76,11 @@ def unet(
     _checks.require(divided, "`groups` must divide the channels of every level", groups=groups, channels=widths)
     if groups in widths:
         warnings.warn(f"With groups={groups} of one channel each, the normalization hides the time.", stacklevel=2)
-    stride = 2 ** (len(widths) - 1)
+    stride = patch_size * 2 ** (len(widths) - 1)
     padding = _padding(image_shape, stride)
     _checks.require(min(image_shape[:2]) >= stride, f"Levels need {stride}x{stride} or more", image_shape=image_shape)
     longer_side = max(size + sum(sides) for size, sides in zip(image_shape, padding))
-    resolutions = [longer_side >> level for level in range(len(widths))]
+    resolutions = [longer_side // patch_size >> level for level in range(len(widths))]
     for missed in sorted(set(attention_resolutions) - set(resolutions)):
         warnings.warn(f"No level has resolution {missed} for attention. Levels: {resolutions}", stacklevel=2)
 
@@ -113,7 +116,7 @@ def unet(
 
     # Down.
     x = keras.layers.ZeroPadding2D(padding, name="pad")(x_t)
-    x = _conv(width, name="conv_in")(x)
+    x = _conv(width, 3 * patch_size, patch_size, name="conv_in")(x)
     skips = [x]
     for level, channels in enumerate(widths):
         for block in range(num_blocks):
@@ -136,7 +139,12 @@ def unet(
         if level > 0:
             x = layers.UpsampledConv2D(channels, name=f"up_{level}_upsample")(x)
 
-    x = _conv(image_shape[-1], scale=0.0, dtype="float32", name="conv_out")(normalize(x, "out"))
+    options = {"kernel_initializer": "zeros", "padding": "same", "dtype": "float32", "name": "conv_out"}
+    if patch_size == 1:
+        conv_out = layers.Conv2D(image_shape[-1], 3, **options)
+    else:
+        conv_out = keras.layers.Conv2DTranspose(image_shape[-1], 3 * patch_size, patch_size, **options)
+    x = conv_out(normalize(x, "out"))
     x = keras.layers.Cropping2D(padding, dtype="float32", name="crop")(x)
     return keras.Model([x_t, *conditions], x, name="unet")
 

@@ -292,7 +292,7 @@ def test_presets_of_flowers(monkeypatch):
 def test_the_readmes_code(tmp_path, monkeypatch):
     """As printed, but for the size of the job."""
     fifteen_lines, own_data = README_CODE
-    for old, new in [("1024", "64"), ("epochs=6", "epochs=2"), ("width=24", "width=8")]:
+    for old, new in [("1024", "64"), ("epochs=6", "epochs=2"), ("width=24", "width=16")]:
         assert old in fifteen_lines
         fifteen_lines = fifteen_lines.replace(old, new)
     monkeypatch.chdir(tmp_path)

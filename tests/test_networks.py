@@ -238,3 +238,21 @@ def test_bad_sizes_of_the_perceptron(name, value):
 def test_bad_sizes_of_the_transformer(name, value):
     with pytest.raises(ValueError, match=f"must be .* Received: .*{name}={value}"):
         networks.dit((8, 8, 3), **{"num_heads": 1, name: value})
+
+
+def test_patches():
+    """The ends are 3x3 convolutions of patches: of 2x2 pixels side by side as channels, in and out."""
+    network = randomized(networks.unet((12, 9, 3), 8, (1, 2), 1, (3,), groups=2, patch_size=2))
+    assert network.output.shape == (None, 12, 9, 3) and network.get_layer("down_0_0_conv_1").output.shape[1:3] == (6, 6)
+    to_patches = lambda x: x.reshape(2, 6, 2, 6, 2, -1).transpose(0, 1, 3, 2, 4, 5).reshape(2, 6, 6, -1)  # noqa: E731
+    x = np.random.default_rng(0).normal(size=(2, 12, 12, 3)).astype("float32")
+    conv_in, conv_out = network.get_layer("conv_in"), network.get_layer("conv_out")
+    kernel, bias = conv_in.get_weights()  # (6, 6, 3, 8): of 3x3 patches of 2x2 pixels
+    kernel = kernel.reshape(3, 2, 3, 2, 3, 8).transpose(0, 2, 1, 3, 4, 5).reshape(3, 3, 12, 8)
+    expected = ops.convert_to_numpy(ops.conv(to_patches(x), kernel, padding="same")) + bias
+    assert np.allclose(ops.convert_to_numpy(conv_in(x)), expected, atol=1e-5)
+    h = np.random.default_rng(1).normal(size=(2, 6, 6, 8)).astype("float32")
+    kernel, bias = conv_out.get_weights()  # (6, 6, 3, 8), mirrored in a transposed convolution
+    kernel = kernel.reshape(3, 2, 3, 2, 3, 8)[::-1, :, ::-1].transpose(0, 2, 5, 1, 3, 4).reshape(3, 3, 8, 12)
+    expected = ops.convert_to_numpy(ops.conv(h, kernel, padding="same"))
+    assert np.allclose(to_patches(ops.convert_to_numpy(conv_out(h)) - bias), expected, atol=1e-5)
