@@ -190,12 +190,16 @@ class Turns(keras.callbacks.Callback):
 
     Args:
         lock: the lock that `DiffusionModel.run` takes, too.
+
+    Attributes:
+        number: number of steps that have ended.
     """
 
     def __init__(self, lock: Any):
         super().__init__()
         self.lock = lock
         self.held = False
+        self.number = 0
 
     def begin(self, batch=None, logs=None):
         if not self.held:
@@ -206,8 +210,12 @@ class Turns(keras.callbacks.Callback):
             self.held = False
             self.lock.release()
 
+    def on_train_batch_end(self, batch, logs=None):
+        self.number += 1
+        self.end()
+
     on_train_batch_begin = on_test_batch_begin = begin
-    on_train_batch_end = on_test_batch_end = end
+    on_test_batch_end = end
 
 
 class LossWatch(keras.callbacks.Callback):

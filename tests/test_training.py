@@ -286,3 +286,23 @@ def test_images_in_0_1_are_named():
     with pytest.warns(UserWarning, match=r"The images lie in \[0, 1\]"):
         model.fit(x, verbose=0)
     model.fit(2 * x - 1, verbose=0)
+
+
+@pytest.mark.parametrize("good", [1, 2, 4])
+def test_data_that_fail_leave_the_model_as_it_was(model, points, good):
+    """Also on JAX, where Keras takes the values out of the variables during a step. One batch is read ahead."""
+
+    def data():
+        for _ in range(good):
+            yield points[:4]
+        raise OSError("The disk is gone")
+
+    before = [ops.convert_to_numpy(v) for v in model.network.weights]
+    with pytest.raises(Exception, match="The disk is gone"):
+        model.fit(data(), verbose=0, shuffle=False, steps_per_epoch=10)
+    after = [ops.convert_to_numpy(v) for v in model.network.weights]
+    assert all(np.all(np.isfinite(value)) for value in after)
+    assert model.sample(2, seed=0).shape == (2, 2)
+    if int(model.optimizer.iterations) == 0:
+        assert all(np.array_equal(a, b) for a, b in zip(before, after))
+    model.fit(points, verbose=0)
