@@ -242,7 +242,6 @@ def train(
         0.0, max(1, epochs * len(data) - warmup_steps), warmup_target=learning_rate, warmup_steps=warmup_steps
     )
     model.compile(loss=loss, optimizer=kd.optimizers.Adam(rate, global_clipnorm=1.0))
-    print("The first batch takes longer than the others, as it compiles the network.", flush=True)
     callbacks = [
         *callbacks,
         estimate(epochs * len(data)),

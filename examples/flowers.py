@@ -150,7 +150,8 @@ def train(
     print(
         f"Training on {data.num_examples} images of {size}x{size}, with {validation.num_examples} held out, for "
         f"{epochs} epochs of {len(data)} batches of {batch_size}. Parameters: {model.network.count_params():,}. "
-        f"Backend: {keras.backend.backend()}. Dtype policy: {model.network.dtype_policy.name}."
+        f"Backend: {keras.backend.backend()}. Dtype policy: {model.network.dtype_policy.name}. "
+        "The first batch takes longer than the others, as it compiles the network."
     )
 
     scale = max(1, 128 // size)

@@ -39,7 +39,8 @@ def train(steps, seed, x, labels=None):
     network = kd.networks.mlp(2, 96, num_classes=None if labels is None else 2)
     model = kd.DiffusionModel(network, kd.GaussianDiffusion(kd.schedules.cosine(100)), seed=seed)
     optimizer = kd.optimizers.Adam(keras.optimizers.schedules.CosineDecay(1e-3, steps))
-    model.compile(loss="mse", optimizer=optimizer, steps_per_execution=min(20, steps))
+    several = 1 if keras.backend.backend() == "torch" else min(20, steps)  # PyTorch cannot join steps
+    model.compile(loss="mse", optimizer=optimizer, steps_per_execution=several)
     batches = kd.datasets.from_arrays(x, labels, batch_size=256, steps_per_epoch=steps, seed=seed)
     loss = model.fit(batches, verbose=0).history["loss"][0]
     print(f"Trained on {steps} batches of 256 points, mean loss {loss:.3f}.", flush=True)
