@@ -253,7 +253,8 @@ def from_tfds(
         ValueError: if there is no data set of this name, it lacks a feature, its images differ in size and `image_size`
             is not given, or `Batches` raises it.
     """
-    return Batches(*_read_tfds(name, split, image_size, data_dir, labels), **kwargs)
+    x, numbers, names = _read_tfds(name, split, image_size, data_dir, labels)
+    return Batches(x, numbers, class_names=names, **kwargs)
 
 
 def oxford_flowers(
@@ -280,18 +281,19 @@ def oxford_flowers(
     """
     splits = ["+".join(f"{split}[{part}]" for split in ("train", "validation", "test")) for part in ("90%:", ":90%")]
     parts = [_read_tfds("oxford_flowers102", split, image_size, data_dir, True) for split in splits]
-    x, numbers = map(np.concatenate, zip(*parts))
+    x, numbers = (np.concatenate(arrays) for arrays in list(zip(*parts))[:2])
     kept = np.sort(np.unique(x.reshape(len(x), -1), axis=0, return_index=True)[1])
     held_out = kept < len(parts[0][0])
 
     def batches(chosen, **options):
+        options |= {"class_names": parts[0][2]} if labels else {}
         return Batches(x[chosen], numbers[chosen] if labels else None, min(batch_size, len(chosen)), **options)
 
     return batches(kept[~held_out], **{"flip": True, **kwargs}), batches(kept[held_out], shuffle=False)
 
 
 def _read_tfds(name, split, image_size, data_dir, labels):
-    """Reads the images of a split as a uint8 array, and the labels as an int64 array or `None`."""
+    """Reads the images of a split as a uint8 array, the labels as an int64 array, and their names; or `None`."""
     import tensorflow_datasets as tfds
 
     if keras.backend.backend() != "tensorflow":
@@ -323,7 +325,9 @@ def _read_tfds(name, split, image_size, data_dir, labels):
         x.append(example["image"] if image_size is None else images.resize(example["image"], image_size))
         numbers.append(example["label"] if labels else None)
     _checks.require(len({image.shape for image in x}) == 1, f"The images of {name} differ in size: give `image_size`")
-    return np.stack(x), np.array(numbers) if labels else None
+    if not labels:
+        return np.stack(x), None, None
+    return np.stack(x), np.array(numbers), getattr(builder.info.features["label"], "names", None)
 
 
 def _check_reachable(url, seconds=5):

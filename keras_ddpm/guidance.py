@@ -8,7 +8,9 @@ w = 0 and w = 1 give one of the two outputs and need one network call. This w is
 """
 
 import dataclasses
+import difflib
 from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -25,26 +27,38 @@ class Condition:
     Attributes:
         shape: shape of the condition of one example, `()` for a label.
         num_classes: the number K of labels; `None` for vectors.
+        class_names: the name of each label, if they have names.
     """
 
     shape: tuple
     num_classes: int | None
+    class_names: tuple[str, ...] | None = None
 
     @classmethod
-    def of(cls, network: keras.Model) -> "Condition | None":
+    def of(cls, network: keras.Model, class_names: Sequence[str] | None = None) -> "Condition | None":
         """The condition of a functional model of `[x_t, t, condition]`, or `None` for a model of `[x_t, t]`.
 
         Raises:
-            ValueError: if the condition is an integer and no layer has the name "label_embedding".
+            ValueError: if the condition is an integer and no layer has the name "label_embedding", or `class_names` are
+                not K different names.
         """
         if len(network.inputs) == 2:
+            _checks.require(class_names is None, "The network has no labels to name", class_names=class_names)
             return None
         condition = network.inputs[2]
         if "int" not in condition.dtype:
+            _checks.require(class_names is None, "The network has no labels to name", class_names=class_names)
             return cls(tuple(condition.shape[1:]), None)
         embeddings = [layer for layer in network.layers if layer.name == "label_embedding"]
         _checks.require(embeddings, "A network of labels needs a layer 'label_embedding' with K + 1 entries")
-        return cls((), embeddings[0].input_dim - 1)
+        num = embeddings[0].input_dim - 1
+        if class_names is not None:
+            valid = (
+                all(isinstance(name, str) for name in class_names) and len({*class_names}) == len(class_names) == num
+            )
+            _checks.require(valid, f"`class_names` must be {num} different names", class_names=class_names)
+            class_names = tuple(class_names)
+        return cls((), num, class_names)
 
     @property
     def null_label(self) -> int:
@@ -59,19 +73,25 @@ class Condition:
         """The conditions of `num` examples.
 
         Args:
-            labels: one label or vector for all examples, or one for each; `None` for no condition.
+            labels: one label, name or vector for all examples, or one for each; `None` for no condition.
             num: number of examples.
 
         Returns:
             int32 array `(num,)` of labels, or float32 array `(num, context_dim)`.
 
         Raises:
-            ValueError: if the labels have a wrong shape or are out of range.
+            ValueError: if the labels have a wrong shape, are out of range or are unknown names.
         """
         shape = (num, *self.shape)
         if labels is None:
             return np.full(shape, self.null_label, self.dtype)
         labels = np.asarray(labels)
+        if self.class_names and labels.dtype.kind == "U":
+            for name in np.unique(labels):
+                similar = difflib.get_close_matches(name, self.class_names, cutoff=0.4) or self.class_names[:3]
+                known = name in self.class_names
+                _checks.require(known, f"There is no class {str(name)!r}. Similar names: {', '.join(similar)}")
+            labels = np.vectorize(self.class_names.index, otypes=["int64"])(labels)
         if self.num_classes:
             valid = np.issubdtype(labels.dtype, np.integer) and np.all((labels >= 0) & (labels < self.num_classes))
             shown = None if valid else np.array2string(labels, threshold=8)

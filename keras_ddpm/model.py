@@ -5,6 +5,7 @@ import functools
 import pathlib
 import threading
 from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -52,6 +53,8 @@ class DiffusionModel(training.NoisyRegression):
         label_dropout: the share of training examples that lose their condition, in [0, 1). Guidance needs a network
             that was also trained without its condition. A network without a condition ignores this argument.
         seed: integer seed of the t and the noise drawn in training. A saved model continues its random sequence.
+        class_names: the name of each label, with which `sample` can be asked for it. `None` for the names that the data
+            of the first `fit` have, such as `datasets.Batches.class_names`.
 
     Raises:
         ValueError: if the network's output is not shaped like its input, `diffusion` is not a `GaussianDiffusion`, a
@@ -71,6 +74,7 @@ class DiffusionModel(training.NoisyRegression):
         label_dropout: float = 0.1,
         *,
         seed: int | None = None,
+        class_names: Sequence[str] | None = None,
         **kwargs,
     ):
         dtype = kwargs.pop("dtype", "float32")
@@ -92,7 +96,7 @@ class DiffusionModel(training.NoisyRegression):
         valid, needed = timestep_sampling in kinds, f"`timestep_sampling` must be one of {kinds}"
         _checks.require(valid, needed, timestep_sampling=timestep_sampling)
         self.network = network
-        self.condition = guidance.Condition.of(network)
+        self.condition = guidance.Condition.of(network, class_names)
         self.diffusion = diffusion or GaussianDiffusion()
         self.ema_decay = ema_decay
         self.loss_weight = training.checked_weight(loss_weight, self.diffusion.timesteps)
@@ -282,6 +286,7 @@ class DiffusionModel(training.NoisyRegression):
             "timestep_sampling": self.timestep_sampling,
             "label_dropout": self.label_dropout,
             "seed": self.seed,
+            "class_names": self.condition and self.condition.class_names,
         }
 
     @classmethod

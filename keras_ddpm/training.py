@@ -100,6 +100,9 @@ class NoisyRegression(keras.Model):
             warnings.warn("The images lie in [0, 1]. Expected [-1, 1]: scale them with 2 * x - 1", stacklevel=2)
         if given.get("validation_data") is not None:
             given["validation_data"], _ = self._checked(given["validation_data"])
+        names = getattr(given["x"], "class_names", None)
+        if names and self.condition and not self.condition.class_names and len(names) == self.condition.num_classes:
+            self.condition = self.condition.of(self.network, names)
         callbacks = given.get("callbacks") or []
         if isinstance(callbacks, keras.callbacks.Callback):
             callbacks = [callbacks]

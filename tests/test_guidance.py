@@ -269,3 +269,28 @@ def test_bad_conditions_in_training():
         kd.DiffusionModel(keras.Model(inputs, inputs[0] * ops.cast(inputs[2], "float32")[:, None]))
     with pytest.raises(ValueError, match="takes no labels. Received: labels=0"):
         kd.DiffusionModel(kd.networks.mlp(2, 8, 1)).sample(2, labels=0)
+
+
+def test_names_of_classes(tmp_path):
+    """A model takes the names of its data, keeps them in its file, and knows similar ones."""
+    network = kd.networks.mlp(2, 8, 1, num_classes=3)
+    model = kd.DiffusionModel(network, kd.GaussianDiffusion(kd.schedules.linear(25)))
+    model.compile(loss="mse", optimizer="adam")
+    data = kd.datasets.Batches(np.zeros((6, 2)), np.arange(6) % 3, batch_size=3, class_names=["rose", "tulip", "lily"])
+    model.fit(data, verbose=0)
+    model.save(tmp_path / "x.keras")
+    model = kd.saving.load_model(tmp_path / "x.keras")
+    assert model.condition.class_names == ("rose", "tulip", "lily")
+    sampler = kd.samplers.DDIM(2)
+    by_name = model.sample(2, sampler, seed=0, labels=["lily", "tulip"])
+    assert np.array_equal(by_name, model.sample(2, sampler, seed=0, labels=[2, 1]))
+    assert np.array_equal(model.sample(2, sampler, seed=0, labels="tulip"), model.sample(2, sampler, seed=0, labels=1))
+    with pytest.raises(ValueError, match="There is no class 'tulips'. Similar names: tulip"):
+        model.sample(1, labels="tulips")
+    with pytest.raises(ValueError, match="There is no class 'x'. Similar names: rose, tulip, lily"):
+        model.sample(1, labels="x")
+    for names in (["a", "b"], ["a", "b", "b"], [1, 2, 3]):
+        with pytest.raises(ValueError, match="must be 3 different names"):
+            kd.DiffusionModel(network, class_names=names)
+    with pytest.raises(ValueError, match="no labels to name"):
+        kd.DiffusionModel(kd.networks.mlp(2, 8, 1), class_names=["a"])
