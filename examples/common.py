@@ -23,6 +23,11 @@ def quiet_import():
         os.dup2(hidden.fileno(), 2)
         try:
             yield
+        except (ImportError, ValueError) as error:
+            backend = os.environ.get("KERAS_BACKEND", "tensorflow")
+            standard_error.write(f"Keras cannot use the backend {backend}: {error}\n".encode())
+            standard_error.write(b'Choose KERAS_BACKEND=tensorflow, jax or torch. `pip install ".[jax]"` adds one.\n')
+            sys.exit(1)
         except BaseException:
             hidden.seek(0)
             standard_error.write(hidden.read())
@@ -100,6 +105,9 @@ def open_output(output, resume=False, overwrite=False):
         raise UsageError(
             f"{out} holds a run. Go on with it by --resume, replace it by --overwrite, or change --output."
         )
+    elif resume:
+        files = sorted((out / "checkpoints").glob("**/*.npz"))
+        print(f"Going on from {files[-1]}" if files else f"There is no run in {out}. A new one starts.")
     print(f"Output: {out}")
     return out
 
@@ -247,7 +255,12 @@ def train(
         estimate(epochs * len(data)),
         *([kd.callbacks.Checkpoint(checkpoints)] if checkpoints else []),
     ]
-    return model.fit(data, epochs=epochs, callbacks=callbacks, **{"verbose": 2, **options}).history
+    try:
+        return model.fit(data, epochs=epochs, callbacks=callbacks, **{"verbose": 2, **options}).history
+    except (KeyboardInterrupt, SystemExit):
+        if checkpoints:
+            print("The same command with --resume goes on.", file=sys.stderr)
+        raise
 
 
 def estimate(steps, seconds=10):
@@ -256,9 +269,11 @@ def estimate(steps, seconds=10):
 
     def on_train_batch_end(batch, logs):
         times.append(time.monotonic())
-        if on_train_batch_end.waits and len(times) > 3 and times[-1] - times[0] > seconds:
+        recent = np.diff(times)[-3:]
+        steady = len(recent) == 3 and max(recent) < 3 * min(recent)  # neither compiled nor skipped
+        if on_train_batch_end.waits and steady and times[-1] - times[0] > seconds:
             on_train_batch_end.waits = False
-            step = np.median(np.diff(times)[-10:])
+            step = np.median(recent)
             minutes = max(1, round(step * (steps - len(times)) / 60))
             print(f"\nThe training will take about {minutes} min, at {step:.2f} s per batch.", flush=True)
 

@@ -181,7 +181,7 @@ def train(
     images_seen = epochs * len(data) * batch_size
     print(f"Saw {images_seen:,} images in {(time.time() - start) / 60:.1f} minutes. Wrote {out}.")
     if images_seen < 20_000:
-        print("These are few: models draw noise or blobs before they have seen some 20,000 images.")
+        print("These are few, so the samples are noise or blobs. The presets see 48,000 images and more.")
 
 
 def main(

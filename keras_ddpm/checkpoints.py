@@ -116,6 +116,7 @@ class Checkpoint(keras.callbacks.Callback):
     def on_train_end(self, logs=None):
         if self._epoch is None:  # no epoch was left
             if self._pending:
+                print(f"{self.folder} holds a finished run, so nothing was trained. Give more epochs to go on.")
                 self._restore()
             self._restore_history()
         else:

@@ -75,7 +75,10 @@ class GaussianDiffusion:
         prediction: str = "epsilon",
         clip_range: tuple[float, float] | None = (-1.0, 1.0),
     ) -> None:
-        _checks.require(not isinstance(schedule, str), "Expected a `Schedule` or an array of betas", schedule=schedule)
+        valid = not isinstance(schedule, str) and not callable(schedule)
+        _checks.require(
+            valid, "Expected a `Schedule`, such as `schedules.cosine()`, or an array of betas", schedule=schedule
+        )
         if not isinstance(schedule, schedules.Schedule):
             schedule = schedules.linear() if schedule is None else schedules.from_betas(schedule)
         _checks.require(prediction in [*PREDICTIONS], f"Expected one of {[*PREDICTIONS]}", prediction=prediction)

@@ -32,12 +32,14 @@ def to_uint8(x: ArrayLike) -> np.ndarray:
     """Maps [-1, 1] to 0..255, rounded. Values outside are clipped.
 
     Raises:
-        ValueError: if `x` holds integers, NaN or infinite values.
+        ValueError: if `x` holds integers, NaN or infinite values, or values in 0..255.
     """
     x = np.asarray(x)
     _checks.require(x.dtype.kind not in "biu", "Expected floats in [-1, 1]: see `images.from_uint8`", dtype=x.dtype)
     x = _checks.array(x, "x")
     _checks.require(np.all(np.isfinite(x)), "The images hold NaN or infinite values")
+    in_8_bits = x.size and x.min() >= 0 and x.max() > 16
+    _checks.require(not in_8_bits, "The images lie in 0..255. Expected [-1, 1]: scale them with x / 127.5 - 1")
     return np.clip(np.round((x + 1.0) * 127.5), 0, 255).astype("uint8")
 
 

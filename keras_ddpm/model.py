@@ -182,6 +182,8 @@ class DiffusionModel(training.NoisyRegression):
             ValueError: if an argument or option is invalid, or the sampler has more steps than the schedule.
         """
         _checks.counts(num_samples=num_samples)
+        unknown = {"steps", "start", "num", "num_steps"} & set(options)
+        _checks.require(not unknown, "Choose the number of steps by `sampler=samplers.DPMSolver(20)`", **options)
         sampler = sampler or self.default_sampler
         valid = isinstance(sampler, samplers.Sampler)
         _checks.require(valid, "`sampler` must be a sampler, such as `samplers.DPMSolver(20)`", sampler=sampler)
@@ -260,15 +262,21 @@ class DiffusionModel(training.NoisyRegression):
     # Saving.
 
     def save(self, filepath: Any, *args, **kwargs) -> None:
-        """`keras.Model.save` to a `.keras` file.
+        """`keras.Model.save` to a `.keras` file. A file of this name stays whole until the new one is.
 
         Raises:
             ValueError: if the file name has another ending.
         """
-        _checks.require(
-            pathlib.Path(filepath).suffix == ".keras", "The file name must end in .keras", filepath=filepath
-        )
-        super().save(filepath, *args, **kwargs)
+        path = pathlib.Path(filepath)
+        _checks.require(path.suffix == ".keras", "The file name must end in .keras", filepath=filepath)
+        if args or kwargs.get("overwrite") is False or kwargs.get("zipped") is False or not path.is_file():
+            return super().save(filepath, *args, **kwargs)
+        temporary = path.with_name(f"{path.stem}.saving.keras")
+        try:
+            super().save(temporary, **kwargs)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def export(self, filepath: Any, *args, **kwargs) -> None:
         """`keras.Model.export` of the network with the averaged weights: a function of x_t, t and the condition."""

@@ -277,7 +277,7 @@ def _embedding(dim, width, num_classes, context_dim):
 
 def _padding(image_shape, multiple):
     """Returns the padding of `ZeroPadding2D` that makes both sides multiples of `multiple`."""
-    valid = len(image_shape) == 3 and all(map(_checks.is_count, image_shape))
+    valid = isinstance(image_shape, (list, tuple)) and len(image_shape) == 3 and all(map(_checks.is_count, image_shape))
     _checks.require(valid, "`image_shape` must be (height, width, channels)", image_shape=image_shape)
     layout = keras.config.image_data_format()
     _checks.require(layout == "channels_last", "Images must be channels_last", image_data_format=layout)

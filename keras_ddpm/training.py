@@ -95,6 +95,7 @@ class NoisyRegression(keras.Model):
                 or lack the condition of the network; or if the loss is not finite.
         """
         given = _arguments(keras.Model.fit, self, *args, **kwargs)
+        _checks.require(self.compiled, "Call `compile` before `fit`")
         given["x"], first = self._checked(given.get("x"), given.get("y"))
         if len(self.data_shape) == 3 and self.diffusion.clip_range == (-1, 1) and 0 <= first.min() < first.max():
             warnings.warn("The images lie in [0, 1]. Expected [-1, 1]: scale them with 2 * x - 1", stacklevel=2)
@@ -263,7 +264,10 @@ class NoisyRegression(keras.Model):
         x_0, condition, _ = keras.utils.unpack_x_y_sample_weight(first)
         x_0 = _checks.data(ops.convert_to_numpy(x_0), self.data_shape, self.diffusion.clip_range)
         if self.condition:
-            _checks.require(condition is not None, "The network has a condition: it needs `(x_0, label)` batches")
+            _checks.require(
+                condition is not None,
+                "The network has a condition: call `fit(x_0, labels)`, or give `(x_0, label)` batches",
+            )
             every = getattr(data, "labels", None)  # `datasets.Batches` has the labels of all batches
             condition = ops.convert_to_numpy(condition) if every is None else every
             self.condition.array(condition, len(condition))

@@ -62,9 +62,11 @@ def test_the_last_files_are_kept(tmp_path):
     assert names == ["000002-00000003.npz", "000002-00000004.npz", "000003-00000000.npz"]
 
 
-def test_a_finished_run_is_returned_and_can_go_on(tmp_path, uninterrupted):
+def test_a_finished_run_is_returned_and_can_go_on(tmp_path, uninterrupted, capsys):
     interrupted_run.run(tmp_path)
+    assert "finished" not in capsys.readouterr().out
     assert_same(interrupted_run.run(tmp_path), uninterrupted)
+    assert "checkpoints holds a finished run, so nothing was trained" in capsys.readouterr().out
     assert_same(interrupted_run.run(tmp_path, epochs=2), uninterrupted)
     longer = interrupted_run.run(tmp_path / "b", epochs=4)
     assert_same(interrupted_run.run(tmp_path, epochs=4), longer)

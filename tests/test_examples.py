@@ -575,3 +575,8 @@ def test_edit_says_in_one_line_what_is_wrong(edit, command_line):
         ("variations --model gray.keras", "gray.keras was not trained on color images"),
     ]:
         check_error(command_line("edit.py", *line.split()), 1, message)
+
+
+def test_a_backend_that_does_not_exist():
+    status, printed = run_script("flowers.py", "--help", KERAS_BACKEND="pytorch")
+    assert status == 1 and "Keras cannot use the backend pytorch" in printed and "Traceback" not in printed

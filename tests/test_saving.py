@@ -175,3 +175,16 @@ def test_export_holds_the_average(tmp_path, model, points):
     expected = model.average.predict(points[:4], np.arange(4))
     assert np.allclose(served, expected, atol=1e-6)
     assert not np.allclose(served, model((points[:4], np.arange(4))), atol=1e-4)
+
+
+def test_a_save_that_fails_leaves_the_file_before(tmp_path, model, monkeypatch):
+    path = tmp_path / "x.keras"
+    model.save(path)
+    content = path.read_bytes()
+    model.save(path)  # writes over it
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "save_own_variables", lambda self, store: (_ for _ in ()).throw(OSError(28, "Full")))
+        with pytest.raises(OSError, match="Full"):
+            model.save(path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x.keras"]
+    assert len(path.read_bytes()) == len(content) and kd.saving.load_model(path)
