@@ -256,7 +256,7 @@ def test_bad_conditions_in_training():
     x, labels = points(32)
     model = kd.DiffusionModel(kd.networks.mlp(2, 8, 1, num_classes=2))
     model.compile(loss="mse")
-    with pytest.raises(ValueError, match="needs `.x_0, label.` batches"):
+    with pytest.raises(ValueError, match="give `.x_0, label.` batches"):
         model.fit(x)
     with pytest.raises(ValueError, match="integers in 0..1"):
         model.fit(x, labels + 1)
