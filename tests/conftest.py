@@ -26,14 +26,24 @@ def pytest_addoption(parser):
     parser.addoption("--plain", action="store_true", help="without the fast functions for PyTorch")
 
 
+def pytest_configure(config):
+    if config.getoption("--plain") and TORCH:
+        _devices.plain_functions.update(fast_functions())
+
+
+def fast_functions():
+    from keras_ddpm import _torch
+
+    found = [name for name, value in vars(_torch).items() if callable(value)]
+    return [name for name in found if "random_state" not in name]  # which has no plain form
+
+
 @pytest.fixture
 def plain_functions(monkeypatch):
     """A function that switches fast functions off until the test ends: all, or those with the names given."""
 
     def switch_off(*names):
-        from keras_ddpm import _torch
-
-        names = names or [name for name, value in vars(_torch).items() if callable(value)]
+        names = names or fast_functions()
         monkeypatch.setattr(_devices, "plain_functions", _devices.plain_functions | set(names))
 
     return switch_off if TORCH else lambda *names: None
@@ -50,9 +60,9 @@ def data_dir(request):
 
 
 @pytest.fixture(autouse=True)
-def _fresh(request, plain_functions):
-    if request.config.getoption("--plain"):
-        plain_functions()
+def _fresh(request):
+    if request.config.getoption("--plain") and request.node.get_closest_marker("fast"):
+        pytest.skip("needs the fast functions, or a process with them")
     keras.utils.set_random_seed(0)
     keras.config.set_dtype_policy("float32")
 

@@ -187,6 +187,7 @@ def test_rows_of_a_log_are_not_repeated(tmp_path):
     assert (tmp_path / "b.csv").read_bytes() == (tmp_path / "a.csv").read_bytes()
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
 def test_a_killed_run_is_the_uninterrupted_one(tmp_path, kills):
     """SIGKILL at random moments, in the middle of steps and of files."""

@@ -109,6 +109,7 @@ def test_convolution_is_keras_own(options, training):
 
 
 @pytest.mark.skipif(not TORCH, reason="other backends take them as they are")
+@pytest.mark.fast
 def test_narrow_images_are_convolved_at_once(monkeypatch, form):
     import torch
 

@@ -14,6 +14,7 @@ from keras import ops
 import keras_ddpm as kd
 
 
+@pytest.mark.fast
 def test_saves_and_loads_in_a_new_process(tmp_path):
     """Bit for bit the same samples, the optimizer and the random state with them."""
     model = small_unet()

@@ -44,6 +44,7 @@ def test_updates_are_keras_own(options, in_order):
 
 
 @pytest.mark.skipif(not TORCH, reason="nothing is fused on the other backends")
+@pytest.mark.fast
 @pytest.mark.parametrize("in_order", [True, False])
 def test_updates_are_fused_if_memory_is_in_order(monkeypatch, in_order):
     calls = []
