@@ -55,7 +55,7 @@ def unet(
         num_classes: number K of labels 0..K − 1 to condition on. The label embedding is added to the time embedding.
         context_dim: size of the vectors to condition on instead of labels.
         patch_size: side of the square patches that the first convolution turns into one pixel, and the last convolution
-            turns back. Resolutions are counted in patches. With 2, a call costs a quarter.
+            turns back. Resolutions are counted in patches. With 2, a quarter as many pixels are left.
 
     Returns:
         A functional `keras.Model` with inputs `x_t` `(batch, height, width, channels)`, `t` `(batch,)`, int32, and,
