@@ -1,5 +1,6 @@
 """Callbacks for `DiffusionModel.fit`."""
 
+import contextlib
 import io
 import pathlib
 import tempfile
@@ -13,6 +14,7 @@ from keras import ops
 from PIL import Image
 
 from keras_ddpm import _checks
+from keras_ddpm import checkpoints
 from keras_ddpm import images
 from keras_ddpm.checkpoints import Checkpoint as Checkpoint
 from keras_ddpm.samplers import Sampler
@@ -186,36 +188,48 @@ class EMAWeights(keras.callbacks.Callback):
 class Turns(keras.callbacks.Callback):
     """Holds a lock during each step of training and evaluation. `DiffusionModel` adds it.
 
-    So other threads sample between two steps. On JAX a model has no values during a step.
+    So other threads sample between two steps. On JAX, Keras takes the values out of the variables before the first step
+    of an epoch, and keeps them elsewhere until its end.
 
     Args:
         lock: the lock that `DiffusionModel.run` takes, too.
-
-    Attributes:
-        number: number of steps that have ended.
     """
 
     def __init__(self, lock: Any):
         super().__init__()
         self.lock = lock
         self.held = False
-        self.number = 0
+        self._values = []
 
-    def begin(self, batch=None, logs=None):
+    @contextlib.contextmanager
+    def running(self):
+        """A context in which Keras trains or evaluates. If a step fails, the model has its values again."""
+        try:
+            yield
+        except BaseException:
+            if hasattr(self.model, "jax_state_sync"):
+                self.model.jax_state_sync()  # those after the last step
+            for v, value in self._values:
+                if not value.is_deleted():  # by a step that failed while it was computed
+                    v.assign(value)
+            raise
+        finally:
+            self._end()
+
+    def _begin(self, batch, logs=None):
         if not self.held:
             self.held = self.lock.acquire()
+        if batch == 0 and hasattr(self.model, "jax_state_sync"):
+            self._values = [(v, v.value) for v in checkpoints.variables_of(self.model)]
 
-    def end(self, batch=None, logs=None):
+    def _end(self, batch=None, logs=None):
+        self._values = []
         if self.held:
             self.held = False
             self.lock.release()
 
-    def on_train_batch_end(self, batch, logs=None):
-        self.number += 1
-        self.end()
-
-    on_train_batch_begin = on_test_batch_begin = begin
-    on_test_batch_end = end
+    on_train_batch_begin = on_test_batch_begin = _begin
+    on_train_batch_end = on_test_batch_end = _end
 
 
 class LossWatch(keras.callbacks.Callback):

@@ -128,7 +128,7 @@ class Checkpoint(keras.callbacks.Callback):
         At the end of `fit`, the state is that before the other callbacks end, and before a next epoch begins.
         """
         self._time = time.monotonic()
-        values = [ops.convert_to_numpy(v) for v in _variables(self.model)]
+        values = [ops.convert_to_numpy(v) for v in variables_of(self.model)]
         floats = [value for value in values if keras.backend.is_float_dtype(value.dtype.name)]
         arrays: dict = {}
         changed = []
@@ -165,7 +165,7 @@ class Checkpoint(keras.callbacks.Callback):
         """Puts the pending checkpoint into the model and the callbacks."""
         state, self._pending = self._pending, None
         self._stop_skipping(self.model)
-        for v, value in zip(_variables(self.model), state["variables"]):
+        for v, value in zip(variables_of(self.model), state["variables"]):
             v.assign(value.view(ops.convert_to_numpy(v).dtype) if value.dtype.kind == "V" else value)
         for callback, attributes in zip(self._callbacks, state["callbacks"]):
             for name, value in attributes.items():
@@ -195,7 +195,7 @@ class Checkpoint(keras.callbacks.Callback):
                 with contextlib.suppress(OSError):
                     path.replace(path.with_suffix(".damaged"))
                 continue
-            expected = [tuple(v.shape) for v in _variables(model)]
+            expected = [tuple(v.shape) for v in variables_of(model)]
             fits = [value.shape for value in state["variables"]] == expected
             names = len(state["callbacks"]) == len(self._callbacks)
             _checks.require(fits, f"{path} is a checkpoint of another model or optimizer")
@@ -227,8 +227,9 @@ class Checkpoint(keras.callbacks.Callback):
             signal.signal(number, handler)
 
 
-def _variables(model):
-    return [*model.variables, *model.optimizer.variables, *model.metrics_variables]
+def variables_of(model: keras.Model) -> list:
+    """All variables that training changes: of the `model`, its optimizer and its metrics."""
+    return [*model.variables, *getattr(model.optimizer, "variables", []), *model.metrics_variables]
 
 
 def _rewind(logger, epoch):

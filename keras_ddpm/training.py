@@ -117,8 +117,7 @@ class NoisyRegression(keras.Model):
         self._checked_validation_data = given.get("validation_data")
         with contextlib.ExitStack() as stack:
             stack.callback(setattr, self, "_checked_validation_data", None)
-            stack.callback(turns.end)
-            stack.enter_context(self._values_put_back(turns))
+            stack.enter_context(turns.running())
             for checkpoint in checkpoints:
                 running = checkpoint.running(self, others, given.get("initial_epoch", 0))
                 given["initial_epoch"] = stack.enter_context(running)
@@ -126,21 +125,6 @@ class NoisyRegression(keras.Model):
                 given["shuffle"] = False
                 given["callbacks"].append(_epochs_of(given["x"], given.get("initial_epoch", 0)))
             return super().fit(**given)
-
-    @contextlib.contextmanager
-    def _values_put_back(self, turns):
-        """On JAX, Keras takes the values out of the variables during a step. Puts them back if the step fails."""
-        variables = [*self.variables, *self.optimizer.variables, *self.metrics_variables]
-        values = [v.value for v in variables]
-        try:
-            yield
-        except BaseException:
-            if hasattr(self, "jax_state_sync"):
-                self.jax_state_sync()  # after the first step
-                if turns.number == 0:
-                    for v, value in zip(variables, values):
-                        v.assign(value)
-            raise
 
     def evaluate(self, *args, **kwargs) -> Any:
         """`keras.Model.evaluate` on clean data, with the same t and noise at each call."""
@@ -159,9 +143,9 @@ class NoisyRegression(keras.Model):
         self.test_step = functools.partial(type(self).test_step, self)  # JAX compiles equal methods only once
         self._test_random.state.assign([0, 0])
         try:
-            return super().evaluate(**given)
+            with every[0].running():
+                return super().evaluate(**given)
         finally:
-            every[0].end()  # if a step has raised
             self._test_functions[self.evaluates_average] = self.test_function
             self.evaluates_average = False
             del self.test_step

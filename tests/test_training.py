@@ -306,3 +306,44 @@ def test_data_that_fail_leave_the_model_as_it_was(model, points, good):
     if int(model.optimizer.iterations) == 0:
         assert all(np.array_equal(a, b) for a, b in zip(before, after))
     model.fit(points, verbose=0)
+
+
+@pytest.mark.parametrize("good", range(7))
+@pytest.mark.parametrize("validated", [False, True])
+def test_a_batch_that_fails_leaves_the_values(model, points, good, validated):
+    """In training, in a validation, and in the first step after each of them: two batches of each, in turns."""
+
+    class Failing(keras.utils.PyDataset):
+        left = 10**9
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            Failing.left -= 1
+            if Failing.left < 0:
+                raise OSError("The disk is gone")
+            return points[:4]
+
+    model.fit(points, verbose=0)
+    data = Failing()
+    data[0]
+    Failing.left = good + 1 + validated  # `fit` looks at the first batch
+    with pytest.raises(Exception, match="The disk is gone"):
+        model.fit(data, validation_data=data if validated else None, epochs=9, verbose=0)
+    assert all(np.all(np.isfinite(ops.convert_to_numpy(v))) for v in [*model.variables, *model.optimizer.variables])
+    assert model.sample(2, seed=0).shape == (2, 2)
+
+
+@pytest.mark.parametrize("good", [0, 1])
+def test_an_evaluation_that_fails_changes_nothing(model, points, good):
+    def data():
+        for _ in range(1 + good):
+            yield (points[:4],)
+        raise OSError("The disk is gone")
+
+    model.fit(points, verbose=0)
+    expected, samples = model.evaluate(points, verbose=0), model.sample(2, seed=0)
+    with pytest.raises(Exception, match="The disk is gone"):
+        model.evaluate(data(), steps=9, verbose=0)
+    assert model.evaluate(points, verbose=0) == expected and np.array_equal(model.sample(2, seed=0), samples)
