@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
 import pathlib
 import random
 import re
@@ -20,6 +19,7 @@ from keras import ops
 
 from keras_ddpm import _checks
 from keras_ddpm import _devices
+from keras_ddpm import saving
 
 
 class Checkpoint(keras.callbacks.Callback):
@@ -58,13 +58,16 @@ class Checkpoint(keras.callbacks.Callback):
         self._pending = None
 
     @contextlib.contextmanager
-    def running(self, model: keras.Model, callbacks: list, initial_epoch: int = 0) -> Iterator[int]:
-        """A context in which `fit` runs. It yields the first epoch. `DiffusionModel.fit` calls it.
+    def running(
+        self, model: keras.Model, callbacks: list, initial_epoch: int = 0, earlier_epochs: int = 0
+    ) -> Iterator[tuple[int, int]]:
+        """A context in which `fit` runs. It yields the last two arguments. `DiffusionModel.fit` calls it.
 
         Args:
             model: the compiled model.
             callbacks: the other callbacks, whose changes belong to a checkpoint.
             initial_epoch: the first epoch if there is no checkpoint.
+            earlier_epochs: epochs of the data in earlier calls of `fit`, if there is no checkpoint.
         """
         self._callbacks = callbacks
         self._unchanged = [_attributes(callback, {}) for callback in callbacks]
@@ -73,10 +76,11 @@ class Checkpoint(keras.callbacks.Callback):
         self._time = time.monotonic()
         self._pending = self._newest(model)
         if self._pending:
-            initial_epoch = self._pending["position"][0]
+            initial_epoch, earlier_epochs = self._pending["position"][0], self._pending["earlier_epochs"]
             for callback in callbacks:
                 if isinstance(callback, keras.callbacks.CSVLogger):
                     _rewind(callback, initial_epoch)
+        self._earlier_epochs = earlier_epochs
         handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
         if threading.current_thread() is not threading.main_thread():
             handlers = {}
@@ -84,7 +88,7 @@ class Checkpoint(keras.callbacks.Callback):
         for number in self._handlers:
             signal.signal(number, self._on_signal)
         try:
-            yield initial_epoch
+            yield initial_epoch, earlier_epochs
         finally:
             self._restore_handlers()
             self._pending = None
@@ -140,6 +144,7 @@ class Checkpoint(keras.callbacks.Callback):
         history = self.model.history
         state = {
             "position": position,
+            "earlier_epochs": self._earlier_epochs,
             "ended": ended,
             "variables": _encode(values, arrays),
             "callbacks": changed,
@@ -294,16 +299,8 @@ def _write(path, state, arrays):
     text = np.frombuffer(json.dumps(state).encode(), "uint8")
     arrays["state-" + _checksum(text)] = text
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".npz.tmp")
-    with temporary.open("wb") as file:
+    with saving.replacing(path, path.with_suffix(".npz.tmp")) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    if sys.platform != "win32":  # the new name, too, must reach the disk
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
 
 
 def _read(path):

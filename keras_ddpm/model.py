@@ -15,6 +15,7 @@ from keras_ddpm import _checks
 from keras_ddpm import guidance
 from keras_ddpm import samplers
 from keras_ddpm import sampling
+from keras_ddpm import saving
 from keras_ddpm import training
 from keras_ddpm.diffusion import GaussianDiffusion
 from keras_ddpm.ema import Average
@@ -261,7 +262,7 @@ class DiffusionModel(training.NoisyRegression):
 
     # Saving.
 
-    def save(self, filepath: Any, *args, **kwargs) -> None:
+    def save(self, filepath: Any, overwrite: bool = True, zipped: bool | None = None, **kwargs) -> None:
         """`keras.Model.save` to a `.keras` file. A file of this name stays whole until the new one is.
 
         Raises:
@@ -269,14 +270,11 @@ class DiffusionModel(training.NoisyRegression):
         """
         path = pathlib.Path(filepath)
         _checks.require(path.suffix == ".keras", "The file name must end in .keras", filepath=filepath)
-        if args or kwargs.get("overwrite") is False or kwargs.get("zipped") is False or not path.is_file():
-            return super().save(filepath, *args, **kwargs)
-        temporary = path.with_name(f"{path.stem}.saving.keras")
-        try:
+        asks = not overwrite and path.exists()
+        if asks or zipped is False or "://" in str(filepath):  # Keras asks, or it is no file of this machine
+            return super().save(filepath, overwrite, zipped, **kwargs)
+        with saving.replacing(path, path.with_name(f"{path.stem}.saving.keras")) as temporary:
             super().save(temporary, **kwargs)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def export(self, filepath: Any, *args, **kwargs) -> None:
         """`keras.Model.export` of the network with the averaged weights: a function of x_t, t and the condition."""

@@ -1,8 +1,12 @@
 """Files of models: what they say of `compile`, complete and the same for every backend, and how they are loaded."""
 
+import contextlib
 import inspect
+import os
 import pathlib
+import sys
 import zipfile
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -40,6 +44,25 @@ def load_model(path: str | pathlib.Path, **options: Any) -> keras.Model:
         raise ValueError(f"{path} cannot be loaded as a model. {reason}") from error
     _checks.require(hasattr(model, "diffusion"), f"{path} is not a diffusion model", found=type(model).__name__)
     return model
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path, temporary: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A context that writes the file `temporary`, which then takes the place of `path`.
+
+    A kill leaves the file `path` as it was, or replaces it by the whole new one, which has reached the disk.
+    """
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        if sys.platform != "win32":  # the new name, too, must reach the disk
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def portable(value: Any) -> Any:

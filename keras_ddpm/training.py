@@ -39,12 +39,6 @@ def _in_tuple(function, *args):
     return (function(*args),)
 
 
-def _epochs_of(data, initial_epoch):
-    """A callback that tells the data their epoch. A `fit` from epoch 0 counts on from the one before."""
-    shift = 0 if initial_epoch else data.epoch
-    return keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: setattr(data, "epoch", epoch + shift))
-
-
 class NoisyRegression(keras.Model):
     """The part of `DiffusionModel` that trains and evaluates on clean data.
 
@@ -118,12 +112,15 @@ class NoisyRegression(keras.Model):
         with contextlib.ExitStack() as stack:
             stack.callback(setattr, self, "_checked_validation_data", None)
             stack.enter_context(turns.running())
+            data, initial_epoch = given["x"], given.get("initial_epoch", 0)
+            earlier_epochs = 0 if initial_epoch else getattr(data, "epoch", 0)
             for checkpoint in checkpoints:
-                running = checkpoint.running(self, others, given.get("initial_epoch", 0))
-                given["initial_epoch"] = stack.enter_context(running)
-            if hasattr(given["x"], "epoch"):  # `datasets.Batches`, which shuffles by itself
+                running = checkpoint.running(self, others, initial_epoch, earlier_epochs)
+                given["initial_epoch"], earlier_epochs = stack.enter_context(running)
+            if hasattr(data, "epoch"):  # `datasets.Batches`, which shuffles by itself
                 given["shuffle"] = False
-                given["callbacks"].append(_epochs_of(given["x"], given.get("initial_epoch", 0)))
+                tell = lambda epoch, logs: setattr(data, "epoch", earlier_epochs + epoch)  # noqa: E731
+                given["callbacks"].append(keras.callbacks.LambdaCallback(on_epoch_begin=tell))
             return super().fit(**given)
 
     def evaluate(self, *args, **kwargs) -> Any:

@@ -56,6 +56,30 @@ def test_an_interrupted_run_is_the_uninterrupted_one(tmp_path, uninterrupted, ba
     assert_same(interrupted_run.run(tmp_path, [Interrupt()], every), uninterrupted)
 
 
+def test_data_of_an_earlier_fit_go_on(tmp_path, model, points):
+    """A script that trains twice on the same `Batches` is interrupted in the second training, and run again."""
+
+    class Seen(kd.datasets.Batches):
+        def __getitem__(self, step):
+            seen.append((self.epoch, step))
+            return super().__getitem__(step)
+
+    def script(folder, batch):
+        data = Seen(points[:12], batch_size=4, seed=1)
+        model.fit(data, epochs=2, verbose=0, shuffle=False)
+        seen.clear()
+        callbacks = [kd.callbacks.Checkpoint(folder, every=0), Interrupt(batch)]
+        model.fit(data, epochs=3, verbose=0, callbacks=callbacks)
+        return [epoch for epoch, _ in seen]
+
+    seen = []
+    expected = script(tmp_path / "a", 10**9)
+    with pytest.raises(InterruptedError):
+        script(tmp_path / "b", 4)
+    epochs = script(tmp_path / "b", 10**9)
+    assert set(expected) == {2, 3, 4} and set(epochs) - {2} == {3, 4}  # the first batch is looked at before
+
+
 def test_the_last_files_are_kept(tmp_path):
     interrupted_run.run(tmp_path, every=0)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
