@@ -101,12 +101,12 @@ def open_output(output, resume=False, overwrite=False):
         raise UsageError("--resume and --overwrite exclude each other.")
     if overwrite:
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    elif not resume and any((out / "checkpoints").glob("**/*.npz")):
+    files = sorted((out / "checkpoints").glob("**/*.npz"))
+    if files and not resume:
         raise UsageError(
             f"{out} holds a run. Go on with it by --resume, replace it by --overwrite, or change --output."
         )
-    elif resume:
-        files = sorted((out / "checkpoints").glob("**/*.npz"))
+    if resume:
         print(f"Going on from {files[-1]}" if files else f"There is no run in {out}. A new one starts.")
     print(f"Output: {out}")
     return out
@@ -187,7 +187,7 @@ def load(
         folder = kd.datasets.from_folder(
             name, image_size, channels=channels, labels=labels, strict=strict, batch_size=1
         )
-        return split(folder.x, folder.labels, flip=True, **options)
+        return split(folder.x, folder.labels, folder.class_names, flip=True, **options)
     source = {"image_size": image_size, "data_dir": data_dir, "labels": labels}
     try:
         if name == "oxford_flowers102":
@@ -202,18 +202,19 @@ def load(
     print(f"Drawing {num_drawn} flowers.", flush=True)
     x, kinds = kd.datasets.procedural_flowers(num_drawn, image_size, seed=seed)
     x = kd.images.to_uint8(x.mean(axis=-1, keepdims=True) if channels == 1 else x)
-    return split(x, kinds if labels else None, flip=True, **options)
+    return split(x, *((kinds, [*kd.datasets.FLOWER_KINDS]) if labels else (None, None)), flip=True, **options)
 
 
-def split(x, labels=None, batch_size=32, seed=0, **options):
+def split(x, labels=None, class_names=None, batch_size=32, seed=0, **options):
     """Batches of nine tenths of the data for training, and of the held-out tenth."""
     order = np.random.default_rng(seed).permutation(len(x))
     held_out = max(1, len(x) // 10)
     if held_out == len(x):
         raise ValueError(f"At least 2 images are needed, because one tenth is held out. Received: {len(x)}")
     pick = lambda chosen: (x[chosen], None if labels is None else labels[chosen])  # noqa: E731
-    train = kd.datasets.Batches(*pick(order[held_out:]), batch_size, seed=seed, **options)
-    return train, kd.datasets.Batches(*pick(order[:held_out]), min(batch_size, held_out), shuffle=False)
+    both = {"class_names": class_names}
+    train = kd.datasets.Batches(*pick(order[held_out:]), batch_size, seed=seed, **both, **options)
+    return train, kd.datasets.Batches(*pick(order[:held_out]), min(batch_size, held_out), shuffle=False, **both)
 
 
 def load_model(path):
@@ -252,7 +253,7 @@ def train(
     model.compile(loss=loss, optimizer=kd.optimizers.Adam(rate, global_clipnorm=1.0))
     callbacks = [
         *callbacks,
-        estimate(epochs * len(data)),
+        Estimate(),
         *([kd.callbacks.Checkpoint(checkpoints)] if checkpoints else []),
     ]
     try:
@@ -263,22 +264,27 @@ def train(
         raise
 
 
-def estimate(steps, seconds=10):
-    """A callback that says how long training for this number of steps will take, once it knows."""
-    times = []
+class Estimate(keras.callbacks.Callback):
+    """Says once how long the rest of the training will take, after so many seconds of it."""
 
-    def on_train_batch_end(batch, logs):
-        times.append(time.monotonic())
-        recent = np.diff(times)[-3:]
+    def __init__(self, seconds=10):
+        super().__init__()
+        self.seconds, self.times = seconds, []
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epochs_left = self.params["epochs"] - epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.times is None:
+            return
+        self.times.append(time.monotonic())
+        recent = np.diff(self.times[-4:])
         steady = len(recent) == 3 and max(recent) < 3 * min(recent)  # neither compiled nor skipped
-        if on_train_batch_end.waits and steady and times[-1] - times[0] > seconds:
-            on_train_batch_end.waits = False
+        if steady and self.times[-1] - self.times[0] > self.seconds:
             step = np.median(recent)
-            minutes = max(1, round(step * (steps - len(times)) / 60))
+            minutes = max(1, round(step * (self.epochs_left * self.params["steps"] - batch - 1) / 60))
             print(f"\nThe training will take about {minutes} min, at {step:.2f} s per batch.", flush=True)
-
-    on_train_batch_end.waits = True
-    return keras.callbacks.LambdaCallback(on_train_batch_end=on_train_batch_end)
+            self.times = None
 
 
 def make_metric(train, test, num_samples, classifier_epochs, seed):

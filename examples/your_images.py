@@ -3,7 +3,7 @@
     python examples/your_images.py FOLDER
     python examples/your_images.py          # first writes pictures of five kinds of flowers to a folder
 
-The folder and its sub-folders may contain image files of any size. Each is cropped to its central square and resized.
+The folder and its subfolders may contain image files of any size. Each is cropped to its central square and resized.
 A hundred pictures give a first impression, but the network memorizes them. Thousands are better. To train a larger
 network on an accelerator, use `examples/flowers.py --dataset FOLDER --preset full`.
 

@@ -35,9 +35,9 @@ __version__ = "0.2.0"
 
 
 def _own_names(module):
-    """Returns `__dir__` of a module for tab completion: its public names without those that it imports."""
+    """A `__dir__` for a module, by which tab completion shows its public names without what it imports."""
     own = {n: v for n, v in vars(module).items() if not n.startswith("_") and not _inspect.ismodule(v)}
-    names = [n for n, v in own.items() if getattr(v, "__module__", module.__name__).startswith(__name__)]
+    names = [n for n, v in own.items() if (getattr(v, "__module__", None) or __name__).startswith(__name__)]
     return lambda: names
 
 

@@ -91,17 +91,21 @@ class SampleGrid(_Sampling):
             self.path.format(epoch=1)
         except (KeyError, IndexError, ValueError) as error:
             raise ValueError(f"`path` must have no name but {{epoch}} in braces. Received: path={self.path}") from error
-        self.writer = None
-        if self.tensorboard is not None:
-            from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-            self.writer = EventFileWriter(str(self.tensorboard))
         valid = pathlib.Path(self.path).suffix.lower() in Image.registered_extensions()
         _checks.require(valid, "`path` must end like an image file", path=self.path)
         folder = pathlib.Path(self.path).parent
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+        self.writer = None
+        if self.tensorboard is not None:
+            from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+            self.writer = EventFileWriter(str(self.tensorboard))
+
+    def on_train_end(self, logs=None):
+        if self.writer:
+            self.writer.close()
 
     def on_epoch_end(self, epoch, logs=None):
         epoch += 1

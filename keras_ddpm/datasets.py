@@ -13,6 +13,7 @@ import functools
 import mimetypes
 import multiprocessing.pool
 import os
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -316,7 +317,8 @@ def _read_tfds(name, split, image_size, data_dir, labels):
             builder = tfds.builder(name, data_dir=data_dir)
             builder.download_and_prepare()
         except Exception as error:  # TensorFlow Datasets raises many types
-            raise ConnectionError(f"{name} is not in {data_dir}, and its download failed: {error!r}") from error
+            reason = textwrap.shorten(f"{type(error).__name__}: {error}", 150)
+            raise ConnectionError(f"{name} is not in {data_dir}, and its download failed: {reason}") from error
     missing = {"image", *(["label"] if labels else [])} - set(builder.info.features)
     _checks.require(not missing, f"{name} lacks the features {missing}", features=list(builder.info.features))
     x, numbers = [], []

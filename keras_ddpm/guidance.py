@@ -9,6 +9,7 @@ w = 0 and w = 1 give one of the two outputs and need one network call. This w is
 
 import dataclasses
 import difflib
+import warnings
 from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
@@ -34,6 +35,12 @@ class Condition:
     num_classes: int | None
     class_names: tuple[str, ...] | None = None
 
+    def __post_init__(self) -> None:
+        names, num = self.class_names, self.num_classes
+        if names is not None:
+            valid = all(isinstance(name, str) for name in names) and len({*names}) == len(names) == num
+            _checks.require(valid, f"`class_names` must be {num} different names", class_names=names)
+
     @classmethod
     def of(cls, network: keras.Model, class_names: Sequence[str] | None = None) -> "Condition | None":
         """The condition of a functional model of `[x_t, t, condition]`, or `None` for a model of `[x_t, t]`.
@@ -42,23 +49,25 @@ class Condition:
             ValueError: if the condition is an integer and no layer has the name "label_embedding", or `class_names` are
                 not K different names.
         """
-        if len(network.inputs) == 2:
-            _checks.require(class_names is None, "The network has no labels to name", class_names=class_names)
-            return None
-        condition = network.inputs[2]
-        if "int" not in condition.dtype:
-            _checks.require(class_names is None, "The network has no labels to name", class_names=class_names)
-            return cls(tuple(condition.shape[1:]), None)
+        conditions = network.inputs[2:]
+        labels = [condition for condition in conditions if "int" in condition.dtype]
+        _checks.require(labels or class_names is None, "The network has no labels to name", class_names=class_names)
+        if not labels:
+            return cls(tuple(conditions[0].shape[1:]), None) if conditions else None
         embeddings = [layer for layer in network.layers if layer.name == "label_embedding"]
         _checks.require(embeddings, "A network of labels needs a layer 'label_embedding' with K + 1 entries")
         num = embeddings[0].input_dim - 1
-        if class_names is not None:
-            valid = (
-                all(isinstance(name, str) for name in class_names) and len({*class_names}) == len(class_names) == num
-            )
-            _checks.require(valid, f"`class_names` must be {num} different names", class_names=class_names)
-            class_names = tuple(class_names)
-        return cls((), num, class_names)
+        return cls((), num, None if class_names is None else tuple(class_names))
+
+    def named(self, class_names: Sequence[str] | None) -> "Condition":
+        """This condition, which takes the names that data have if it has none. Warns if it has others."""
+        if not class_names or not self.num_classes or self.class_names == tuple(class_names):
+            return self
+        if not self.class_names and len(class_names) == self.num_classes:
+            return dataclasses.replace(self, class_names=tuple(class_names))
+        known = f"The data name {len(class_names)} classes, and the model's {self.num_classes} labels stay as they are"
+        warnings.warn(f"{known}: check that they mean the same", stacklevel=3)
+        return self
 
     @property
     def null_label(self) -> int:
@@ -113,8 +122,8 @@ class Guidance:
     """What to sample. `DiffusionModel.sample` takes these arguments as options with the same names.
 
     Args:
-        labels: the condition of the samples: one label or vector for all samples, or one for each; `None` for no
-            condition.
+        labels: the condition of the samples: one label, class name or vector for all samples, or one for each; `None`
+            for no condition.
         guidance_scale: w, in [0, 1000].
         guidance_rescale: φ in [0, 1], how far the standard deviation of the guided output is moved to the standard
             deviation of the conditional output. [Lin et al., 2024, Eq. 15-16]

@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import pathlib
+import re
 from collections.abc import Iterable
 
 import numpy as np
@@ -136,7 +137,8 @@ def save(path: str | pathlib.Path, x: ArrayLike, scale: int = 1) -> None:
     >>> save("flower-{:04d}.png", x)  # one file per image, numbered from 0
 
     Args:
-        path: file name. Its extension selects the format.
+        path: file name. Its extension selects the format. `{}`, or `{:04d}` and the like, stands for the number of the
+            image.
         x: `(height, width, channels)` in [-1, 1], or several images as in `grid`.
         scale: integer factor by which every pixel is enlarged.
 
@@ -144,12 +146,12 @@ def save(path: str | pathlib.Path, x: ArrayLike, scale: int = 1) -> None:
         ValueError: if `x` holds no images of 1 or 3 channels, integers, NaN or infinite values, or the extension is
             unknown.
     """
-    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    if "{:" in str(path):
-        for index, image in enumerate(x):
-            to_pil(image, scale).save(str(path).format(index))
-    else:
-        to_pil(x, scale).save(path)
+    number = re.compile(r"\{(:[^{}]*)?\}")
+    for index, picture in enumerate(x if number.search(str(path)) else [x]):
+        file = pathlib.Path(number.sub(lambda match, index=index: match[0].format(index), str(path)))
+        picture = to_pil(picture, scale)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(file)
 
 
 def save_gif(path: str | pathlib.Path, frames: Iterable[ArrayLike], scale: int = 1, milliseconds: int = 100) -> None:

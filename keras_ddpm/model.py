@@ -54,8 +54,8 @@ class DiffusionModel(training.NoisyRegression):
         label_dropout: the share of training examples that lose their condition, in [0, 1). Guidance needs a network
             that was also trained without its condition. A network without a condition ignores this argument.
         seed: integer seed of the t and the noise drawn in training. A saved model continues its random sequence.
-        class_names: the name of each label, with which `sample` can be asked for it. `None` for the names that the data
-            of the first `fit` have, such as `datasets.Batches.class_names`.
+        class_names: the name of each label, with which `sample` can be asked for it. With `None`, the model takes them
+            from the first data with names that `fit` gets, such as `datasets.Batches.class_names`.
 
     Raises:
         ValueError: if the network's output is not shaped like its input, `diffusion` is not a `GaussianDiffusion`, a
@@ -270,8 +270,8 @@ class DiffusionModel(training.NoisyRegression):
         """
         path = pathlib.Path(filepath)
         _checks.require(path.suffix == ".keras", "The file name must end in .keras", filepath=filepath)
-        asks = not overwrite and path.exists()
-        if asks or zipped is False or "://" in str(filepath):  # Keras asks, or it is no file of this machine
+        # Keras asks, writes a folder, or writes to another machine.
+        if not overwrite and path.exists() or zipped is False or "://" in str(filepath):
             return super().save(filepath, overwrite, zipped, **kwargs)
         with saving.replacing(path, path.with_name(f"{path.stem}.saving.keras")) as temporary:
             super().save(temporary, **kwargs)

@@ -82,7 +82,8 @@ class NoisyRegression(keras.Model):
     def fit(self, *args, **kwargs) -> keras.callbacks.History:
         """`keras.Model.fit` on clean data. It checks the data first.
 
-        Arrays are checked completely. Of other sources, the first batch is checked.
+        Arrays are checked completely. Of other sources, the first batch is checked. Labels in the data are ignored if
+        the network takes none.
 
         Raises:
             ValueError: if the data do not have the shape of the network's input, lie outside `clip_range`, contain NaN,
@@ -95,9 +96,8 @@ class NoisyRegression(keras.Model):
             warnings.warn("The images lie in [0, 1]. Expected [-1, 1]: scale them with 2 * x - 1", stacklevel=2)
         if given.get("validation_data") is not None:
             given["validation_data"], _ = self._checked(given["validation_data"])
-        names = getattr(given["x"], "class_names", None)
-        if names and self.condition and not self.condition.class_names and len(names) == self.condition.num_classes:
-            self.condition = self.condition.of(self.network, names)
+        if self.condition:
+            self.condition = self.condition.named(getattr(given["x"], "class_names", None))
         callbacks = given.get("callbacks") or []
         if isinstance(callbacks, keras.callbacks.Callback):
             callbacks = [callbacks]
@@ -251,6 +251,7 @@ class NoisyRegression(keras.Model):
             )
             every = getattr(data, "labels", None)  # `datasets.Batches` has the labels of all batches
             condition = ops.convert_to_numpy(condition) if every is None else every
+            _checks.require(condition.dtype.kind in "biuf", "Labels in data are integers", labels=condition[:3])
             self.condition.array(condition, len(condition))
         return data, x_0
 

@@ -1,6 +1,7 @@
 """The examples with tiny settings, as functions and as commands, and the code in the README."""
 
 import importlib
+import itertools
 import json
 import os
 import pathlib
@@ -181,6 +182,26 @@ def check_output(folder):
     assert lines[0] == "epoch,loss,val_loss" and len(lines) == 3
     model = keras.saving.load_model(folder / "model.keras")
     assert model.sample(1, kd.samplers.DDIM(2)).shape == (1, 16, 16, 3)
+
+
+def test_the_estimate_is_of_what_is_left(monkeypatch, capsys):
+    """A resumed run starts at epoch 8 of 10, and a batch takes a second."""
+    common = importlib.import_module("common")
+    estimate = common.Estimate(seconds=2)
+    estimate.set_params({"epochs": 10, "steps": 60})
+    monkeypatch.setattr(common.time, "monotonic", itertools.count().__next__)
+    estimate.on_epoch_begin(7)
+    for batch in range(60):
+        estimate.on_train_batch_end(batch)
+    assert capsys.readouterr().out == "\nThe training will take about 3 min, at 1.00 s per batch.\n"
+
+
+def test_names_of_a_folder_reach_the_model(tmp_path):
+    for index in range(6):
+        image = np.full((8, 8, 3), index / 3 - 1)
+        kd.images.save(tmp_path / ("rose" if index % 2 else "lily") / f"{index}.png", image)
+    for data in importlib.import_module("common").load(tmp_path, 8, labels=True, batch_size=2):
+        assert data.class_names == ["lily", "rose"]
 
 
 def test_flowers_without_network_and_data(tmp_path, command_line):

@@ -292,5 +292,25 @@ def test_names_of_classes(tmp_path):
     for names in (["a", "b"], ["a", "b", "b"], [1, 2, 3]):
         with pytest.raises(ValueError, match="must be 3 different names"):
             kd.DiffusionModel(network, class_names=names)
-    with pytest.raises(ValueError, match="no labels to name"):
-        kd.DiffusionModel(kd.networks.mlp(2, 8, 1), class_names=["a"])
+    for other in (kd.networks.mlp(2, 8, 1), kd.networks.mlp(2, 8, 1, context_dim=2)):
+        with pytest.raises(ValueError, match="no labels to name"):
+            kd.DiffusionModel(other, class_names=["a"])
+
+
+@pytest.mark.parametrize("of_model, of_data", [(["a", "b", "c"], ["a", "c", "b"]), (None, ["a", "b"])])
+def test_names_that_do_not_fit_are_said(of_model, of_data):
+    model = kd.DiffusionModel(kd.networks.mlp(2, 8, 1, num_classes=3), class_names=of_model)
+    model.compile(loss="mse", optimizer="adam")
+    data = kd.datasets.Batches(np.zeros((4, 2)), [0, 1, 1, 0], batch_size=4, class_names=of_data)
+    with pytest.warns(UserWarning, match="check that they mean the same"):
+        model.fit(data, verbose=0)
+    assert model.condition.class_names == (of_model and tuple(of_model))
+
+
+def test_names_are_no_labels_of_data():
+    x, _ = points(4)
+    model = kd.DiffusionModel(kd.networks.mlp(2, 8, 1, num_classes=2), class_names=["a", "b"])
+    model.compile(loss="mse", optimizer="adam")
+    for labels in (np.array(["a", "b", "b", "a"]), ["a", "b", "b", "a"]):
+        with pytest.raises(ValueError, match="Labels in data are integers"):
+            model.fit(x, labels)

@@ -99,6 +99,10 @@ def test_one_file_per_image_and_rows_of_a_grid(tmp_path):
     images.save(tmp_path / "new/a-{:03d}.png", x[0])
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["a-000.png", "a-001.png", "a-002.png"]
     assert np.array_equal(read(tmp_path / "new/a-002.png"), images.to_uint8(x[0, 2]))
+    images.save(tmp_path / "{old}" / "{}" / "x.png", x[0])
+    assert np.array_equal(read(tmp_path / "{old}/2/x.png"), images.to_uint8(x[0, 2]))
+    with pytest.raises(ValueError, match="Expected one or several images"):
+        images.save(tmp_path / "of-one-{}.png", x[0, 0])
     assert np.array_equal(images.grid(x), images.grid(x.reshape(6, 5, 6, 3), columns=3))
     assert np.array_equal(np.asarray(images.to_pil(x)), images.to_uint8(images.grid(x)))
 

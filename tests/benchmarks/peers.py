@@ -5,6 +5,7 @@
     python tests/benchmarks/peers.py --task sampling --against diffusers-tuned
     python tests/benchmarks/peers.py --contestants torch-bfloat16 --size 32 --width 32    # a smaller job
     python tests/benchmarks/peers.py --output figures.json --plot figures.png
+    python tests/benchmarks/peers.py --before TREE --contestants torch-float32   # against another clone of this package
 
 A contestant is this package on a backend in float32 or mixed bfloat16, or diffusers' UNet2DModel of the same widths: as
 it comes, tuned (channels last, autocast to bfloat16), or compiled by `torch.compile` besides; or the U-Net of
@@ -26,6 +27,7 @@ import collections
 import functools
 import json
 import os
+import pathlib
 import resource
 import subprocess
 import sys
@@ -33,6 +35,7 @@ import time
 
 import numpy as np
 
+ROOT = pathlib.Path(__file__).parents[2]
 OURS = [f"{backend}-{dtype}" for backend in ("tensorflow", "jax", "torch") for dtype in ("float32", "bfloat16")]
 PEERS = ["diffusers", "diffusers-tuned", "diffusers-compiled", "denoising-diffusion-pytorch"]
 
@@ -285,15 +288,15 @@ def work(args):
 
 
 class Worker:
-    def __init__(self, name, args, *lines):
-        command = [sys.executable, __file__, "--worker", name, "--task", args.task]
+    def __init__(self, name, args, *lines, tree=ROOT):
+        command = [sys.executable, "tests/benchmarks/peers.py", "--worker", name, "--task", args.task]
         for option in ("size", "width", "batch_size", "steps"):
             command += ["--" + option.replace("_", "-"), str(getattr(args, option))]
-        environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "TQDM_DISABLE": "1"}
+        environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "TQDM_DISABLE": "1", "PYTHONPATH": str(tree)}
         environment["KERAS_BACKEND"] = name.split("-")[0] if name in OURS else "torch"
         start = time.perf_counter()
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        self.process = subprocess.Popen(command, env=environment, text=True, **pipes)
+        self.process = subprocess.Popen(command, cwd=tree, env=environment, text=True, **pipes)
         for line in lines:
             self._write(line)
         self._answer("first")
@@ -325,6 +328,7 @@ def main():
     parser.add_argument("--task", choices=["training", "sampling"], default="training")
     parser.add_argument("--contestants", nargs="+", choices=[*OURS, *PEERS], default=[*OURS, *PEERS[1:3]])
     parser.add_argument("--against", choices=[*OURS, *PEERS], default="diffusers")
+    parser.add_argument("--before", help="another clone of this package, which takes the place of --against")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--batch-size", type=int, help="(default: 8 to train, 16 to sample)")
@@ -338,7 +342,8 @@ def main():
     args.steps = args.steps or {"training": 6, "sampling": 50}[args.task]
     if args.worker:
         return work(args)
-    print(f"{args.task}, {args.size}x{args.size}, base {args.width}, batch {args.batch_size}; against {args.against}")
+    job = f"{args.task}, {args.size}x{args.size}, base {args.width}, batch {args.batch_size}"
+    print(f"{job}; against {args.before or args.against}")
     print("contestant           first step, s  step, s  times as fast  share of limit  Gflop/s  memory, MiB  pipeline")
     found = {}
     for name in args.contestants:
@@ -358,7 +363,8 @@ def main():
 
 def compare(name, args):
     """The figures of a contestant beside those of `args.against`."""
-    workers = [Worker(args.against, args), Worker(name, args)]
+    before = Worker(name, args, tree=args.before) if args.before else Worker(args.against, args)
+    workers = [before, Worker(name, args)]
     about = workers[1].about
     ours = "products" in about
     if ours:
