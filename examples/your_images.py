@@ -68,7 +68,7 @@ def main(
     x = kd.datasets.from_folder(folder, image_size, batch_size=1).x
     kd.images.save(out / "pictures.png", kd.images.from_uint8(x[:16]))
     batch_size = max(1, min(16, len(x) - max(1, len(x) // 10)))
-    train, held_out = common.split(x, None, batch_size, seed, flip=True, steps_per_epoch=steps_per_epoch)
+    train, held_out = common.split(x, batch_size=batch_size, seed=seed, flip=True, steps_per_epoch=steps_per_epoch)
     print(f"Training on {train.num_examples} pictures, with {held_out.num_examples} held out.", flush=True)
 
     network = kd.networks.unet((image_size, image_size, 3), width, (1, 2, 4, 8), 1, (-(-image_size // 8),))
