@@ -47,5 +47,5 @@ for _module in filter(_inspect.ismodule, list(globals().values())):
 
 
 def __dir__() -> list[str]:
-    internal = {"checkpoints", "diffusion", "ema", "model", "sampling", "training"}
+    internal = {"checkpoints", "diffusion", "ema", "model", "rows", "sampling", "training"}
     return [name for name in globals() if not name.startswith("_") and name not in internal] + ["__version__"]

@@ -158,9 +158,8 @@ class DiffusionModel(training.NoisyRegression):
     ) -> Any:
         """Generates data.
 
-        The starting noise depends on the seed and the sample's index alone. With a deterministic sampler the samples
-        also depend on nothing else, up to rounding: `num_samples` and `batch_size` do not change them. With a
-        stochastic sampler they depend on the batch size, too.
+        A sample depends on the seed and its index alone, up to rounding: `num_samples` and `batch_size` do not change
+        it. The noise is the same on every backend.
 
         The compiled program is kept for further calls. All deterministic samplers share one program, and all stochastic
         samplers share another. A new batch size or new kinds of options compile a new program.

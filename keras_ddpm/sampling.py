@@ -7,6 +7,7 @@ sampling is drawn here.
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from keras import ops
 
 from keras_ddpm import _checks
 from keras_ddpm import _devices
-from keras_ddpm import samplers
+from keras_ddpm import rows
 from keras_ddpm.diffusion import GaussianDiffusion
 
 MAX_BATCH_SIZE = 256
@@ -40,6 +41,47 @@ def prior(diffusion: GaussianDiffusion, shape: tuple, seed: int, indices: np.nda
     """Draws x_T: `noise`, scaled to the standard deviation that x_T has for data of variance 1."""
     schedule = diffusion.schedule
     return np.hypot(schedule.alpha[-1], schedule.sigma[-1]).astype("float32") * noise(shape, seed, indices)
+
+
+def counted_noise(shape: tuple, keys: Any, number: Any) -> Any:
+    """Standard Gaussian noise of a compiled step. The noise of an example depends on its key and the number alone.
+
+    Two hashes of a counter give two uniform numbers for each normal one. They are the same on every backend.
+
+    Args:
+        shape: shape of the batch.
+        keys: int32 tensor `(batch, 2)`.
+        number: integer that counts the draws of a job.
+
+    Returns:
+        float32 tensor of the given shape.
+
+    Reference: Box and Muller, 1958; Salmon et al., 2011, on random numbers from counters.
+    """
+    factors = np.array(_signed([0x9E3779B9, 0xC2B2AE35]), "int32")
+    counters = np.outer(factors, np.arange(math.prod(shape[1:]), dtype="int32"))
+    keys = _hashed(ops.add(keys, _signed(0x85EBCA6B) * ops.cast(number, "int32")))
+    bits = _hashed(ops.add(ops.expand_dims(keys, -1), counters))
+    u = (ops.cast(_shifted(bits, 8), "float32") + 0.5) * 2.0**-24
+    x = ops.sqrt(-2 * ops.log(u[:, 0])) * ops.cos(2 * math.pi * u[:, 1])
+    return ops.reshape(x, (-1, *shape[1:]))
+
+
+def _signed(bits):
+    """Integers of 32 bits as Python's, with a sign. Products of int32 keep the lowest 32 bits."""
+    return np.asarray(bits, "uint32").astype("int32").tolist()
+
+
+def _shifted(bits, places):
+    """Shifts 32 bits to the right. Those of an int32 would be filled up with its sign."""
+    return ops.bitwise_and(ops.bitwise_right_shift(bits, places), 2 ** (32 - places) - 1)
+
+
+def _hashed(bits):
+    """A bijection of 32 bits that changes half of them, on average, if one of them changes."""
+    bits = ops.bitwise_xor(bits, _shifted(bits, 16)) * _signed(0x7FEB352D)
+    bits = ops.bitwise_xor(bits, _shifted(bits, 15)) * _signed(0x846CA68B)
+    return ops.bitwise_xor(bits, _shifted(bits, 16))
 
 
 class Loop:
@@ -125,17 +167,17 @@ class Loop:
             indices = np.minimum(np.arange(batch * batch_size, (batch + 1) * batch_size), num - 1)
             for name, several in arrays.items():
                 job[name] = tuple(array[indices] for array in several)
-            # On PyTorch, Keras adds the seed and the step as int32. The shift avoids an overflow.
-            job["seed"] = np.int32(np.random.SeedSequence([seed, batch * batch_size]).generate_state(1)[0] >> 2)
+            keys = [np.random.SeedSequence([seed, index]).generate_state(2) for index in indices]
+            job["keys"] = np.array(_signed(keys), "int32")
             x = start(indices)
-            previous = (np.zeros_like(x),) * samplers.NUM_PREVIOUS
+            previous = (np.zeros_like(x),) * rows.NUM_PREVIOUS
             for first, last in itertools.pairwise(stops):
                 x, previous = program.predict_on_batch(job | {"x": x, "previous": previous, "between": (first, last)})
                 progress.update(batch * len(table) + last)
                 if last in cuts:
-                    part, rows = np.searchsorted(cuts, last) - 1, slice(indices[0], indices[-1] + 1)
+                    part, place = np.searchsorted(cuts, last) - 1, slice(indices[0], indices[-1] + 1)
                     for kept, state in zip(states, (x, previous[0])):
-                        kept[part, rows] = state[: indices[-1] + 1 - indices[0]]
+                        kept[part, place] = state[: indices[-1] + 1 - indices[0]]
         return tuple(states) if num_states else states[0, 0]
 
 
@@ -158,7 +200,6 @@ class _Program(keras.Model):
         self.clips = clips
         self.masks = masks
         self.recordings = {}
-        self.random = keras.random.SeedGenerator(0)
         self.jit_compile = _devices.jit_compile()
         self.built = True
 
@@ -177,25 +218,17 @@ class _Program(keras.Model):
                 y = predict(x, t, *job["inputs"], *columns)
                 return self.diffusion.predict_x0(x, t, y, threshold, self.clips)
 
-            noise, noise_of_known = self._draw(ops.shape(x), job["seed"], index)
+            # The noise of the row, and that of the known data.
+            wanted = (2 * index, self.draws_noise), (2 * index + 1, self.masks)
+            noise, noise_of_known = (counted_noise(x.shape, job["keys"], number) if w else None for number, w in wanted)
             row = {name: take(column) for name, column in job["rows"].items()}
-            x, previous = samplers.step(row, denoise, x, noise, previous)
+            x, previous = rows.step(row, denoise, x, noise, previous)
             if self.masks:
                 (known, mask), (alpha, sigma) = job["known"], map(take, job["arrival"])
                 x = ops.where(mask > 0, alpha * known + sigma * noise_of_known, x)
             return x, previous
 
         return ops.fori_loop(*job["between"], step, (job["x"], job["previous"]))
-
-    def _draw(self, shape, seed, index):
-        """Draws noise for the row and for the known data, or returns `None` if it is not needed.
-
-        The noise depends on the seed and the number of the row alone, not on how the rows are cut into ranges.
-        """
-        state = ops.cast(ops.stack([seed, 2 * index]), self.random.state.dtype)  # each draw adds 1 to it
-        with keras.StatelessScope([(self.random.state, state)]):
-            wanted = self.draws_noise, self.masks
-            return [keras.random.normal(shape, seed=self.random) if drawn else None for drawn in wanted]
 
 
 @_devices.fast_on_torch

@@ -3,6 +3,8 @@
 The tests run if diffusers is installed. Its t is 1 less than the t of this package.
 """
 
+import functools
+
 import numpy as np
 import pytest
 from keras import ops
@@ -123,6 +125,36 @@ def test_dpm_solver(num_steps, eta, algorithm, spacing, prediction):
         return scheduler.step(y, t, x, variance_noise=noise).prev_sample
 
     expected = theirs(scheduler, times, prediction, step)
+    np.testing.assert_allclose(ours(sampler, prediction, None), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("spacing", ["uniform", "logsnr", "karras"])
+@pytest.mark.parametrize("num_steps", [3, 8, 20])
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(functools.partial(samplers.UniPC, order=order) for order in (1, 2, 3)),
+        functools.partial(samplers.DPMSolver, order=3),
+    ],
+)
+def test_unipc(make, num_steps, spacing, prediction):
+    """Without its corrector it is DPMSolver: their DPM-Solver++(3M) has half of the second difference."""
+    sampler = make(num_steps, spacing=spacing)
+    predicts_only = isinstance(sampler, samplers.DPMSolver)
+    scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type=PREDICTIONS[prediction],
+        solver_order=sampler.order,
+        disable_corrector=list(range(num_steps)) if predicts_only else [],
+        final_sigmas_type="zero",
+        beta_start=1e-4,
+        beta_end=0.02,
+    )
+    times = sampler.timesteps(LINEAR)
+    scheduler.set_timesteps(num_steps)
+    scheduler.timesteps = torch.tensor(times[:-1] - 1)
+    scheduler.sigmas = torch.tensor(LINEAR.sigma[times] / LINEAR.alpha[times], dtype=torch.float32)
+    expected = theirs(scheduler, times, prediction, lambda scheduler, y, t, x, _: scheduler.step(y, t, x).prev_sample)
     np.testing.assert_allclose(ours(sampler, prediction, None), expected, rtol=1e-4, atol=1e-4)
 
 

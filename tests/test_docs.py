@@ -55,7 +55,7 @@ def test_no_sentence_is_long(path):
 
 def public():
     """All public classes and functions of the package, with their names."""
-    for module in [getattr(kd, name) for name in dir(kd)] + [kd.model, kd.diffusion, kd.checkpoints, kd.ema]:
+    for module in [getattr(kd, name) for name in dir(kd)] + [kd.model, kd.diffusion, kd.checkpoints, kd.ema, kd.rows]:
         for name in dir(module) if inspect.ismodule(module) else []:
             value = getattr(module, name)
             if (inspect.isclass(value) or inspect.isfunction(value)) and value.__module__ == module.__name__:

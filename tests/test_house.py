@@ -16,7 +16,8 @@ import keras_ddpm as kd
 PACKAGE = pathlib.Path(kd.__file__).parent
 MODULES = {path.stem: path.read_text() for path in sorted(PACKAGE.glob("*.py"))}
 REPOSITORY = PACKAGE.parent
-CORE = {"schedules", "diffusion", "samplers", "layers", "networks", "ema", "guidance", "sampling", "training", "model"}
+CORE = {"schedules", "diffusion", "rows", "samplers", "layers", "networks", "ema", "guidance", "sampling", "training"}
+CORE |= {"model"}
 
 
 def imports(name):
@@ -155,11 +156,11 @@ def code_lines(source):
 
 
 def test_the_house_stays_small():
-    """At most 3,050 lines of code, 450 lines in a file and 300 in a class.
+    """At most 3,150 lines of code, 450 lines in a file and 300 in a class.
 
-    The house had 2,349 before checkpoints, answers to bad input, and what helps newcomers.
+    The house had 2,349 before checkpoints, answers to bad input, what helps newcomers, and samplers of higher order.
     """
-    assert sum(len(code_lines(text)) for text in MODULES.values()) <= 3050
+    assert sum(len(code_lines(text)) for text in MODULES.values()) <= 3150
     for name, text in MODULES.items():
         assert len(text.splitlines()) <= 450, name
         for node in ast.walk(ast.parse(text)):

@@ -26,6 +26,8 @@ def samplers(draw):
                 kd.samplers.DDPM(steps, variance=eta),
                 kd.samplers.DDIM(steps, eta=eta, spacing=spacing),
                 kd.samplers.DPMSolver(steps, eta=eta),
+                kd.samplers.DPMSolver(steps, eta=eta, order=3, spacing=spacing),
+                kd.samplers.UniPC(steps, order=3, spacing=spacing),
                 kd.samplers.Heun(steps, churn=eta),
                 kd.samplers.Langevin(steps),
                 kd.samplers.Langevin(predictor=kd.samplers.DDIM(steps)),

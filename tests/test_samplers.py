@@ -18,6 +18,7 @@ from keras_ddpm import schedules
 
 LINEAR = schedules.linear(1000)
 DPM = samplers.DPMSolver
+UniPC = samplers.UniPC
 
 
 def exact_moments(sampler, schedule):
@@ -53,6 +54,11 @@ ALL = [
     (DPM(50, spacing="logsnr"), 0.01),
     (DPM(50, spacing="karras"), 0.06),
     (DPM(100, eta=1.0, spacing="logsnr"), 0.02),
+    (DPM(50, order=3, spacing="logsnr"), 0.01),
+    (DPM(100, eta=1.0, order=3, spacing="logsnr"), 0.02),
+    (UniPC(50, order=1, spacing="logsnr"), 0.02),
+    (UniPC(50, spacing="logsnr"), 0.01),
+    (UniPC(50, order=3, spacing="karras"), 0.06),
     (samplers.Heun(50, spacing="logsnr"), 0.02),
     (samplers.Heun(50, churn=10, spacing="karras"), 0.1),
     (samplers.Langevin(200, num_updates=5, spacing="logsnr"), 0.07),
@@ -118,6 +124,8 @@ def test_samples_have_the_moments_of_the_recursion(sampler, bias):
         samplers.DDIM(400, spacing="logsnr"),
         DPM(100, spacing="logsnr"),
         DPM(100, eta=1.0, spacing="logsnr"),
+        DPM(100, order=3, spacing="logsnr"),
+        UniPC(100, spacing="logsnr"),
         samplers.Heun(60, spacing="logsnr"),
         samplers.Heun(60, churn=20, spacing="logsnr"),
         samplers.Langevin(50, step_size=0.4, num_updates=20, spacing="logsnr"),
@@ -148,6 +156,78 @@ def test_order_of_convergence_to_the_probability_flow(make, low, high, data):
         errors.append(np.sqrt(np.mean((x - expected) ** 2)))
     order = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
     assert low < order < high, errors
+
+
+@pytest.mark.parametrize(
+    ("sampler", "order"),
+    [
+        (samplers.DDIM(), 1),
+        (DPM(), 2),
+        (DPM(order=3), 3),
+        (UniPC(order=1), 2),
+        (UniPC(order=2), 3),
+        (UniPC(order=3), 4),
+    ],
+    ids=str,
+)
+def test_order_of_convergence(sampler, order):
+    """On Gaussian data, from nearly no signal to as much signal as noise, at times that are not rounded."""
+    steps, errors, variance = np.array([10, 20, 40, 80]), [], 0.2**2
+    for num in steps:
+        signal = -6 + 6.3 / num * np.arange(num + 4)  # the last steps, of lower orders, are not made
+        alpha, sigma = 1 / np.sqrt(1 + np.exp(-2 * signal)), 1 / np.sqrt(1 + np.exp(2 * signal))
+        rows = samplers.row(signal[:-1], **sampler.coefficients(alpha[:-1], sigma[:-1], alpha[1:], sigma[1:]))
+        of_x_t = alpha**2 * variance + sigma**2
+        x, previous = 1.0, (0.0, 0.0, 0.0)
+        for index, row in enumerate(rows[:num]):
+            gain = alpha[index] * variance / of_x_t[index]
+            x, previous = samplers.step(row, lambda x, t, gain=gain: gain * x, x, None, previous)
+        errors.append(abs(x - np.sqrt(of_x_t[num] / of_x_t[0])))
+    assert abs(-np.polyfit(np.log(steps), np.log(errors), 1)[0] - order) < 0.3, errors
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "zero terminal"])
+@pytest.mark.parametrize(("make", "few"), [(DPM, 8), (functools.partial(DPM, order=3), 16), (UniPC, 8)])
+def test_every_number_of_steps_beats_ddim(make, few, schedule):
+    """On correlated Gaussian data, whose components are independent in some directions. From `few` calls on."""
+    alpha, sigma = SCHEDULES[schedule].alpha, SCHEDULES[schedule].sigma
+    std = np.array([0.3, 0.6, 1.2])
+    prior = np.hypot(alpha[-1], sigma[-1])
+    expected = std * prior / np.hypot(alpha[-1] * std, sigma[-1])
+
+    def error(sampler):
+        gain = lambda t: alpha[t] * std**2 / (alpha[t] ** 2 * std**2 + sigma[t] ** 2)  # noqa: E731
+        x, previous = np.full(3, prior), (np.zeros(3),) * samplers.NUM_PREVIOUS
+        for row in sampler.table(SCHEDULES[schedule]):
+            x, previous = samplers.step(row, lambda x, t: gain(int(t)) * x, x, None, previous)
+        return np.sqrt(np.mean((x - expected) ** 2))
+
+    for num in range(1, 51):
+        found = error(make(num, spacing="logsnr"))
+        assert np.isfinite(found) and (num < few or found <= error(samplers.DDIM(num, spacing="logsnr"))), num
+
+
+SHORT = schedules.linear(60)
+
+
+@pytest.mark.parametrize("schedule", [SHORT, schedules.straight(60), schedules.zero_terminal_snr(SHORT)])
+@pytest.mark.parametrize("spacing", ["uniform", "logsnr", "karras"])
+@pytest.mark.parametrize(
+    "make",
+    [samplers.DDPM, samplers.DDIM, DPM, functools.partial(DPM, order=3)]
+    + [functools.partial(DPM, eta=1.0, order=3), *(functools.partial(UniPC, order=order) for order in (1, 2, 3))],
+)
+def test_any_number_of_steps_makes_as_many_calls(make, spacing, schedule):
+    """Among them N = T, and N = 3k − 1. Data that are constant are found whatever the noise, so no noise is left."""
+    for num in (1, 2, 3, 5, 8, 53, 59, 60, None):
+        sampler = make(num, spacing=spacing)
+        table = sampler.table(schedule)
+        assert len(table) == (num or 60) and sampler.evaluations == num
+        assert np.all(np.diff(table["t"]) < 0) and sampler.timesteps(schedule)[-1] == 0
+        x, previous, noise = np.array([2.0, -3.0]), (np.zeros(2),) * samplers.NUM_PREVIOUS, np.array([-1.0, 2.0])
+        for row in table:
+            x, previous = samplers.step(row, lambda x, t: np.array([0.25, 0.25]), x, noise, previous)
+        np.testing.assert_allclose(x, 0.25, rtol=1e-9)
 
 
 def test_ddim_with_all_the_noise_samples_what_ddpm_does():
@@ -337,6 +417,8 @@ def test_without_signal_at_the_start_every_first_step_is_ddims(schedule, spacing
         samplers.DDIM(10, eta=0.5, spacing=spacing),
         DPM(10, spacing=spacing),
         DPM(10, eta=1.0, spacing=spacing),
+        DPM(10, order=3, spacing=spacing),
+        UniPC(10, order=3, spacing=spacing),
         samplers.Heun(10, spacing=spacing),
         samplers.Langevin(10, spacing=spacing),
         samplers.Langevin(10, num_updates=3, spacing=spacing),
@@ -374,6 +456,8 @@ def test_samplers_are_values():
         (lambda: DPM(eta=2), "eta=2"),
         (lambda: DPM(eta="0.5"), "eta='0.5'"),
         (lambda: DPM(eta=True), "eta=True"),
+        (lambda: DPM(order=1), "`order` must be 2 or 3. Received: order=1"),
+        (lambda: UniPC(order=4), "`order` must be 1, 2 or 3. Received: order=4"),
         (lambda: DPM(spacing=["uniform"]), "spacing="),
         (lambda: samplers.DDPM(variance=["small"]), "variance="),
         (lambda: samplers.Langevin(predictor=samplers.Langevin(10)), "another sampler"),

@@ -12,8 +12,19 @@ import keras_ddpm as kd
 from keras_ddpm import sampling
 
 
-def test_samples_depend_on_seed_and_index_alone(model):
-    sampler = kd.samplers.DDIM(10)
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        kd.samplers.DDIM(10),
+        kd.samplers.DDPM(10),
+        kd.samplers.DPMSolver(10, eta=1.0),
+        kd.samplers.UniPC(10),
+        kd.samplers.Heun(10, churn=5),
+        kd.samplers.Langevin(predictor=kd.samplers.DPMSolver(5)),
+    ],
+    ids=str,
+)
+def test_samples_depend_on_seed_and_index_alone(model, sampler):
     ten = model.sample(10, sampler, seed=1)
     assert ten.shape == (10, 2) and ten.dtype == "float32" and np.abs(ten).max() <= 1
     assert np.array_equal(ten, model.sample(10, sampler, seed=1))
@@ -21,13 +32,40 @@ def test_samples_depend_on_seed_and_index_alone(model):
     np.testing.assert_allclose(model.sample(4, sampler, seed=1), ten[:4], atol=1e-5)
     np.testing.assert_allclose(model.sample(10, sampler, seed=1, batch_size=3), ten, atol=1e-5)
     assert not np.array_equal(model.sample(2), model.sample(2))
-
-
-def test_stochastic_samples_depend_on_the_batch_size_too(model):
-    sampler = kd.samplers.DDPM(10)
-    ten, x_t, _ = model.sample(10, sampler, seed=1, batch_size=4, return_trajectory=2)
-    np.testing.assert_allclose(model.sample(6, sampler, seed=1, batch_size=4), ten[:6], atol=1e-5)
+    many = model.sample(300, sampler, seed=3, batch_size=7)
+    np.testing.assert_allclose(model.sample(4, sampler, seed=3)[2], many[2], atol=1e-5)
+    _, x_t, _ = model.sample(10, sampler, seed=1, return_trajectory=2)
     assert len(np.unique(x_t[0].round(4), axis=0)) == 10  # before x_0 is clipped, into a corner now and then
+
+
+def test_noise_of_counters_is_gaussian_and_the_same_everywhere():
+    """Its first values by integers of Python; moments, tails and correlations within five standard errors."""
+
+    def hashed(bits):
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+            bits = (bits ^ (bits >> shift)) * factor % 2**32
+        return bits ^ (bits >> 16)
+
+    def normal(keys, number, counter):
+        keys = [hashed((key + 0x85EBCA6B * number) % 2**32) for key in keys]
+        words = [hashed((key + c * counter) % 2**32) for key, c in zip(keys, (0x9E3779B9, 0xC2B2AE35))]
+        u, v = (((word >> 8) + 0.5) / 2**24 for word in words)
+        return np.sqrt(-2 * np.log(u)) * np.cos(2 * np.pi * v)
+
+    keys = np.random.default_rng(0).integers(-(2**31), 2**31, (40, 2), dtype="int32")
+    draws = [keras.ops.convert_to_numpy(sampling.counted_noise((40, 50, 60), keys, number)) for number in (0, 1, 2001)]
+    for number, x in zip((0, 1, 2001), draws):
+        for i, counter in [(0, 0), (3, 1), (39, 2999)]:
+            expected = normal([int(key) % 2**32 for key in keys[i]], number, counter)
+            assert x[i].ravel()[counter] == pytest.approx(expected, abs=1e-5)
+    x = np.stack(draws).astype("float64")
+    for power, moment, variance in [(1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)]:
+        assert abs(np.mean(x**power) - moment) < 5 * np.sqrt(variance / x.size), power
+    beyond = 2.7e-3  # |x| > 3
+    assert abs(np.mean(np.abs(x) > 3) - beyond) < 5 * np.sqrt(beyond / x.size)
+    for a, b in [(x[0], x[1]), (x[:, 0], x[:, 1]), (x[..., 1:], x[..., :-1]), (x[..., 1:, :], x[..., :-1, :])]:
+        for f in (np.asarray, np.square):
+            assert abs(np.corrcoef(f(a).ravel(), f(b).ravel())[0, 1]) < 5 / np.sqrt(a.size)
 
 
 def test_trajectory(model):
