@@ -1,10 +1,13 @@
-"""Classifier-free guidance: makes a conditional network follow its condition more strongly.
+"""Guidance: extrapolates from a worse prediction to a better one, and beyond.
 
-A network trained with and without its condition c has two outputs. Guidance with the scale w extrapolates from them:
+In classifier-free guidance, a network trained with and without its condition c has two outputs. The scale w makes it
+follow its condition more strongly:
 
     y = (1 − w) y(x_t, t, no condition) + w y(x_t, t, c)
 
 w = 0 and w = 1 give one of the two outputs and need one network call. This w is 1 + w of Ho and Salimans, 2022.
+
+In autoguidance, the worse prediction is that of another model, smaller or less trained, with the same condition.
 """
 
 import dataclasses
@@ -131,12 +134,15 @@ class Guidance:
             [Kynkäänniemi et al., 2024]
         dynamic_threshold: p of dynamic thresholding, in (0, 1), as in `GaussianDiffusion.predict_x0`; `None` for
             static clipping.
+        guide: a `DiffusionModel` of the same data and process, such as an early checkpoint. Its average takes the place
+            of the network without condition. It may have no condition itself. [Karras et al., 2024]
 
     Raises:
         ValueError: if a value is out of range.
         TypeError: if an option has an unknown name.
 
-    Reference: Ho and Salimans, 2022, Eq. 6.
+    Reference: Ho and Salimans, 2022, Eq. 6; Karras et al., 2024 ("Guiding a diffusion model with a bad version of
+        itself"), Eq. 4.
     """
 
     labels: Any = None
@@ -144,6 +150,7 @@ class Guidance:
     guidance_rescale: float = 0.0
     guidance_interval: tuple | None = None
     dynamic_threshold: float | None = None
+    guide: Any = None
 
     def __post_init__(self) -> None:
         scale, rescale, p = self.guidance_scale, self.guidance_rescale, self.dynamic_threshold
@@ -171,49 +178,58 @@ class Guidance:
             `(calls,)`; and which calls are guided: "none", "some" or "all".
 
         Raises:
-            ValueError: if the network takes no labels but gets some, if guidance is asked for without labels, or if
-                labels have a wrong shape or are out of range.
+            ValueError: if the network takes no labels but gets some, if guidance is asked for without labels and
+                without a guide, or if labels have a wrong shape or are out of range.
         """
-        valid = self.labels is not None or self.guidance_scale == 1
+        valid = self.labels is not None or self.guidance_scale == 1 or self.guide is not None
         _checks.require(valid, "Guidance needs labels", guidance_scale=self.guidance_scale, labels=self.labels)
-        if condition is None:
-            _checks.require(self.labels is None, "The network takes no labels", labels=self.labels)
-            return (), (), "none"
-        labels = condition.array(self.labels, num)
+        valid = self.labels is None or condition is not None
+        _checks.require(valid, "The network takes no labels", labels=self.labels)
+        inputs: tuple = (condition.array(self.labels, num),) if condition else ()
         low, high = self.guidance_interval or (-np.inf, np.inf)
         scale = np.where((low <= t) & (t <= high), self.guidance_scale, 1.0)
-        if np.all(scale == 0) and not self.guidance_rescale:
-            return (np.full_like(labels, condition.null_label),), (), "none"
+        if condition and np.all(scale == 0) and not self.guidance_rescale and self.guide is None:
+            return (np.full_like(inputs[0], condition.null_label),), (), "none"
         if np.all(scale == 1):
-            return (labels,), (), "none"
+            return inputs, (), "none"
         columns = scale, np.full(len(t), self.guidance_rescale)
-        return (labels,), columns, "some" if np.any(scale == 1) else "all"
+        return inputs, columns, "some" if np.any(scale == 1) else "all"
 
 
-def guided(predict: Callable, null_label: int, sometimes: bool) -> Callable:
+def without_condition(predict: Callable, null_label: int) -> Callable:
+    """Returns a function from x, t and the condition to the outputs without and with it, by one call of `predict`."""
+
+    def predict_both(x: Any, t: Any, condition: Any) -> tuple:
+        both = ops.concatenate([ops.full_like(condition, null_label), condition])
+        return tuple(ops.split(predict(ops.concatenate([x, x]), ops.concatenate([t, t]), both), 2))
+
+    return predict_both
+
+
+def guided(predict: Callable, predict_both: Callable, sometimes: bool) -> Callable:
     """Returns a function that predicts with guidance.
 
     Args:
-        predict: function from x, t and the condition to the network's output.
-        null_label: the value that stands for no condition.
-        sometimes: whether the scale may be 1. Then `predict` is called once, with the condition.
+        predict: function from x, t and the condition, if there is one, to the network's output.
+        predict_both: function from the same arguments to a worse output and that of `predict`.
+        sometimes: whether the scale may be 1. Then only `predict` is called.
 
     Returns:
         Function from x `(batch, ...)`, t `(batch,)`, the condition, the scale and the rescaling (scalar tensors) to the
         guided output.
     """
 
-    def predict_both(x: Any, t: Any, condition: Any, scale: Any, rescale: Any) -> Any:
-        both = ops.concatenate([ops.full_like(condition, null_label), condition])
-        y_null, y_condition = ops.split(predict(ops.concatenate([x, x]), ops.concatenate([t, t]), both), 2)
-        y = (1 - scale) * y_null + scale * y_condition
+    def predict_guided(*arguments: Any) -> Any:
+        *inputs, scale, rescale = arguments
+        worse, better = predict_both(*inputs)
+        y = (1 - scale) * worse + scale * better
         axes = tuple(range(1, len(y.shape)))
-        std, std_condition = (ops.std(v, axis=axes, keepdims=True) for v in (y, y_condition))
-        ratio = ops.where(std > 0, std_condition / ops.where(std > 0, std, 1.0), 1.0)
+        std, std_better = (ops.std(v, axis=axes, keepdims=True) for v in (y, better))
+        ratio = ops.where(std > 0, std_better / ops.where(std > 0, std, 1.0), 1.0)
         return y * (1 - rescale + rescale * ratio)
 
-    def predict_some(x: Any, t: Any, condition: Any, scale: Any, rescale: Any) -> Any:
-        inputs = x, t, condition
-        return ops.cond(scale != 1, lambda: predict_both(*inputs, scale, rescale), lambda: predict(*inputs))
+    def predict_some(*arguments: Any) -> Any:
+        *inputs, scale, _ = arguments
+        return ops.cond(scale != 1, lambda: predict_guided(*arguments), lambda: predict(*inputs))
 
-    return predict_some if sometimes else predict_both
+    return predict_some if sometimes else predict_guided

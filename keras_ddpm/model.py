@@ -1,5 +1,6 @@
 """The model: a network and a process, trained with `fit` and sampled with `sample`."""
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -109,7 +110,7 @@ class DiffusionModel(training.NoisyRegression):
         self._fit_random = keras.random.SeedGenerator(self.seed)
         self._test_random = keras.random.SeedGenerator(0)
         self._loop = sampling.Loop(self.diffusion, self.data_shape, [*network.variables, *self.average.weights])
-        self._predictors = functools.cache(self._predictor)
+        self._predictors = functools.lru_cache(maxsize=8)(self._predictor)
         self._test_functions = {}
         self.turn = threading.RLock()  # held by a thread that trains, evaluates or samples
         self.built = True
@@ -172,7 +173,7 @@ class DiffusionModel(training.NoisyRegression):
                 samples.
             **options: `use_ema` (by default `True`; `False` for the raw weights); `batch_size` (at most 256; the last
                 batch is filled up); `verbose` (1 for a progress bar); and what to sample, as in `guidance.Guidance`:
-                `labels`, `guidance_scale`, `guidance_rescale`, `guidance_interval` and `dynamic_threshold`.
+                `labels`, `guidance_scale`, `guidance_rescale`, `guidance_interval`, `dynamic_threshold` and `guide`.
 
         Returns:
             float32 array `(num_samples, ...)` in the data's range. With `return_trajectory`, a tuple of this array and
@@ -242,22 +243,44 @@ class DiffusionModel(training.NoisyRegression):
         _checks.require(isinstance(use_ema, bool), "`use_ema` must be True or False", use_ema=use_ema)
         names = [field.name for field in dataclasses.fields(guidance.Guidance)]
         asked = guidance.Guidance(**{name: options.pop(name) for name in names if name in options})
+        if asked.guide is not None:
+            self._require_guide(asked.guide)
         inputs, columns, guided_calls = asked.resolve(self.condition, num, np.concatenate(steps)["t"])
         threshold = asked.dynamic_threshold
         valid = threshold is None or (clip and self.diffusion.clip_range is not None)
         _checks.require(valid, "Nothing is clipped, so there is no threshold", dynamic_threshold=threshold)
         options |= {"inputs": inputs, "columns": columns, "dynamic_threshold": threshold, "clip": clip}
-        with self.turn:
-            if hasattr(self, "jax_state_sync"):  # in a callback after a step, Keras on JAX holds the weights elsewhere
-                self.jax_state_sync()
-            return self._loop.run(self._predictors(use_ema, guided_calls), steps, start, num, seed, **options)
+        guide = None if guided_calls == "none" else asked.guide
+        with contextlib.ExitStack() as stack:
+            for model in [self] if guide is None else [self, guide]:
+                stack.enter_context(model.turn)
+                # In a callback after a step, Keras on JAX holds the weights elsewhere.
+                getattr(model, "jax_state_sync", lambda: None)()
+            return self._loop.run(self._predictors(use_ema, guided_calls, guide), steps, start, num, seed, **options)
 
-    def _predictor(self, use_ema, guided_calls):
+    def _predictor(self, use_ema, guided_calls, guide):
         """Returns the function that predicts with these weights and this kind of guidance."""
         predict = self.average.predict if use_ema else lambda *inputs: self.network(list(inputs), training=False)
         if guided_calls == "none":
             return predict
-        return guidance.guided(predict, self.condition.null_label, sometimes=guided_calls == "some")
+        if guide is None:
+            both = guidance.without_condition(predict, self.condition.null_label)
+            return guidance.guided(predict, both, sometimes=guided_calls == "some")
+        inputs_of_guide = slice(len(guide.network.inputs))
+        both = lambda *inputs: (guide.average.predict(*inputs[inputs_of_guide]), predict(*inputs))  # noqa: E731
+        function = guidance.guided(predict, both, sometimes=guided_calls == "some")
+        function.variables = [*guide.network.variables, *guide.average.weights]
+        return function
+
+    def _require_guide(self, guide):
+        """Raises ValueError unless the guide predicts the same from the same inputs, or from x_t and t alone."""
+        _checks.require(isinstance(guide, DiffusionModel), "`guide` must be a `DiffusionModel`", guide=guide)
+        kinds = [(model.data_shape, model.diffusion.get_config()) for model in (self, guide)]
+        same = kinds[0] == kinds[1]
+        _checks.require(same, "`guide` must have the data shape and the process of the model", guide=guide.diffusion)
+        conditions = [c and (c.shape, c.num_classes) for c in (guide.condition, self.condition)]
+        fits = conditions[0] in (None, conditions[1])
+        _checks.require(fits, "`guide` must take the labels of the model, or none", guide=guide.condition)
 
     # Saving.
 

@@ -119,7 +119,8 @@ class Loop:
 
         Args:
             predict: function from x `(batch, ...)`, t `(batch,)`, then `inputs` and the values of `columns`, to the
-                network's output. A program is compiled for each function object, so pass the same object each time.
+                network's output. A program is compiled for each function object, so pass the same object each time. It
+                may have an attribute `variables`: those that it reads besides the loop's.
             steps: list of rows, as `Sampler.steps` returns.
             start: function from indices of examples to the x at the start of the steps.
             num: number of examples.
@@ -193,7 +194,8 @@ class _Program(keras.Model):
     def __init__(self, diffusion, variables, predict, *, draws_noise, thresholds, clips, masks):
         super().__init__(name="sampling", dtype="float32")
         self.diffusion = diffusion
-        self.predicted_from = list(variables)  # so that Keras tracks them, which JAX needs
+        # So that Keras tracks them, which JAX needs.
+        self.predicted_from = [*variables, *getattr(predict, "variables", [])]
         self.predict_y = predict
         self.draws_noise = draws_noise
         self.thresholds = thresholds

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from closed_form import TWO
+from closed_form import Mixture
 from conftest import randomize
 from keras import ops
 
@@ -118,6 +119,70 @@ def test_scales_0_and_1_call_the_network_once(mixture):
     assert sizes == {6, 12}
 
 
+def test_a_guide_is_extrapolated_from():
+    """Against the same flow in float64, with both closed-form denoisers. The guide is a wider mixture."""
+    good, bad = Mixture((0.3, 0.7), (-0.6, 0.4), 0.1), Mixture((0.3, 0.7), (-0.6, 0.4), 0.25)
+    schedule, sampler = kd.schedules.cosine(200), kd.samplers.DPMSolver(20, spacing="logsnr")
+    model, guide = good.model(schedule), bad.model(schedule)
+    for options in ({}, {"guidance_interval": (20, 120)}):
+        x = sampling.prior(model.diffusion, (1,), 0, range(50))[:, 0].astype("float64")
+        previous = (np.zeros_like(x),) * kd.samplers.NUM_PREVIOUS
+        low, high = options.get("guidance_interval", (0, 200))
+
+        def denoise(x, t):
+            scales = schedule.alpha[int(t)], schedule.sigma[int(t)]
+            w = 2.0 if low <= t <= high else 1.0
+            return (1 - w) * bad.denoise(x, *scales) + w * good.denoise(x, *scales)
+
+        for row in sampler.table(schedule):
+            x, previous = kd.samplers.step(row, denoise, x, None, previous)
+        got = model.sample(50, sampler, seed=0, guide=guide, guidance_scale=2.0, **options)[:, 0]
+        np.testing.assert_allclose(got, x, atol=2e-4)
+
+
+def test_a_guide_joins_labels_and_rescaling(mixture):
+    """A guide without labels takes the place of the network without its label. With scale 1 it is not called."""
+    options = {"labels": 1, "guidance_scale": 2.0, "guidance_rescale": 0.5}
+    whole = TWO.model(mixture.diffusion.schedule)  # what the network predicts without its label
+    expected = mixture.sample(9, SAMPLER, seed=0, **options)
+    np.testing.assert_allclose(mixture.sample(9, SAMPLER, seed=0, guide=whole, **options), expected, atol=1e-5)
+    sizes, x = calls_of(mixture, labels=1, guide=whole)
+    assert sizes == {6} and np.array_equal(x, calls_of(mixture, labels=1)[1])
+
+
+def test_a_guide_may_learn_between_samples(points):
+    """Its average is read in each call, and the guided model's own choice of weights remains."""
+    diffusion = kd.GaussianDiffusion(kd.schedules.linear(25), clip_range=None)
+    model, guide = (kd.DiffusionModel(kd.networks.mlp(2, 8, 1), diffusion) for _ in range(2))
+    randomize(model.network)
+    sample = lambda **options: model.sample(3, kd.samplers.DDIM(4), seed=0, **options)  # noqa: E731
+    first = sample(guide=guide, guidance_scale=3.0)
+    for v in guide.ema_weights:
+        v.assign(v + 0.3)
+    second = sample(guide=guide, guidance_scale=3.0)
+    assert not np.allclose(first, second, atol=1e-3)
+    copy = kd.DiffusionModel(kd.networks.mlp(2, 8, 1), diffusion)
+    for v, value in zip(copy.ema_weights, guide.ema_weights):
+        v.assign(ops.convert_to_numpy(value))
+    assert np.array_equal(sample(guide=copy, guidance_scale=3.0), second)
+    raw = [sample(guide=guide, guidance_scale=w, use_ema=False) for w in (1.0, 3.0)]
+    assert np.array_equal(raw[0], sample(use_ema=False)) and not np.allclose(raw[1], second, atol=1e-3)
+
+
+def test_guides_that_do_not_fit(mixture):
+    schedule = mixture.diffusion.schedule
+    for guide, message in [
+        ("bad", "must be a `DiffusionModel`. Received: guide='bad'"),
+        (TWO.model(kd.schedules.cosine(1000)), "the data shape and the process"),
+        (kd.DiffusionModel(kd.networks.mlp(2), mixture.diffusion), "the data shape and the process"),
+        (kd.DiffusionModel(kd.networks.mlp(1, 8, 1, num_classes=7), mixture.diffusion), "the labels of the model"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            mixture.sample(1, guide=guide, guidance_scale=2.0)
+    with pytest.raises(ValueError, match="the labels of the model, or none"):
+        TWO.model(schedule).sample(1, guide=mixture, guidance_scale=2.0)
+
+
 def test_guidance_interval(mixture):
     """Outside it nothing is guided; the whole of 1..T is no restriction."""
     sampler = kd.samplers.DPMSolver(10)
@@ -138,7 +203,8 @@ def unet(**kwargs):
 def test_rescale_keeps_the_deviation_of_the_conditional_output():
     network = kd.networks.mlp(64, 16, 1, num_classes=3)
     randomize(network)
-    predict = guidance.guided(lambda *inputs: network(list(inputs)), null_label=3, sometimes=False)
+    call = lambda *inputs: network(list(inputs))  # noqa: E731
+    predict = guidance.guided(call, guidance.without_condition(call, null_label=3), sometimes=False)
     x = ops.convert_to_tensor(np.random.default_rng(0).standard_normal((4, 64)), "float32")
     t, label = ops.full((4,), 300, dtype="int32"), ops.convert_to_tensor([0, 1, 2, 0], "int32")
     got = ops.convert_to_numpy(predict(x, t, label, 4.0, 1.0))
