@@ -196,8 +196,40 @@ class Guidance:
         return inputs, columns, "some" if np.any(scale == 1) else "all"
 
 
+def check_guide(guide: Any, model: Any) -> None:
+    """Raises ValueError unless the guide predicts what the model does, with the same condition or without."""
+    if guide is None:
+        return
+    _checks.require(hasattr(guide, "diffusion"), "`guide` must be a `DiffusionModel`", guide=guide)
+    kind, kind_of_guide = ((of.data_shape, of.diffusion.get_config()) for of in (model, guide))
+    same = kind == kind_of_guide
+    _checks.require(same, "`guide` must have the data shape and the process of the model", guide=guide.diffusion)
+    condition, condition_of_guide = (c and (c.shape, c.num_classes) for c in (model.condition, guide.condition))
+    fits = condition_of_guide in (None, condition)
+    _checks.require(fits, "`guide` must take the labels of the model, or none", guide=guide.condition)
+
+
+def guided_by(guide: Any, condition: Any, predict: Callable, sometimes: bool) -> Callable:
+    """Returns what `guided` returns for `predict` and `sometimes`. The worse output is that of the guide.
+
+    If the guide is `None`, the worse output is that of `predict` without its `condition`. The function has the
+    attribute `variables`: those of the guide.
+    """
+    if guide is None:
+        function = guided(predict, without_condition(predict, condition.null_label), sometimes)
+    else:
+        num = len(guide.network.inputs)
+        both = lambda *inputs: (guide.average.predict(*inputs[:num]), predict(*inputs))  # noqa: E731
+        function = guided(predict, both, sometimes)
+    function.variables = guide.variables if guide else []  # type: ignore[attr-defined]
+    return function
+
+
 def without_condition(predict: Callable, null_label: int) -> Callable:
-    """Returns a function from x, t and the condition to the outputs without and with it, by one call of `predict`."""
+    """Returns a function from x, t and the condition to the outputs without and with it, by one call of `predict`.
+
+    The condition is absent where it has the value `null_label`.
+    """
 
     def predict_both(x: Any, t: Any, condition: Any) -> tuple:
         both = ops.concatenate([ops.full_like(condition, null_label), condition])

@@ -243,8 +243,7 @@ class DiffusionModel(training.NoisyRegression):
         _checks.require(isinstance(use_ema, bool), "`use_ema` must be True or False", use_ema=use_ema)
         names = [field.name for field in dataclasses.fields(guidance.Guidance)]
         asked = guidance.Guidance(**{name: options.pop(name) for name in names if name in options})
-        if asked.guide is not None:
-            self._require_guide(asked.guide)
+        guidance.check_guide(asked.guide, self)
         inputs, columns, guided_calls = asked.resolve(self.condition, num, np.concatenate(steps)["t"])
         threshold = asked.dynamic_threshold
         valid = threshold is None or (clip and self.diffusion.clip_range is not None)
@@ -263,24 +262,7 @@ class DiffusionModel(training.NoisyRegression):
         predict = self.average.predict if use_ema else lambda *inputs: self.network(list(inputs), training=False)
         if guided_calls == "none":
             return predict
-        if guide is None:
-            both = guidance.without_condition(predict, self.condition.null_label)
-            return guidance.guided(predict, both, sometimes=guided_calls == "some")
-        inputs_of_guide = slice(len(guide.network.inputs))
-        both = lambda *inputs: (guide.average.predict(*inputs[inputs_of_guide]), predict(*inputs))  # noqa: E731
-        function = guidance.guided(predict, both, sometimes=guided_calls == "some")
-        function.variables = [*guide.network.variables, *guide.average.weights]
-        return function
-
-    def _require_guide(self, guide):
-        """Raises ValueError unless the guide predicts the same from the same inputs, or from x_t and t alone."""
-        _checks.require(isinstance(guide, DiffusionModel), "`guide` must be a `DiffusionModel`", guide=guide)
-        kinds = [(model.data_shape, model.diffusion.get_config()) for model in (self, guide)]
-        same = kinds[0] == kinds[1]
-        _checks.require(same, "`guide` must have the data shape and the process of the model", guide=guide.diffusion)
-        conditions = [c and (c.shape, c.num_classes) for c in (guide.condition, self.condition)]
-        fits = conditions[0] in (None, conditions[1])
-        _checks.require(fits, "`guide` must take the labels of the model, or none", guide=guide.condition)
+        return guidance.guided_by(guide, self.condition, predict, sometimes=guided_calls == "some")
 
     # Saving.
 
