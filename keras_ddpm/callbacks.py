@@ -182,6 +182,46 @@ class SampleMetrics(_Sampling):
         logs.update({f"val_{name}": value for name, value in self._found.items()})
 
 
+class LossByTimestep(keras.callbacks.Callback):
+    """Adds the loss at several times to Keras' logs, such as "loss_at_100", after every epoch.
+
+    The loss is that of the averaged weights, without `loss_weight`, for the same noise each time. Put this callback
+    before callbacks that read the logs, such as `keras.callbacks.TensorBoard`.
+
+    Args:
+        x_0: held-out data, `(num, ...)`. The more there are, the longer it takes.
+        labels: the condition of each example, if the network has one.
+        times: integers in 1..T, or their number: then they are the middles of as many equal parts of 1..T.
+
+    Raises:
+        ValueError: before training, if the data, the labels or the times are invalid.
+    """
+
+    def __init__(self, x_0: Any, labels: Any = None, times: Any = 5):
+        super().__init__()
+        self.x_0, self.labels, self.times = x_0, labels, times
+
+    def on_train_begin(self, logs=None):
+        diffusion, times = self.model.diffusion, self.times
+        x_0 = _checks.data(self.x_0, self.model.data_shape, diffusion.clip_range, "x_0")
+        if _checks.is_count(times):
+            times = np.round((np.arange(times) + 0.5) * diffusion.timesteps / times).clip(1).astype("int64").tolist()
+        noise = np.random.default_rng(0).standard_normal(x_0.shape).astype("float32")
+        q_sample = lambda t: ops.convert_to_numpy(diffusion.q_sample(x_0, np.full(len(x_0), t, "int32"), noise))  # noqa: E731
+        self._noisy = {t: (x_0, q_sample(t), noise) for t in times}
+        self.loss_at(times[0])
+
+    def loss_at(self, t: int) -> float:
+        """The loss at a time t."""
+        (x_0, x_t, noise), diffusion = self._noisy[t], self.model.diffusion
+        predicted, t = self.model.denoise(x_t, t, clip=False, labels=self.labels), np.full(len(x_0), t, "int32")
+        y = diffusion.target(predicted, t, diffusion.predict_noise(x_t, t, predicted))
+        return float(self.model.compute_loss(y=diffusion.target(x_0, t, noise), y_pred=y))
+
+    def on_epoch_end(self, epoch, logs=None):
+        logs.update({f"loss_at_{t}": self.loss_at(t) for t in self._noisy})
+
+
 class EMAWeights(keras.callbacks.Callback):
     """Evaluates the averaged weights: `evaluate(callbacks=[EMAWeights()])`, or validation during `fit`.
 

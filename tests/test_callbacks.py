@@ -281,6 +281,30 @@ def test_a_model_that_learns_nothing_says_so(points):
         assert not warns or "always predicting zero gives 0.7" in texts[0] or "gives 0.8" in texts[0]
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "x0", "v", "flow"])
+def test_loss_by_timestep(prediction):
+    """A network that always predicts zero: the loss is the mean square of the target."""
+    diffusion = kd.GaussianDiffusion(kd.schedules.cosine(100), prediction, clip_range=None)
+    model = kd.DiffusionModel(kd.networks.mlp(2, 8, 1, num_classes=2), diffusion)
+    for v in [*model.network.weights, *model.ema_weights]:
+        v.assign(np.zeros(v.shape, "float32"))
+    model.compile(loss="mse", optimizer=keras.optimizers.SGD(0.0))
+    x_0 = np.random.default_rng(1).standard_normal((2000, 2)).astype("float32")
+    labels = np.arange(2000) % 2
+    by_time = kd.callbacks.LossByTimestep(x_0, labels, times=4)
+    history = model.fit(x_0[:64], labels[:64], verbose=0, callbacks=[by_time]).history
+    for t in (12, 38, 62, 88):
+        a, b = kd.diffusion.PREDICTIONS[prediction](diffusion.schedule.alpha[t], diffusion.schedule.sigma[t])
+        assert history[f"loss_at_{t}"][0] == pytest.approx(a**2 + b**2, rel=0.1)
+    for arguments, message in [
+        ({"x_0": x_0[:, :1], "labels": labels}, "Expected `x_0` of shape"),
+        ({"x_0": x_0, "labels": labels + 1}, "integers in 0..1"),
+        ({"x_0": x_0, "labels": labels, "times": [101]}, "t"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            model.fit(x_0, labels, verbose=0, callbacks=[kd.callbacks.LossByTimestep(**arguments)])
+
+
 def test_grids_for_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
