@@ -199,27 +199,25 @@ class LossByTimestep(keras.callbacks.Callback):
 
     def __init__(self, x_0: Any, labels: Any = None, times: Any = 5):
         super().__init__()
+        valid = _checks.is_count(times) or isinstance(times, (list, tuple))
+        _checks.require(valid, "`times` must be a positive integer or a list of times", times=times)
         self.x_0, self.labels, self.times = x_0, labels, times
 
     def on_train_begin(self, logs=None):
-        diffusion, times = self.model.diffusion, self.times
-        x_0 = _checks.data(self.x_0, self.model.data_shape, diffusion.clip_range, "x_0")
-        if _checks.is_count(times):
-            times = np.round((np.arange(times) + 0.5) * diffusion.timesteps / times).clip(1).astype("int64").tolist()
-        noise = np.random.default_rng(0).standard_normal(x_0.shape).astype("float32")
-        q_sample = lambda t: ops.convert_to_numpy(diffusion.q_sample(x_0, np.full(len(x_0), t, "int32"), noise))  # noqa: E731
-        self._noisy = {t: (x_0, q_sample(t), noise) for t in times}
-        self.loss_at(times[0])
-
-    def loss_at(self, t: int) -> float:
-        """The loss at a time t."""
-        (x_0, x_t, noise), diffusion = self._noisy[t], self.model.diffusion
-        predicted, t = self.model.denoise(x_t, t, clip=False, labels=self.labels), np.full(len(x_0), t, "int32")
-        y = diffusion.target(predicted, t, diffusion.predict_noise(x_t, t, predicted))
-        return float(self.model.compute_loss(y=diffusion.target(x_0, t, noise), y_pred=y))
+        self.on_epoch_end(0, {})  # so that wrong arguments fail now and not after an epoch
 
     def on_epoch_end(self, epoch, logs=None):
-        logs.update({f"loss_at_{t}": self.loss_at(t) for t in self._noisy})
+        diffusion, times = self.model.diffusion, self.times
+        if _checks.is_count(times):
+            times = np.round((np.arange(times) + 0.5) * diffusion.timesteps / times).clip(1).astype("int64").tolist()
+        x_0 = _checks.data(self.x_0, self.model.data_shape, diffusion.clip_range, "x_0")
+        noise = np.random.default_rng(0).standard_normal(x_0.shape).astype("float32")
+        for at in times:
+            t = np.full(len(x_0), at, "int32")
+            x_t = ops.convert_to_numpy(diffusion.q_sample(x_0, t, noise))
+            predicted = self.model.denoise(x_t, at, clip=False, labels=self.labels)
+            y = diffusion.target(predicted, t, diffusion.predict_noise(x_t, t, predicted))
+            logs[f"loss_at_{at}"] = float(self.model.compute_loss(y=diffusion.target(x_0, t, noise), y_pred=y))
 
 
 class EMAWeights(keras.callbacks.Callback):

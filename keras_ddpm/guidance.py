@@ -182,7 +182,9 @@ class Guidance:
                 without a guide, or if labels have a wrong shape or are out of range.
         """
         valid = self.labels is not None or self.guidance_scale == 1 or self.guide is not None
-        _checks.require(valid, "Guidance needs labels", guidance_scale=self.guidance_scale, labels=self.labels)
+        _checks.require(
+            valid, "Guidance needs labels or a `guide`", guidance_scale=self.guidance_scale, labels=self.labels
+        )
         valid = self.labels is None or condition is not None
         _checks.require(valid, "The network takes no labels", labels=self.labels)
         inputs: tuple = (condition.array(self.labels, num),) if condition else ()

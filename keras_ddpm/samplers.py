@@ -28,6 +28,8 @@ from keras_ddpm.rows import row as row
 from keras_ddpm.rows import step as step
 from keras_ddpm.schedules import Schedule
 
+QUADRATURE = np.polynomial.legendre.leggauss(32)  # places and weights, for polynomials times an exponential
+
 
 @dataclasses.dataclass(frozen=True)
 class DDPM(Sampler):
@@ -185,7 +187,7 @@ def _shares(nodes: list, decay: float) -> Array:
     polynomial's value at 1/2 is taken, as DPM-Solver++(2M) and UniPC do.
     """
     powers = np.vander(nodes, increasing=True).T
-    u, weights = np.polynomial.legendre.leggauss(32)
+    u, weights = QUADRATURE
     u, weights = (1 + u) / 2, weights * np.exp(-decay * (1 - u) / 2)
     moments = [np.sum(weights * u**k) / np.sum(weights) for k in range(len(nodes))]
     return np.linalg.solve(powers, [1.0, 0.5] if len(nodes) == 2 else moments)

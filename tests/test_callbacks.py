@@ -299,7 +299,8 @@ def test_loss_by_timestep(prediction):
     for arguments, message in [
         ({"x_0": x_0[:, :1], "labels": labels}, "Expected `x_0` of shape"),
         ({"x_0": x_0, "labels": labels + 1}, "integers in 0..1"),
-        ({"x_0": x_0, "labels": labels, "times": [101]}, "t"),
+        ({"x_0": x_0, "labels": labels, "times": [50, 101]}, "must hold integers in 0..100"),
+        ({"x_0": x_0, "labels": labels, "times": 0}, "`times` must be .* Received: times=0"),
     ]:
         with pytest.raises(ValueError, match=message):
             model.fit(x_0, labels, verbose=0, callbacks=[kd.callbacks.LossByTimestep(**arguments)])
