@@ -13,6 +13,7 @@ float64 from a `schedules.Schedule`. `step` applies one row. One compiled loop r
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -104,19 +105,25 @@ class Sampler:
         num_steps: number of steps, at most T; `None` for all T.
         spacing: how the visited times are spaced from T down to 0: "uniform" in t, "logsnr" (uniform in the log-SNR)
             or "karras" (uniform in (sigma/alpha)^(1/7)). With "logsnr" and "karras" the last step starts at t = 1.
-            Times are rounded to integers. If two of them coincide, one moves to the next free time.
+            Times are rounded to integers. If two of them coincide, one moves to the next free time. A tuple holds the
+            times at which the steps start, from T down, such as `samplers.optimized` finds.
 
     Raises:
         ValueError: if `num_steps` or `spacing` is invalid.
     """
 
     num_steps: int | None = None
-    spacing: str = dataclasses.field(default="uniform", kw_only=True)
+    spacing: str | tuple[int, ...] = dataclasses.field(default="uniform", kw_only=True)
 
     def __post_init__(self) -> None:
         _checks.counts(optional=True, num_steps=self.num_steps)
-        known = ["uniform", *SPACINGS]
-        _checks.require(self.spacing in known, f"`spacing` must be one of {known}", spacing=self.spacing)
+        known, times = ["uniform", *SPACINGS], self.spacing
+        if isinstance(times, tuple):
+            valid = all(map(_checks.is_count, times)) and len(times) == self.num_steps
+            valid = valid and all(t > s for t, s in itertools.pairwise(times))
+        else:
+            valid = times in known
+        _checks.require(valid, f"`spacing` must be one of {known}, or `num_steps` falling times", spacing=times)
 
     @property
     def evaluations(self) -> int | None:
@@ -128,6 +135,10 @@ class Sampler:
 
     def shortened(self, share: float, timesteps: int) -> "Sampler":
         """The same sampler with this share of its steps, at least one. `None` steps count as `timesteps`."""
+        if isinstance(self.spacing, tuple):
+            end = max(1, round(share * timesteps))
+            times = (end, *(t for t in self.spacing if t < end))
+            return dataclasses.replace(self, num_steps=len(times), spacing=times)
         return dataclasses.replace(self, num_steps=max(1, round(share * (self.num_steps or timesteps))))
 
     def timesteps(self, schedule: Schedule) -> Array:
@@ -139,6 +150,9 @@ class Sampler:
         end = schedule.timesteps
         num_steps = self.num_steps or end
         _checks.require(num_steps <= end, f"The schedule has only {end} steps", num_steps=num_steps)
+        if isinstance(self.spacing, tuple):
+            _checks.require(self.spacing[0] == end, f"The first time of `spacing` must be {end}", spacing=self.spacing)
+            return np.array([*self.spacing, 0])
         if self.spacing == "uniform" or num_steps == 1:
             return np.linspace(end, 0, num_steps + 1).round().astype("int64")
         # If there is no signal at T, its log-SNR is not finite. Then the times below T are spaced.

@@ -5,7 +5,10 @@ float64 gives the mean and the variance of each sampler's output. They tend to t
 Without noise, each sampler follows the probability-flow equation. In one dimension this equation preserves quantiles.
 """
 
+import dataclasses
 import functools
+import itertools
+import json
 
 import numpy as np
 import pytest
@@ -438,6 +441,43 @@ def test_a_custom_sampler_ends_without_noise():
     assert Noisy(5).table(LINEAR)["std"].tolist() == [1, 1, 1, 1, 0]
     with pytest.raises(NotImplementedError, match="coefficients"):
         samplers.Sampler(5).table(LINEAR)
+
+
+def test_the_shortest_path_is_that_of_all_paths():
+    lengths = np.random.default_rng(0).random((7, 7))
+    lengths[np.tril_indices(7)] = np.inf
+    for num in range(1, 7):
+        paths = [(0, *middle) for middle in itertools.combinations(range(1, 6), num - 1)]
+        length = lambda path: sum(lengths[a, b] for a, b in itertools.pairwise([*path, 6]))  # noqa: E731
+        assert tuple(samplers.shortest_path(lengths, num)) == min(paths, key=length)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "straight"])
+def test_optimized_times_are_closer_to_the_probability_flow(schedule):
+    """With few steps, than any spacing. As the last one they stay a value, also in JSON."""
+    model, num = model_of(TWO, schedule), 400
+    ends = SCHEDULES[schedule].alpha[-1], SCHEDULES[schedule].sigma[-1]
+    noise = sampling.prior(model.diffusion, (1,), 0, range(num))[:, 0].astype("float64")
+    expected = TWO.quantile(TWO.cdf(noise, *ends))
+    error = lambda sampler: np.sqrt(np.mean((model.sample(num, sampler, seed=0)[:, 0] - expected) ** 2))  # noqa: E731
+    found = samplers.optimized(model, samplers.DDIM(7), seed=1)
+    assert error(found) < 0.9 * min(error(samplers.DDIM(7, spacing=s)) for s in ("uniform", "logsnr", "karras"))
+    again = json.loads(json.dumps(dataclasses.asdict(found)))
+    assert samplers.DDIM(**{**again, "spacing": tuple(again["spacing"])}) == found and hash(found)
+    assert found.shortened(0.5, 1000).timesteps(SCHEDULES[schedule].until(500))[0] == 500
+    with pytest.raises(ValueError, match="`num_steps` must be in 1..60. Received: num_steps=61"):
+        samplers.optimized(model, samplers.DDIM(61))
+
+
+def test_times_given_as_numbers():
+    sampler = DPM(3, spacing=(1000, 400, 2))
+    assert sampler.timesteps(LINEAR).tolist() == [1000, 400, 2, 0] and sampler.table(LINEAR)["t"][1] == 400
+    assert sampler.shortened(0.3, 1000).spacing == (300, 2)
+    with pytest.raises(ValueError, match="The first time of `spacing` must be 60"):
+        sampler.timesteps(SHORT)
+    for spacing in ((1000, 400), (1000, 400, 400), (1000, 400, 0), (1000.0, 400, 2), [1000, 400, 2]):
+        with pytest.raises(ValueError, match="or `num_steps` falling times. Received: spacing="):
+            DPM(3, spacing=spacing)
 
 
 def test_samplers_are_values():
