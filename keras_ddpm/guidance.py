@@ -214,16 +214,14 @@ def check_guide(guide: Any, model: Any) -> None:
 def guided_by(guide: Any, condition: Any, predict: Callable, sometimes: bool) -> Callable:
     """Returns what `guided` returns for `predict` and `sometimes`. The worse output is that of the guide.
 
-    If the guide is `None`, the worse output is that of `predict` without its `condition`. The function has the
-    attribute `variables`: those of the guide.
+    If the guide is `None`, the worse output is that of `predict` without its `condition`. Otherwise the function has
+    the attribute `variables`: those of the guide.
     """
     if guide is None:
-        function = guided(predict, without_condition(predict, condition.null_label), sometimes)
-    else:
-        num = len(guide.network.inputs)
-        both = lambda *inputs: (guide.average.predict(*inputs[:num]), predict(*inputs))  # noqa: E731
-        function = guided(predict, both, sometimes)
-    function.variables = guide.variables if guide else []  # type: ignore[attr-defined]
+        return guided(predict, without_condition(predict, condition.null_label), sometimes)
+    num = len(guide.network.inputs)
+    function = guided(predict, lambda *inputs: (guide.average.predict(*inputs[:num]), predict(*inputs)), sometimes)
+    function.variables = guide.variables  # type: ignore[attr-defined]
     return function
 
 

@@ -152,7 +152,7 @@ class UniPC(Sampler):
         _checks.require(self.order in (1, 2, 3), "`order` must be 1, 2 or 3", order=self.order)
 
     def coefficients(self, alpha_t: Array, sigma_t: Array, alpha_s: Array, sigma_s: Array) -> Columns:
-        columns = DDIM.coefficients(DDIM(), alpha_t, sigma_t, alpha_s, sigma_s)
+        columns = DDIM().coefficients(alpha_t, sigma_t, alpha_s, sigma_s)
         from_x, from_x_0 = columns["from_x"], columns["from_x_0"]
         from_all = np.zeros((1 + NUM_PREVIOUS, len(alpha_t)))  # of this and the earlier predictions
         earlier = None
@@ -225,10 +225,9 @@ def optimized(model: Any, sampler: Sampler, num_samples: int = 64, seed: int = 0
     alpha, sigma = schedule.alpha[times], schedule.sigma[times]
     deviation = np.full((num + 1, num + 1), np.inf)  # of a step from one time of the paths to a later one
     for i in range(num):
-        for j in range(i + 1, num + 1):
-            from_x = sigma[j] / sigma[i]
-            end = from_x * x[i] + (alpha[j] - alpha[i] * from_x) * x_0[i]
-            deviation[i, j] = np.sqrt(np.mean((end - x[j]) ** 2))
+        columns = DDIM().coefficients(alpha[i], sigma[i], alpha[i + 1 :], sigma[i + 1 :])
+        for j, from_x, from_x_0 in zip(range(i + 1, num + 1), columns["from_x"], columns["from_x_0"]):
+            deviation[i, j] = np.sqrt(np.mean((from_x * x[i] + from_x_0 * x_0[i] - x[j]) ** 2))
     return dataclasses.replace(sampler, spacing=tuple(int(times[i]) for i in shortest_path(deviation, wanted)))
 
 
