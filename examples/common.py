@@ -202,7 +202,8 @@ def load(
     print(f"Drawing {num_drawn} flowers.", flush=True)
     x, kinds = kd.datasets.procedural_flowers(num_drawn, image_size, seed=seed)
     x = kd.images.to_uint8(x.mean(axis=-1, keepdims=True) if channels == 1 else x)
-    return split(x, *((kinds, [*kd.datasets.FLOWER_KINDS]) if labels else (None, None)), flip=True, **options)
+    kinds, names = (kinds, list(kd.datasets.FLOWER_KINDS)) if labels else (None, None)
+    return split(x, kinds, names, flip=True, **options)
 
 
 def split(x, labels=None, class_names=None, batch_size=32, seed=0, **options):
@@ -218,13 +219,21 @@ def split(x, labels=None, class_names=None, batch_size=32, seed=0, **options):
 
 
 def load_model(path):
-    """Loads a trained model of images."""
-    if not pathlib.Path(path).exists():
-        raise ValueError(f"There is no model file {path}. `python examples/flowers.py` trains a model.")
-    model = kd.saving.load_model(path)
+    """Loads a trained model of images: a preset of the package, or a file."""
+    try:
+        model = kd.DiffusionModel.from_preset(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"{error} `python examples/flowers.py` trains a model.") from error
     if len(model.data_shape) != 3:
         raise ValueError(f"{path} is not a diffusion model of images.")
     return model
+
+
+def every_class(model, num, guidance_scale=2.0):
+    """Options of `sample` for `num` samples, in the order of the model's classes if it has any."""
+    if model.condition is None:
+        return {}
+    return {"labels": np.arange(num) % model.condition.num_classes, "guidance_scale": guidance_scale}
 
 
 def train(
@@ -322,3 +331,9 @@ def draw_denoising(path, model, sampler, seed, num=5):
     names = [f"t = {arrivals[i - 1]}" for i in np.linspace(0, len(steps), 11).round().astype(int)[1:]]
     rows = {"x_t": dict(zip(names, x_t)), "x_0": dict(zip(names, x_0))}
     kd.plots.table(path, rows, size=0.5)
+
+
+def save_denoising(path, x_t, x_0, scale):
+    """Writes an animation of samples that emerge from noise: x_t on the left, the predictions of x_0 on the right."""
+    frames = [np.concatenate([kd.images.grid(x), kd.images.grid(y)], axis=1) for x, y in zip(x_t, x_0)]
+    kd.images.save_gif(path, frames, max(1, scale // 2))

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import pathlib
 import threading
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -16,7 +15,6 @@ from keras_ddpm import _checks
 from keras_ddpm import guidance
 from keras_ddpm import samplers
 from keras_ddpm import sampling
-from keras_ddpm import saving
 from keras_ddpm import training
 from keras_ddpm.diffusion import GaussianDiffusion
 from keras_ddpm.ema import Average
@@ -154,6 +152,7 @@ class DiffusionModel(training.NoisyRegression):
         sampler: samplers.Sampler | None = None,
         seed: int | None = None,
         *,
+        first: int = 0,
         return_trajectory: int | None = None,
         **options,
     ) -> Any:
@@ -169,6 +168,7 @@ class DiffusionModel(training.NoisyRegression):
             num_samples: number of samples.
             sampler: a `samplers.Sampler`; `None` for `default_sampler`.
             seed: non-negative integer; `None` draws one from Python's `random`.
+            first: index of the first sample: `sample(10, first=20)` makes the last ten samples of `sample(30)`.
             return_trajectory: number k of states to return, at the ends of evenly spaced steps. The last state is the
                 samples.
             **options: `use_ema` (by default `True`; `False` for the raw weights); `batch_size` (at most 256; the last
@@ -194,8 +194,9 @@ class DiffusionModel(training.NoisyRegression):
             needed = f"`return_trajectory` must be in 1..{len(steps)}, the number of steps"
             _checks.require(valid, needed, return_trajectory=return_trajectory)
         seed = _checks.seed(seed)
-        start = lambda indices: sampling.prior(self.diffusion, self.data_shape, seed, indices)  # noqa: E731
-        states = self.run(steps, start, num_samples, seed, num_states=return_trajectory, **options)
+        _checks.counts(low=0, first=first)
+        start = lambda indices: sampling.prior(self.diffusion, self.data_shape, seed, first + indices)  # noqa: E731
+        states = self.run(steps, start, num_samples, seed, num_states=return_trajectory, first=first, **options)
         return (states[0][-1], *states) if return_trajectory else states
 
     def denoise(self, x_t: Any, t: int, clip: bool = True, **options) -> np.ndarray:
@@ -231,8 +232,8 @@ class DiffusionModel(training.NoisyRegression):
             seed: seed of the noise of the steps.
             use_ema: whether to use the averaged weights instead of the raw weights.
             clip: whether to clip the predicted x_0.
-            **options: `known`, `num_states`, `batch_size` and `verbose`, as in `sampling.Loop.run`; and what to sample,
-                as in `guidance.Guidance`.
+            **options: `first`, `known`, `num_states`, `batch_size` and `verbose`, as in `sampling.Loop.run`; and what
+                to sample, as in `guidance.Guidance`.
 
         Returns:
             As `sampling.Loop.run`.
@@ -265,26 +266,6 @@ class DiffusionModel(training.NoisyRegression):
         return guidance.guided_by(guide, self.condition, predict, sometimes=guided_calls == "some")
 
     # Saving.
-
-    def save(self, filepath: Any, overwrite: bool = True, zipped: bool | None = None, **kwargs) -> None:
-        """`keras.Model.save` to a `.keras` file. A file of this name stays whole until the new one is.
-
-        Raises:
-            ValueError: if the file name has another ending.
-        """
-        path = pathlib.Path(filepath)
-        _checks.require(path.suffix == ".keras", "The file name must end in .keras", filepath=filepath)
-        # Keras asks, writes a folder, or writes to another machine.
-        if not overwrite and path.exists() or zipped is False or "://" in str(filepath):
-            return super().save(filepath, overwrite, zipped, **kwargs)
-        with saving.replacing(path, path.with_name(f"{path.stem}.saving.keras")) as temporary:
-            super().save(temporary, **kwargs)
-
-    def export(self, filepath: Any, *args, **kwargs) -> None:
-        """`keras.Model.export` of the network with the averaged weights: a function of x_t, t and the condition."""
-        network = keras.models.clone_model(self.network)
-        network.set_weights([keras.ops.convert_to_numpy(v) for v in self.ema_weights])
-        network.export(filepath, *args, **kwargs)
 
     def get_config(self):
         return {

@@ -111,6 +111,7 @@ class Loop:
         dynamic_threshold: float | None = None,
         clip: bool = True,
         known: tuple | None = None,
+        first: int = 0,
         batch_size: int | None = None,
         num_states: int | None = None,
         verbose: int | str = 0,
@@ -131,6 +132,7 @@ class Loop:
             clip: whether to clip the predicted x_0.
             known: pair of data x_0, `(num, ...)`, and a mask that broadcasts to them; or `None`. After each row, x is
                 replaced by noisy data if the mask is 1, and after the last row by the data themselves.
+            first: number of the first example in the sequence of noise that belongs to the seed.
             batch_size: examples in a batch; `None` for equal batches of at most 256.
             num_states: number of states to return, at the ends of evenly spaced steps; `None` for the last x only.
             verbose: 1 for a progress bar.
@@ -155,6 +157,7 @@ class Loop:
         }
         kind = {"draws_noise": bool(np.any(table["std"])), "thresholds": dynamic_threshold is not None}
         program = self.programs(predict, clips=clip, masks=known is not None, **kind)
+        needs_keys = kind["draws_noise"] or known is not None
         arrays = {"inputs": inputs, "known": tuple(np.asarray(array, "float32") for array in known or ())}
 
         ends = np.cumsum([0, *map(len, steps)], dtype="int32")
@@ -168,15 +171,17 @@ class Loop:
             indices = np.minimum(np.arange(batch * batch_size, (batch + 1) * batch_size), num - 1)
             for name, several in arrays.items():
                 job[name] = tuple(array[indices] for array in several)
-            keys = [np.random.SeedSequence([seed, index]).generate_state(2) for index in indices]
+            keys = np.zeros((batch_size, 2), "uint32")
+            if needs_keys:  # 2 ms for 256 examples
+                keys = [np.random.SeedSequence([seed, first + index]).generate_state(2) for index in indices]
             job["keys"] = np.array(_signed(keys), "int32")
             x = start(indices)
             previous = (np.zeros_like(x),) * rows.NUM_PREVIOUS
-            for first, last in itertools.pairwise(stops):
-                x, previous = program.predict_on_batch(job | {"x": x, "previous": previous, "between": (first, last)})
-                progress.update(batch * len(table) + last)
-                if last in cuts:
-                    part, place = np.searchsorted(cuts, last) - 1, slice(indices[0], indices[-1] + 1)
+            for begin, end in itertools.pairwise(stops):
+                x, previous = program.predict_on_batch(job | {"x": x, "previous": previous, "between": (begin, end)})
+                progress.update(batch * len(table) + end)
+                if end in cuts:
+                    part, place = np.searchsorted(cuts, end) - 1, slice(indices[0], indices[-1] + 1)
                     for kept, state in zip(states, (x, previous[0])):
                         kept[part, place] = state[: indices[-1] + 1 - indices[0]]
         return tuple(states) if num_states else states[0, 0]

@@ -39,7 +39,7 @@ def _in_tuple(function, *args):
     return (function(*args),)
 
 
-class NoisyRegression(keras.Model):
+class NoisyRegression(saving.StoredModel):
     """The part of `DiffusionModel` that trains and evaluates on clean data.
 
     A subclass must have the attributes `network`, `condition`, `diffusion`, `average`, `loss_weight`,
@@ -47,7 +47,6 @@ class NoisyRegression(keras.Model):
     """
 
     _checked_validation_data = None
-    _compiled_with = None
     evaluates_average = False
 
     def compile(self, *args, **kwargs) -> None:
@@ -72,12 +71,6 @@ class NoisyRegression(keras.Model):
         self.compute_loss(y=zeros, y_pred=zeros)
         self.compute_metrics(None, zeros, zeros)
         self.reset_metrics()
-
-    def get_compile_config(self):
-        return saving.portable(self._compiled_with or {})
-
-    def compile_from_config(self, config):
-        self.compile(**keras.saving.deserialize_keras_object(saving.neutral(config)))
 
     def fit(self, *args, **kwargs) -> keras.callbacks.History:
         """`keras.Model.fit` on clean data. It checks the data first.

@@ -1,0 +1,110 @@
+"""Draws new images with a trained model. Nothing is trained.
+
+    python examples/sample.py                                      # 64 flowers
+    python examples/sample.py --labels sunflower "bird of paradise"
+    python examples/sample.py --num 1000 --output runs/thousand    # the same command goes on after Ctrl-C
+    python examples/sample.py --model runs/flowers/model.keras     # a model of your own
+    python examples/sample.py --list                               # the names of the classes
+
+Output files in --output:
+
+    00000.png ...   single images. Number i depends on --seed, i and its label, not on --num.
+    grid.png        the first 64 of them
+    denoising.gif   with --gif: how 16 of them emerge from noise
+    settings.json   what was asked for. Other settings need another folder.
+"""
+
+import json
+import pathlib
+
+import common
+import keras
+import numpy as np
+
+import keras_ddpm as kd
+
+BATCH = 32
+
+
+def labels_of(model, names, num):
+    """The label of each image: those that are asked for in turn, or all classes in turn."""
+    if model.condition is None or not model.condition.num_classes:
+        if names:
+            raise ValueError("The model has no classes, so --labels has no effect.")
+        return None
+    numbered = all(name.isdecimal() for name in names) and not set(names) & {*(model.condition.class_names or ())}
+    asked = [int(name) for name in names] if numbered else list(names)
+    known = model.condition.array(
+        asked or np.arange(model.condition.num_classes), len(asked) or model.condition.num_classes
+    )
+    return np.resize(known, num)
+
+
+def main(
+    *,
+    model="flowers64",
+    labels: tuple[str, ...] = (),
+    num=64,
+    output="runs/sample",
+    guidance=2.0,
+    steps=20,
+    seed=0,
+    grid=8,
+    gif=False,
+    list=False,
+):
+    """Draws images.
+
+    Args:
+        model: a preset of the package or a .keras file.
+        labels: names or numbers of classes, which take turns. By default all classes take turns.
+        num: number of images.
+        output: folder for the output files.
+        guidance: guidance scale for models with labels. 1 is no guidance.
+        steps: number of steps of DPMSolver.
+        seed: random seed.
+        grid: number of columns of the grid.
+        gif: also write denoising.gif.
+        list: print the names of the classes, and draw nothing.
+    """
+    if num < 1 or grid < 1:
+        raise common.UsageError(f"At least 1 image and 1 column are needed. Received: {num} and {grid}")
+    trained = common.load_model(model)
+    if list:
+        print("\n".join((trained.condition and trained.condition.class_names) or ["The classes have no names."]))
+        return
+    asked = labels_of(trained, labels, num)
+    options = lambda part: {} if asked is None else {"labels": asked[part], "guidance_scale": guidance}  # noqa: E731
+    sampler = kd.samplers.DPMSolver(steps)
+    sampler.steps(trained.diffusion.schedule)  # raises an error for a wrong number
+
+    out = pathlib.Path(output)
+    out.mkdir(parents=True, exist_ok=True)
+    settings = {"model": str(model), "labels": [*labels], "guidance": guidance, "steps": steps, "seed": seed}
+    before = out / "settings.json"
+    if before.exists() and json.loads(before.read_text()) != settings:
+        raise common.UsageError(f"{out} holds images with other settings. Choose another --output.")
+    before.write_text(json.dumps(settings) + "\n")
+    path = lambda index: out / f"{index:05d}.png"  # noqa: E731
+    progress = keras.utils.Progbar(num, unit_name="image")
+    for first in range(0, num, BATCH):
+        last = min(first + BATCH, num)
+        if not all(path(index).exists() for index in range(first, last)):
+            images = trained.sample(last - first, sampler, seed, first=first, **options(slice(first, last)))
+            for index, image in zip(range(first, last), images):
+                kd.images.save(path(index), image)
+        progress.update(last)
+
+    size, _, channels = trained.data_shape
+    scale = max(1, 128 // size)
+    drawn = [kd.images.from_uint8(kd.images.load(path(index), size, channels)) for index in range(min(num, 64))]
+    kd.images.save(out / "grid.png", kd.images.grid(np.stack(drawn), grid), scale)
+    if gif:
+        few = min(num, 16)
+        _, x_t, x_0 = trained.sample(few, sampler, seed, return_trajectory=steps, **options(slice(few)))
+        common.save_denoising(out / "denoising.gif", x_t, x_0, scale)
+    print(f"Wrote {out}.")
+
+
+if __name__ == "__main__":
+    common.run(main)
