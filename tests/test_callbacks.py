@@ -6,6 +6,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
+from conftest import image_network
 from keras import ops
 from PIL import Image
 
@@ -22,7 +23,7 @@ def weights(variables):
 
 
 def small_model(num_classes=None, prediction="epsilon"):
-    network = kd.networks.unet((8, 8, 1), 8, (1,), 1, (8,), groups=4, num_classes=num_classes)
+    network = image_network((8, 8, 1), num_classes=num_classes)
     model = kd.DiffusionModel(network, kd.GaussianDiffusion(prediction=prediction), seed=0)
     model.compile(loss="mse", optimizer=keras.optimizers.Adam(1e-2))
     return model
@@ -309,7 +310,7 @@ def test_loss_by_timestep(prediction):
 def test_grids_for_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    model = kd.DiffusionModel(kd.networks.unet((8, 8, 1), 8, (1,), 1, (), groups=2))
+    model = kd.DiffusionModel(image_network((8, 8, 1)))
     model.compile(loss="mse", optimizer="adam")
     grids = kd.callbacks.SampleGrid(
         tmp_path / "{epoch}.png", num_samples=4, sampler=kd.samplers.DDIM(2), tensorboard=tmp_path / "logs"

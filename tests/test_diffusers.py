@@ -19,6 +19,7 @@ torch = pytest.importorskip("torch")
 
 LINEAR = schedules.linear(1000)
 PREDICTIONS = {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}
+LENGTHS = [(1000, "epsilon"), *((50, prediction) for prediction in PREDICTIONS)]
 NOISE = np.random.default_rng(0).standard_normal((1001, 4, 3)).astype("float32")
 
 
@@ -58,8 +59,7 @@ def theirs(scheduler, times, prediction, step):
     return x.numpy()
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("num_steps", [1000, 50])
+@pytest.mark.parametrize(("num_steps", "prediction"), LENGTHS)
 @pytest.mark.parametrize("variance", ["small", "large"])
 def test_ddpm(monkeypatch, num_steps, variance, prediction):
     scheduler = diffusers.DDPMScheduler(
@@ -82,8 +82,7 @@ def test_ddpm(monkeypatch, num_steps, variance, prediction):
     np.testing.assert_allclose(ours(sampler, prediction, (-1, 1)), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("num_steps", [1000, 50])
+@pytest.mark.parametrize(("num_steps", "prediction"), LENGTHS)
 @pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
 def test_ddim(num_steps, eta, prediction):
     scheduler = diffusers.DDIMScheduler(

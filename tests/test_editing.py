@@ -8,6 +8,7 @@ import functools
 import keras
 import numpy as np
 import pytest
+from conftest import image_network
 from keras import ops
 
 import keras_ddpm as kd
@@ -244,7 +245,7 @@ def test_slerp_keeps_the_length():
 
 
 def test_labels_and_seeds():
-    network = kd.networks.unet((8, 8, 1), 8, (1,), 1, (), 4, num_classes=2)
+    network = image_network((8, 8, 1), num_classes=2)
     model = kd.DiffusionModel(network)
     network.set_weights([np.random.default_rng(0).normal(0, 0.2, w.shape) for w in network.get_weights()])
     for average, v in zip(model.ema_weights, network.weights):

@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from conftest import check_error
+from conftest import image_network
+from conftest import randomize
 from keras import ops
 from PIL import Image
 
@@ -204,18 +206,25 @@ def test_names_of_a_folder_reach_the_model(tmp_path):
         assert data.class_names == ["lily", "rose"]
 
 
-def test_flowers_without_network_and_data(tmp_path, command_line):
-    """The main job on drawn flowers. Then its model is fine-tuned on a folder."""
+def test_flowers_without_network_and_data(tmp_path):
+    """The main job on drawn flowers."""
     offline = {"https_proxy": "http://127.0.0.1:9", "TFDS_DATA_DIR": str(tmp_path / "nothing")}
-    options = {"num_images": 90, "dtype_policy": "mixed_bfloat16", "output": tmp_path / "a"}
+    options = {"num_images": 90, "output": tmp_path / "a"}
     status, text = run_script("flowers.py", *flags(**SHORT, **TINY, **options), **offline)
     assert status == 0, text
-    assert f"Backend: {keras.backend.backend()}. Dtype policy: mixed_bfloat16." in text
+    assert f"Backend: {keras.backend.backend()}. Dtype policy: float32." in text
     assert "NOT TRAINING ON oxford_flowers102: oxford_flowers102 is not in" in text
     assert "Training on drawn flowers instead." in text
     assert "Preset: cpu." in text and "81 images of 16x16" in text and "Saw 32 images in" in text
     check_output(tmp_path / "a")
 
+
+@pytest.mark.slow
+def test_flowers_fine_tune(tmp_path, command_line):
+    """A model on a folder in which one file cannot be read."""
+    model = kd.DiffusionModel(image_network((16, 16, 3)), kd.GaussianDiffusion(kd.schedules.cosine(20)))
+    (tmp_path / "a").mkdir()
+    model.save(tmp_path / "a/model.keras")
     for index, flower in enumerate(kd.datasets.procedural_flowers(20, 16)[0]):
         kd.images.save(tmp_path / f"pictures/{index}.png", flower)
     (tmp_path / "pictures/broken.png").write_text("no picture")
@@ -292,22 +301,38 @@ def test_flowers_says_in_one_line_what_is_wrong(tmp_path, monkeypatch, command_l
     check_error(result, status, message)
 
 
-def test_presets_of_flowers(monkeypatch):
+def test_presets_of_flowers(tmp_path, monkeypatch):
     """Settings that are not given come from the preset, and the rest from the defaults."""
+    monkeypatch.chdir(tmp_path)
     flowers = importlib.import_module("flowers")
     called = []
-    monkeypatch.setattr(flowers, "train", lambda model, dataset, seed, **settings: called.append((model, settings)))
-    flowers.main(preset="cpu", epochs=7, width=8, groups=4)
-    flowers.main(preset="full", epochs=7, dtype_policy="float32", **TINY)
-    (cpu, of_cpu), (full, of_full) = called
-    assert (cpu.data_shape, cpu.diffusion.prediction) == ((32, 32, 3), "v")
-    assert (full.data_shape, full.diffusion.prediction) == ((16, 16, 3), "epsilon")
-    assert of_cpu | {"epochs": 7, "steps_per_epoch": 300, "batch_size": 32} == of_cpu
-    assert of_full == {"epochs": 7}
+    monkeypatch.setattr(flowers, "train", lambda model, data, *_, **settings: called.append((model, data, settings)))
+    tiny = TINY | {"dataset": "procedural", "num_images": 80, "dtype_policy": "float32"}
+    flowers.main(preset="cpu", epochs=7, width=8, groups=4, dataset="procedural", num_images=80)
+    flowers.main(preset="full", epochs=7, attention_resolutions=(4,), **tiny)
+    (cpu, cpu_data, of_cpu), (full, full_data, of_full) = called
+    assert (cpu.data_shape, cpu.diffusion.prediction, cpu.condition) == ((32, 32, 3), "v", None)
+    assert (full.data_shape, full.diffusion.prediction) == ((16, 16, 3), "x0")
+    assert full.condition.class_names == tuple(kd.datasets.FLOWER_KINDS)
+    assert (len(cpu_data), cpu_data.batch_size, of_cpu["epochs"], of_cpu["warmup_steps"]) == (300, 32, 7, 100)
+    assert (len(full_data), full_data.batch_size, of_full) == (1, 64, {"epochs": 7})
     for accelerator, epochs in [(True, None), (False, 5)]:
         monkeypatch.setattr(kd, "has_accelerator", lambda found=accelerator: found)
-        flowers.main(dtype_policy="float32", **TINY)
-        assert called[-1][1].get("epochs") == epochs
+        flowers.main(patch_size=1, attention_resolutions=(), **tiny)
+        assert called[-1][2].get("epochs") == epochs
+
+
+def test_labels_of_flowers(tmp_path):
+    """Kinds are learned unless a folder has none."""
+    flowers = importlib.import_module("flowers")
+    for kind in ("lily", "rose"):
+        for index in range(4):
+            kd.images.save(tmp_path / f"kinds/{kind}/{index}.png", np.full((8, 8, 3), index / 4))
+    options = {"seed": 0, "image_size": 8, "num_images": 20, "batch_size": 2}
+    assert flowers.load(str(tmp_path / "kinds"), **options)[0].class_names == ["lily", "rose"]
+    assert flowers.load(str(tmp_path / "kinds/lily"), **options)[0].class_names is None
+    assert flowers.load("procedural", **options)[0].class_names == [*kd.datasets.FLOWER_KINDS]
+    assert flowers.load("procedural", labels="no", **options)[0].class_names is None
 
 
 def test_the_readmes_code(tmp_path, monkeypatch):
@@ -419,8 +444,7 @@ def offline(tmp_path, monkeypatch):
     for name in ("mnist", "oxford_flowers102"):  # folders with the name of a data set
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
-    unet = kd.networks.unet
-    monkeypatch.setattr(kd.networks, "unet", lambda shape, *_, **kwargs: unet(shape, 8, (1,), 1, (), groups=4))
+    monkeypatch.setattr(kd.networks, "unet", lambda shape, *_, **kwargs: image_network(shape))
     return {"data_dir": str(tmp_path / "nothing"), "output": str(tmp_path / "out")}
 
 
@@ -526,10 +550,46 @@ def test_evaluate(tmp_path, offline, capsys, command_line):
         check_error(command_line("evaluate.py", *arguments, "--output", offline["output"]), status, message)
 
 
+def test_sample(tmp_path, monkeypatch, command_line):
+    """Single images, which depend on the seed and their number, and are made once."""
+    network = image_network((8, 8, 3), num_classes=3)
+    model = kd.DiffusionModel(network, kd.GaussianDiffusion(), class_names=["lily", "red rose", "tulip"])
+    randomize(network)
+    model.save(tmp_path / "model.keras")
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--model", "model.keras", "--steps", 2]
+    assert command_line("sample.py", *arguments, "--list") == (0, "lily\nred rose\ntulip\n")
+    few = [*arguments, "--output", "few", "--labels", "red rose", "tulip"]
+    assert command_line("sample.py", *few, "--num", 5, "--gif", "--grid", 3)[0] == 0
+    made = {path.name: path.stat().st_mtime_ns for path in sorted(pathlib.Path("few").glob("0*.png"))}
+    assert [*made] == [f"{index:05d}.png" for index in range(5)]
+    expected = kd.saving.load_model("model.keras").sample(
+        5, kd.samplers.DPMSolver(2), seed=0, labels=[1, 2, 1, 2, 1], guidance_scale=2.0
+    )
+    for index, image in enumerate(kd.images.to_uint8(expected)):
+        assert np.max(np.abs(read(f"few/{index:05d}.png").astype("int32") - image)) <= 1
+    assert read("few/grid.png").shape == (16 * (2 * 10 + 2), 16 * (3 * 10 + 2), 3)
+    with Image.open("few/denoising.gif") as animation:
+        assert animation.n_frames == 2
+
+    status, _ = command_line("sample.py", *few, "--num", 40)
+    assert status == 0 and len([*pathlib.Path("few").glob("0*.png")]) == 40
+    assert command_line("sample.py", *few, "--num", 32)[0] == 0
+    for line, status, message in [
+        ([*few, "--seed", 1], 2, "few holds images with other settings"),
+        ([*arguments, "--labels", "rose"], 1, "There is no class 'rose'. Similar names: red rose"),
+        ([*arguments, "--labels", "3"], 1, "Labels must be integers in 0..2"),
+        ([*arguments, "--num", 0], 2, "At least 1 image"),
+        ([*arguments, "--steps", 0], 1, "`num_steps`"),
+        (["--model", "nowhere.keras"], 1, "There is no model file nowhere.keras"),
+    ]:
+        check_error(command_line("sample.py", *line), status, message)
+
+
 @pytest.fixture
 def edit(tmp_path, monkeypatch, capsys):
     """A function that calls a command of edit.py with an untrained model of classes and returns what it prints."""
-    model = kd.DiffusionModel(kd.networks.unet((8, 8, 3), 8, (1,), 1, (8,), 4, num_classes=2), kd.GaussianDiffusion())
+    model = kd.DiffusionModel(image_network((8, 8, 3), num_classes=2), kd.GaussianDiffusion())
     (tmp_path / "runs/flowers").mkdir(parents=True)
     model.save(tmp_path / "runs/flowers/model.keras")
     for name, color in {"white": 1.0, "black": -1.0}.items():
@@ -586,7 +646,7 @@ def test_edit_says_in_one_line_what_is_wrong(edit, command_line):
     for line, message in [
         (
             "inpaint white.png --model nowhere.keras",
-            "There is no model file nowhere.keras. `python examples/flowers.py` trains a model.$",
+            "There is no model file nowhere.keras. Presets of the package: .* `python .*` trains a model.$",
         ),
         ("interpolate white.png", "in pairs. Received: 1$"),
         ("variations white.png --strengths 2", r"`strength` must be in \[0, 1\]. Received: strength=2.0"),

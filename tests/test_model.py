@@ -21,22 +21,21 @@ def test_saves_and_loads_in_a_new_process(tmp_path):
     images = np.random.default_rng(0).uniform(-1, 1, (16, 8, 8, 1)).astype("float32")
     model.fit(images, epochs=2, batch_size=8, verbose=0)
     model.save(tmp_path / "model.keras")
-    samplers = {"ddim": kd.samplers.DDIM(5), "ddpm": kd.samplers.DDPM(5)}
-    expected = {name: model.sample(3, sampler, seed=4) for name, sampler in samplers.items()}
-    expected["raw"] = model.sample(3, samplers["ddim"], seed=4, use_ema=False)
+    expected = {
+        "ddpm": model.sample(3, kd.samplers.DDPM(5), seed=4),
+        "raw": model.sample(3, kd.samplers.DDIM(5), seed=4, use_ema=False),
+    }
     code = """
 import keras, numpy as np, keras_ddpm as kd
 model = keras.saving.load_model("model.keras")
 assert int(model.optimizer.iterations) == 4 and model.loss == "mse"
-ddim = kd.samplers.DDIM(5)
-np.savez("samples.npz", ddim=model.sample(3, ddim, seed=4), ddpm=model.sample(3, kd.samplers.DDPM(5), seed=4),
-         raw=model.sample(3, ddim, seed=4, use_ema=False))
+np.savez("samples.npz", ddpm=model.sample(3, kd.samplers.DDPM(5), seed=4),
+         raw=model.sample(3, kd.samplers.DDIM(5), seed=4, use_ema=False))
 """
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env=os.environ | {"PYTHONPATH": os.getcwd()})
     samples = np.load(tmp_path / "samples.npz")
     for name, x in expected.items():
         assert np.array_equal(samples[name], x), name
-    assert not np.array_equal(expected["raw"], expected["ddim"])
 
 
 def test_a_resumed_run_goes_on_as_if_never_stopped(tmp_path, points):

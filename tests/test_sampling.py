@@ -29,6 +29,7 @@ def test_samples_depend_on_seed_and_index_alone(model):
         np.testing.assert_allclose(model.sample(4, sampler, seed=1), ten[:4], atol=1e-5)
         many = model.sample(300, sampler, seed=3, batch_size=7)
         np.testing.assert_allclose(model.sample(4, sampler, seed=3)[2], many[2], atol=1e-5)
+        np.testing.assert_allclose(model.sample(4, sampler, seed=3, first=200), many[200:204], atol=1e-5)
         _, x_t, _ = model.sample(10, sampler, seed=1, return_trajectory=2)
         assert len(np.unique(x_t[0].round(4), axis=0)) == 10  # before x_0 is clipped, into a corner now and then
     assert not np.array_equal(model.sample(2), model.sample(2))

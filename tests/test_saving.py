@@ -188,3 +188,55 @@ def test_a_save_that_fails_leaves_the_file_before(tmp_path, model, monkeypatch):
             model.save(path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.keras"]
     assert len(path.read_bytes()) == len(content) and kd.saving.load_model(path)
+
+
+@pytest.fixture
+def of_labels():
+    """A trained model of three labels with names."""
+    network = kd.networks.mlp(2, 64, 1, num_classes=3)
+    model = kd.DiffusionModel(network, kd.GaussianDiffusion(), 0.5, seed=0, class_names=["lily", "rose", "tulip"])
+    model.compile(loss="mse", optimizer=kd.optimizers.Adam(1e-2))
+    x = np.random.default_rng(0).uniform(-1, 1, (16, 2)).astype("float32")
+    model.fit(x, np.arange(16) % 3, batch_size=4, verbose=0)
+    return model
+
+
+@pytest.mark.parametrize("load", [kd.DiffusionModel.from_preset, kd.saving.load_model, keras.saving.load_model])
+def test_compact_files(tmp_path, of_labels, load):
+    """Two bytes a weight, the same samples up to rounding, and trainable."""
+    of_labels.save_compact(tmp_path / "x.keras")
+    with zipfile.ZipFile(tmp_path / "x.keras") as archive:
+        weights = archive.getinfo("model.weights.h5").compress_size
+    assert weights < 2 * of_labels.network.count_params() + 8_000
+    copy = load(tmp_path / "x.keras")
+    for network, average in zip(copy.network.weights, copy.ema_weights, strict=True):
+        assert np.array_equal(ops.convert_to_numpy(network), ops.convert_to_numpy(average))
+    options = {"sampler": kd.samplers.DDIM(5), "seed": 0, "labels": "rose", "guidance_scale": 2}
+    assert np.mean(np.abs(copy.sample(4, **options) - of_labels.sample(4, **options))) < 2e-3
+    assert not copy.compiled
+    copy.compile(loss="mse", optimizer="adam")
+    copy.fit(np.zeros((4, 2)), np.zeros(4, "int32"), verbose=0)
+    copy.save(tmp_path / "y.keras")
+    assert kd.saving.load_model(tmp_path / "y.keras").condition.class_names == ("lily", "rose", "tulip")
+
+
+def test_weights_that_half_precision_cannot_hold(tmp_path, model):
+    model.average.weights[0].assign(1e5 * ops.ones_like(model.average.weights[0]))
+    with pytest.raises(ValueError, match="too large for half precision"):
+        model.save_compact(tmp_path / "x.keras")
+    with pytest.raises(ValueError, match=r"must end in \.keras"):
+        model.save_compact(tmp_path / "x.h5")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_presets(tmp_path, model, monkeypatch):
+    """A name of the package, a path, or an address that Keras loads."""
+    monkeypatch.setattr(kd.saving, "PRESETS", tmp_path)
+    model.save_compact(tmp_path / "points.keras")
+    assert kd.DiffusionModel.from_preset("points").data_shape == (2,)
+    assert kd.DiffusionModel.from_preset(tmp_path / "points.keras").data_shape == (2,)
+    with pytest.raises(FileNotFoundError, match="no model file lines. Presets of the package: points"):
+        kd.DiffusionModel.from_preset("lines")
+    monkeypatch.setattr(keras.saving, "load_model", lambda path, **options: (path, options))
+    loaded = kd.DiffusionModel.from_preset("hf://someone/points", compile=False)
+    assert loaded == ("hf://someone/points", {"compile": False})
