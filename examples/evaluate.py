@@ -93,12 +93,13 @@ def main(
     classifier_epochs=5,
     num_samples=1000,
     num_steps: int | None = None,
+    guidance_scale=1.0,
     num_likelihood=100,
 ):
     """Measures a model and writes the report.
 
     Args:
-        model: trained .keras file.
+        model: trained .keras file or a preset of the package.
         output: folder for the output files.
         seed: random seed.
         data_dir: folder of prepared data sets. By default the folder of TensorFlow Datasets.
@@ -109,6 +110,7 @@ def main(
         classifier_epochs: number of training epochs of the classifier.
         num_samples: number of samples.
         num_steps: number of steps of DPMSolver. By default the default sampler of the model is used.
+        guidance_scale: guidance scale of samples of a model with labels.
         num_likelihood: number of images for the bits per dimension.
     """
     if num_samples < 20 or num_likelihood < 1:
@@ -148,7 +150,8 @@ def main(
 
     sampler = kd.samplers.DPMSolver(num_steps) if num_steps else trained.default_sampler
     print(f"Drawing {num} samples with {sampler}.", flush=True)
-    samples = trained.sample(num, sampler, seed, labels=labels, batch_size=min(250, num))
+    guidance = {"labels": labels, "guidance_scale": guidance_scale} if conditional else {}
+    samples = trained.sample(num, sampler, seed, batch_size=min(250, num), **guidance)
     samples = kd.images.from_uint8(kd.images.to_uint8(samples))
     found, p_value = measure(features, samples, held_out, real, seed)
     seen = np.concatenate([training, training[:, :, ::-1]]) if train.flip else training
@@ -163,6 +166,7 @@ def main(
         "model": model,
         "dataset": dataset,
         "sampler": str(sampler),
+        "guidance_scale": guidance_scale if conditional else None,
         "num_samples": num,
         "num_held_out": num,
         "num_training": len(training),
@@ -177,7 +181,11 @@ def main(
             for variance, of in bits.items()
         },
     }
-    lines = [f"{model}", f"{num} samples of {sampler}", f"compared with {num} held-out images of {dataset}"]
+    lines = [
+        f"{model}",
+        f"{num} samples of {sampler}" + f", guidance {guidance_scale:g}" * conditional,
+        f"compared with {num} held-out images of {dataset}",
+    ]
     lines += [f"features of {features.name} ({features.hash}); floor: {of_real} images", ""]
     lines += ["                   value          ±      floor          ±"]
     for name, row in found.items():

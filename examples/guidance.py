@@ -56,7 +56,7 @@ def main(
         data_dir: folder of prepared data sets. By default the folder of TensorFlow Datasets.
         dataset: labeled data set with splits "train" and "test".
         image_size: side of the images in pixels.
-        model: trained .keras file. By default a model is trained.
+        model: trained .keras file or a preset of the package. By default a model is trained.
         epochs: number of training epochs.
         steps_per_epoch: number of batches of 32 images per epoch. By default all.
         classifier_epochs: number of training epochs of the classifier.
@@ -91,11 +91,11 @@ def main(
         share = np.mean(np.argmax(classifier.predict(x, batch_size=250, verbose=0), axis=1) == labels)
         error = np.sqrt(share * (1 - share) / num_samples)
         rows.append([scale, share, distance_of(x)])
-        samples[f"w = {scale:g}"] = {"": x[: 2 * num_classes]}
+        samples[f"w = {scale:g}"] = {"": x[: min(20, 2 * num_classes)]}
         print(f"{scale:14g}   {share:14.1%} ± {error:.1%}   {rows[-1][2]:17.1f}", flush=True)
     with open(out / "guidance.csv", "w", newline="") as file:
         csv.writer(file).writerows([["guidance scale", "share in class", "distance"], *rows])
-    kd.plots.table(out / "guidance.png", samples, columns=2 * num_classes)
+    kd.plots.table(out / "guidance.png", samples, columns=min(20, 2 * num_classes))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"Keras' backend {error.name} is not installed. {_hint}", name=error.name) from error
 from keras_ddpm import callbacks as callbacks
 from keras_ddpm import datasets as datasets
+from keras_ddpm import distillation as distillation
 from keras_ddpm import editing as editing
 from keras_ddpm import features as features
 from keras_ddpm import guidance as guidance

@@ -193,7 +193,7 @@ class GaussianDiffusion:
             ValueError: if `gamma` is not positive.
         """
         _checks.require(_checks.is_positive(gamma), "`gamma` must be positive", gamma=gamma)
-        return np.minimum(self._snr(), gamma) * self._x0[:, 1] ** 2
+        return np.minimum(self._snr(), gamma) * self.x0_weight()
 
     def p2_weight(self, k: float = 1.0, gamma: float = 1.0) -> np.ndarray:
         """Loss weights that are (k + SNR)^−γ for the squared error of the noise. [Choi et al., 2022, Eq. 8]
@@ -214,7 +214,11 @@ class GaussianDiffusion:
         _checks.require(_checks.is_positive(k), "`k` must be positive", k=k)
         _checks.require(_checks.is_between(gamma, 0, np.inf), "`gamma` must be 0 or more", gamma=gamma)
         snr = self._snr()
-        return snr * (k + snr) ** -gamma * self._x0[:, 1] ** 2
+        return snr * (k + snr) ** -gamma * self.x0_weight()
+
+    def x0_weight(self) -> np.ndarray:
+        """Loss weights that turn the squared error of the network's output into that of x_0, float64 `(T + 1,)`."""
+        return self._x0[:, 1] ** 2
 
     def _snr(self) -> np.ndarray:
         """The signal-to-noise ratio, with the value of t = 1 instead of ∞ at t = 0."""

@@ -184,7 +184,11 @@ class NoisyRegression(saving.StoredModel):
         if self.condition:
             kept = keras.random.uniform((shape[0],), seed=generator) >= label_dropout
             inputs = (*inputs, self.condition.drop(condition, kept))
-        return inputs, self.diffusion.target(x_0, t, noise), self.weight_of(t)
+        return inputs, self.target(x_0, noise, *inputs), self.weight_of(t)
+
+    def target(self, x_0, noise, x_t, t, condition=None):
+        """What the network should predict at `x_t`. A subclass may train it on something else."""
+        return self.diffusion.target(x_0, t, noise)
 
     def _poisoned(self, x_0, condition):
         """Replaces data that `_checked` would refuse by NaN, as a compiled step cannot raise an error.

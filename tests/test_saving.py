@@ -1,6 +1,7 @@
 """Files: complete, for every backend, and bounded."""
 
 import json
+import pathlib
 import sys
 import zipfile
 
@@ -8,8 +9,11 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from PIL import Image
 
 import keras_ddpm as kd
+
+HERE = pathlib.Path(__file__).parent
 
 
 def random_pair(shape=(4, 6)):
@@ -240,3 +244,14 @@ def test_presets(tmp_path, model, monkeypatch):
     monkeypatch.setattr(keras.saving, "load_model", lambda path, **options: (path, options))
     loaded = kd.DiffusionModel.from_preset("hf://someone/points", compile=False)
     assert loaded == ("hf://someone/points", {"compile": False})
+
+
+def test_flowers64():
+    """The model that comes with the package draws the flowers of the file, on every backend."""
+    model = kd.DiffusionModel.from_preset("flowers64")
+    names = ["sunflower", "rose", "water lily", "tiger lily"]
+    x = model.sample(4, kd.samplers.DPMSolver(8), seed=0, labels=names, guidance_scale=2.0)
+    expected = kd.images.from_uint8(np.asarray(Image.open(HERE / "flowers64.png")))
+    assert np.mean(np.abs(kd.images.grid(x, 4) - expected)) < 2 / 127.5
+    assert (kd.saving.PRESETS / "flowers64.keras").stat().st_size < 16 * 2**20
+    assert (kd.saving.PRESETS / "flowers64.md").exists()
