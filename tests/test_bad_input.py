@@ -233,7 +233,7 @@ TABLE = [
     (lambda: kd.datasets.from_arrays(X, image_size=8), "Only uint8 images can be resized"),
     (lambda: kd.datasets.from_folder("nowhere"), "There is no folder nowhere"),
     (lambda: kd.datasets.from_folder(ROOT / "tests", channels=2), "`channels` must be 1 or 3"),
-    (lambda: kd.datasets.from_folder(ROOT / "tests"), "There is no readable image in"),
+    (lambda: kd.datasets.from_folder(ROOT / "keras_ddpm"), "There is no readable image in"),
     (lambda: kd.datasets.moons(0), "`num` must be an integer of at least 1"),
     (lambda: kd.datasets.moons(2, noise=-1), "`noise` must be 0 or more"),
     (lambda: kd.datasets.procedural_flowers(0, 8), "`num_images` must be an integer of at least 1"),
