@@ -5,8 +5,9 @@
     python examples/flowers.py --dataset procedural --epochs 3  # every setting has a flag
     python examples/flowers.py --init runs/flowers/model.keras --learning-rate 1e-4  # fine-tunes a trained model
 
-The `full` preset is for accelerators, with the recipe of `reference` in a larger network. The `reference` preset made
-the model that comes with the package; it takes days on two cores. The `cpu` preset takes less than ten minutes there.
+The `full` preset is for accelerators, with the recipe of `reference` in a larger network. The `reference` preset has
+the network of the model that comes with the package, and takes days on two cores. The `cpu` preset takes less than ten
+minutes there.
 
 Output files in --output:
 

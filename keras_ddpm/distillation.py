@@ -47,20 +47,6 @@ class ConsistencyModel(DiffusionModel):
         self._earlier = np.stack(tables).astype("int32")
         self._weights = np.stack([self._weight(times) for times in tables]).astype("float32")
 
-    @classmethod
-    def from_model(cls, model: DiffusionModel, **kwargs: Any) -> "ConsistencyModel":
-        """Makes a consistency model that predicts as the averaged weights of a trained model do.
-
-        Args:
-            model: a trained `DiffusionModel`. It is not changed.
-            **kwargs: arguments of `ConsistencyModel` and `DiffusionModel`; the others are those of `model`.
-        """
-        fast = cls.from_config({**model.get_config(), **kwargs})
-        for weights in (fast.network.weights, fast.ema_weights):
-            for v, average in zip(weights, model.ema_weights):
-                v.assign(ops.convert_to_numpy(average))
-        return fast
-
     @property
     def default_sampler(self) -> samplers.Sampler:
         """The default sampler of `sample`: `Consistency(1)`."""

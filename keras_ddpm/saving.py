@@ -53,13 +53,24 @@ class StoredModel(keras.Model):
         """
         path = pathlib.Path(filepath)
         _checks.require(path.suffix == ".keras", "The file name must end in .keras", filepath=filepath)
-        copy = type(self).from_config(self.get_config())
-        for weights in (copy.network.weights, copy.ema_weights):
-            for v, average in zip(weights, self.ema_weights):
-                v.assign(keras.ops.convert_to_numpy(average))
+        copy = type(self).from_model(self)
         with replacing(path, path.with_name(f"{path.stem}.saving.keras")) as temporary:
             keras.Model.save(copy, temporary)
             compress(temporary)
+
+    @classmethod
+    def from_model(cls, model: Any, **kwargs: Any) -> Any:
+        """Makes a model of this class whose raw and averaged weights are both the average of another one.
+
+        Args:
+            model: a `DiffusionModel`. It is not changed.
+            **kwargs: arguments of this class; the others are those of `model`.
+        """
+        copy = cls.from_config({**model.get_config(), **kwargs})
+        for weights in (copy.network.weights, copy.ema_weights):
+            for v, average in zip(weights, model.ema_weights):
+                v.assign(keras.ops.convert_to_numpy(average))
+        return copy
 
     @classmethod
     def from_preset(cls, preset: str | pathlib.Path, **options: Any) -> "StoredModel":
