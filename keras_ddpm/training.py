@@ -179,12 +179,16 @@ class NoisyRegression(saving.StoredModel):
         x_0 = self._poisoned(ops.cast(x_0, "float32"), condition)
         shape = ops.shape(x_0)
         t = self._draw_timesteps(shape[0], generator)
-        noise = keras.random.normal(shape, seed=generator)
+        noise = self.draw_noise(x_0, generator)
         inputs = (self.diffusion.q_sample(x_0, t, noise), t)
         if self.condition:
             kept = keras.random.uniform((shape[0],), seed=generator) >= label_dropout
             inputs = (*inputs, self.condition.drop(condition, kept))
         return inputs, self.target(x_0, noise, *inputs), self.weight_of(t)
+
+    def draw_noise(self, x_0, generator):
+        """Draws the noise that is mixed with `x_0`. A subclass may choose it to suit the data."""
+        return keras.random.normal(ops.shape(x_0), seed=generator)
 
     def target(self, x_0, noise, x_t, t, condition=None):
         """What the network should predict at `x_t`. A subclass may train it on something else."""

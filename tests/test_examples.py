@@ -380,6 +380,31 @@ def test_samplers(tmp_path, data_dir, capsys, command_line):
     check_error(command_line("samplers.py", "--evaluations", 1, 9), 2, r"between 2 and 1000. Received: \(1, 9\)$")
 
 
+@pytest.mark.slow
+def test_ablations(tmp_path, data_dir, capsys, monkeypatch, command_line):
+    monkeypatch.setattr(kd.networks, "unet", lambda shape, *_, **kwargs: image_network(shape))
+    options = {"data_dir": data_dir, "output": tmp_path, "images_seen": 128, "classifier_epochs": 1, "num_samples": 8}
+    call("ablations", image_size=16, only=("no_labels", "clear"), **options)
+    call("ablations", image_size=16, only=("clear",), **options)  # reads the result
+    found = re.findall(r"^(no_labels|clear) +(-?[\d.]+)$", capsys.readouterr().out, re.M)
+    assert [name for name, _ in found].count("clear") == 2 and len(found) == 4 and len(set(found)) == 2, found
+    check_pictures(tmp_path, "ablations-no_labels-clear-0")
+    check_error(command_line("ablations.py", "--only", "best"), 2, r"takes recipe, v, .* Received: best$")
+
+
+def test_ablations_immiscible_noise_is_the_nearest_of_four():
+    """The mean square distance of x_0 to the nearest of four noises, in four dimensions, by a million draws."""
+    ablations = importlib.import_module("ablations")
+    network = image_network((2, 2, 1))
+    model = ablations.Immiscible(network, kd.GaussianDiffusion(kd.schedules.cosine(10), "x0"))
+    x_0 = np.full((20_000, 2, 2, 1), 0.5, "float32")
+    noise = ops.convert_to_numpy(model.draw_noise(ops.convert_to_tensor(x_0), keras.random.SeedGenerator(0)))
+    draws = np.random.default_rng(0).standard_normal((250_000, 4, 4))
+    expected = np.sum((draws - 0.5) ** 2, axis=-1).min(axis=-1).mean()
+    got = np.sum((noise - x_0) ** 2, axis=(1, 2, 3)).mean()
+    assert abs(got - expected) < 0.05 < abs(5 - expected), (got, expected)  # 5 for independent noise
+
+
 def check_metric(text, num):
     assert re.search(r"^Accuracy of the classifier: [\d.]+% of \d+ held-out images.$", text, re.M), text
     assert re.search(rf"^Kernel distance x 1000 of {num} training images: -?[\d.]+ ± [\d.]+ ", text, re.M), text

@@ -1,0 +1,200 @@
+"""What each part of the recipe of the flowers is worth: the kernel distance after the same number of images.
+
+    python examples/ablations.py                      # all rows, one after the other
+    python examples/ablations.py --only recipe v      # some of them
+    python examples/ablations.py --seed 1             # all with another seed
+
+Each row changes one thing in the recipe of `python examples/flowers.py --preset reference`. Two rows are the recipes of
+other packages, with our network: `keras_io` of "Denoising Diffusion Probabilistic Model" and `clear` of "Denoising
+Diffusion Implicit Models" on keras.io, each with the sampler that it recommends.
+
+The distance compares as many samples as there are held-out photographs with these, in the features of a classifier that
+is trained on the other photographs. The samples of networks with labels get the labels of the photographs, without
+guidance. A row that is in the output folder is not computed again, so several processes can share the work.
+
+Output files in --output:
+
+    classifier.keras   the classifier
+    NAME-SEED.json     the result of a row
+    ablations.png      samples of each row from the same noises
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import common
+import keras
+import numpy as np
+from flowers import PRESETS
+from flowers import make_model
+
+import keras_ddpm as kd
+
+
+class Immiscible(kd.DiffusionModel):
+    """Trains each image with the nearest of four noises (Li et al., 2024)."""
+
+    def draw_noise(self, x_0, generator):
+        noises = keras.ops.stack([super(Immiscible, self).draw_noise(x_0, generator) for _ in range(4)])
+        distances = keras.ops.sum(keras.ops.square(noises - x_0), axis=(2, 3, 4))
+        nearest = keras.ops.argmin(distances, axis=0)[None, :, None, None, None]
+        return keras.ops.take_along_axis(noises, nearest, axis=0)[0]
+
+
+@dataclasses.dataclass
+class Recipe:
+    """How a model is made, trained and sampled. The defaults are those of the preset `reference`."""
+
+    prediction: str = "x0"
+    schedule: kd.schedules.Schedule = dataclasses.field(default_factory=kd.schedules.cosine)
+    network: dict = dataclasses.field(default_factory=dict)
+    model: type = kd.DiffusionModel
+    labels: bool = True
+    num_images: int | None = None
+    loss: str = "mse"
+    weight: Any = None
+    batch_size: int = 32
+    learning_rate: float = PRESETS["reference"]["learning_rate"]
+    ema_decay: float = 0.999
+    sampler: Any = None
+
+
+def clear_schedule(timesteps=1000):
+    """The angles of "Denoising Diffusion Implicit Models" on keras.io: the signal falls from 0.95 to 0.02."""
+    angle = np.linspace(np.arccos(0.95), np.arccos(0.02), timesteps)
+    return kd.schedules.Schedule(np.r_[1, np.cos(angle)], np.r_[0, np.sin(angle)])
+
+
+def rows():
+    """The recipes by name."""
+    cosine = kd.schedules.cosine()
+    return {
+        "recipe": Recipe(),
+        "v": Recipe("v"),
+        "epsilon": Recipe("epsilon"),
+        "flow": Recipe("flow", kd.schedules.straight()),
+        "linear": Recipe(schedule=kd.schedules.linear()),
+        "more_noise": Recipe(schedule=kd.schedules.input_scaled(cosine, 0.5)),
+        "less_noise": Recipe(schedule=kd.schedules.input_scaled(cosine, 2.0)),
+        "min_snr": Recipe(weight=lambda diffusion: diffusion.min_snr_weight()),
+        "mae": Recipe(loss="mae"),
+        "no_patches": Recipe(network={"patch_size": 1}),
+        "dropout": Recipe(network={"dropout": 0.1}),
+        "immiscible": Recipe(model=Immiscible),
+        "no_labels": Recipe(labels=False),
+        "batch_16": Recipe(batch_size=16, learning_rate=8e-4 / 2**0.5),
+        "batch_64": Recipe(batch_size=64, learning_rate=8e-4 * 2**0.5),
+        "batch_128": Recipe(batch_size=128, learning_rate=8e-4 * 2),
+        "rate_4e-4": Recipe(learning_rate=4e-4),
+        "rate_16e-4": Recipe(learning_rate=16e-4),
+        "ema_99": Recipe(ema_decay=0.99),
+        "keras_io": Recipe(
+            "epsilon",
+            kd.schedules.linear(),
+            labels=False,
+            num_images=1020,
+            learning_rate=2e-4,
+            sampler=kd.samplers.DDPM(),
+        ),
+        "clear": Recipe(
+            "v",
+            clear_schedule(),
+            labels=False,
+            loss="mae",
+            batch_size=64,
+            learning_rate=1e-3,
+            sampler=kd.samplers.DDIM(20),
+        ),
+    }
+
+
+def trained(recipe, data, images_seen, seed):
+    """Trains the model of a recipe on `data`, which are batches with labels."""
+    names = data.class_names if recipe.labels else None
+    settings = {name: PRESETS["reference"][name] for name in ("width", "num_blocks")} | recipe.network
+    network = make_model(data.x.shape[1], names, seed, dtype_policy="auto", **settings).network
+    diffusion = kd.GaussianDiffusion(recipe.schedule, recipe.prediction)
+    weight = recipe.weight and recipe.weight(diffusion)
+    model = recipe.model(network, diffusion, recipe.ema_decay, seed=seed, class_names=names, loss_weight=weight)
+    num = slice(recipe.num_images)
+    steps = images_seen // recipe.batch_size
+    labels = data.labels[num] if recipe.labels else None
+    batches = kd.datasets.Batches(
+        data.x[num], labels, recipe.batch_size, flip=True, steps_per_epoch=steps, seed=seed, class_names=names
+    )
+    common.train(model, batches, 1, recipe.learning_rate, steps // 10, recipe.loss)
+    return model
+
+
+def main(
+    *,
+    output="runs/ablations",
+    seed=0,
+    data_dir: str | None = None,
+    only: tuple[str, ...] = (),
+    image_size=64,
+    images_seen=100_000,
+    classifier_epochs=20,
+    num_samples=819,
+):
+    """Trains a model by each recipe and measures its samples.
+
+    Args:
+        output: folder for the output files.
+        seed: random seed.
+        data_dir: folder of prepared data sets. By default the folder of TensorFlow Datasets.
+        only: names of rows. By default all.
+        image_size: side of the images in pixels.
+        images_seen: number of training images that each model sees.
+        classifier_epochs: number of training epochs of the classifier.
+        num_samples: number of samples of a row.
+    """
+    recipes = rows()
+    if unknown := set(only) - set(recipes):
+        raise common.UsageError(f"--only takes {', '.join(recipes)}. Received: {', '.join(unknown)}")
+    out = pathlib.Path(output)
+    out.mkdir(parents=True, exist_ok=True)
+    options = {"data_dir": data_dir, "labels": True, "require_real_data": True}
+    data, test = common.load("oxford_flowers102", image_size, **options)
+    path = out / "classifier.keras"
+    if path.exists():
+        classifier = keras.saving.load_model(path, compile=False)
+    else:
+        keras.utils.set_random_seed(0)
+        images = kd.images.from_uint8(data.x)
+        classifier = kd.metrics.train_classifier(images, data.labels, classifier_epochs)
+        classifier.save(path)
+    num = min(num_samples, len(test.x))
+    metric = kd.metrics.KernelInceptionDistance(classifier, subset_size=num)
+    metric.update_state(real_images=kd.images.from_uint8(test.x))
+    floor = [1000 * value for value in metric.floor(kd.images.from_uint8(data.x), num)]
+    print(f"Kernel distance x 1000 of {num} training images: {floor[0]:.1f} ± {floor[1]:.1f} (10 draws).", flush=True)
+    grid = {}
+    for name in only or recipes:
+        file = out / f"{name}-{seed}.json"
+        if file.exists():
+            continue
+        print(f"{name}:", flush=True)
+        keras.utils.set_random_seed(seed)
+        recipe = recipes[name]
+        model = trained(recipe, data, images_seen, seed)
+        labels = {"labels": np.resize(test.labels, num)} if recipe.labels else {}
+        samples = model.sample(num, recipe.sampler, seed, batch_size=num, **labels)
+        distance = 1000 * metric.compare(samples)
+        file.write_text(json.dumps({"images_seen": images_seen, "num_samples": num, "distance": distance}) + "\n")
+        print(f"{name}: {distance:.1f}", flush=True)
+        grid[name] = {"": samples[:16]}
+    if grid:
+        kd.plots.table(out / f"ablations-{'-'.join(only) or 'all'}-{seed}.png", grid, columns=16)
+    found = {}
+    for file in sorted(out.glob("*-*.json")):
+        found.setdefault(file.stem.rpartition("-")[0], []).append(json.loads(file.read_text())["distance"])
+    print("\nrecipe        kernel distance x 1000, for each seed")
+    for name, distances in sorted(found.items(), key=lambda row: min(row[1])):
+        print(f"{name:14}" + "".join(f"{distance:8.1f}" for distance in distances))
+
+
+if __name__ == "__main__":
+    common.run(main)
