@@ -4,7 +4,8 @@
     python examples/ablations.py --only recipe v      # some of them
     python examples/ablations.py --seed 1             # all with another seed
 
-Each row changes one thing in the recipe of `python examples/flowers.py --preset reference`. Two rows are the recipes of
+Each row changes one thing in the recipe, which is that of `python examples/flowers.py --preset reference` in smaller
+batches, as only few images are seen. Two rows are the recipes of
 other packages, with our network: `keras_io` of "Denoising Diffusion Probabilistic Model" and `clear` of "Denoising
 Diffusion Implicit Models" on keras.io, each with the sampler that it recommends.
 
@@ -45,7 +46,7 @@ class Immiscible(kd.DiffusionModel):
 
 @dataclasses.dataclass
 class Recipe:
-    """How a model is made, trained and sampled. The defaults are those of the preset `reference`."""
+    """How a model is made, trained and sampled. The defaults are the recipe."""
 
     prediction: str = "x0"
     schedule: kd.schedules.Schedule = dataclasses.field(default_factory=kd.schedules.cosine)
@@ -56,7 +57,7 @@ class Recipe:
     loss: str = "mse"
     weight: Any = None
     batch_size: int = 32
-    learning_rate: float = PRESETS["reference"]["learning_rate"]
+    learning_rate: float = 8e-4
     ema_decay: float = 0.999
     sampler: Any = None
 
@@ -113,7 +114,9 @@ def rows():
 def trained(recipe, data, images_seen, seed):
     """Trains the model of a recipe on `data`, which are batches with labels."""
     names = data.class_names if recipe.labels else None
-    settings = {name: PRESETS["reference"][name] for name in ("width", "num_blocks")} | recipe.network
+    settings = {
+        name: PRESETS["reference"][name] for name in ("width", "width_multipliers", "num_blocks")
+    } | recipe.network
     network = make_model(data.x.shape[1], names, seed, dtype_policy="auto", **settings).network
     diffusion = kd.GaussianDiffusion(recipe.schedule, recipe.prediction)
     weight = recipe.weight and recipe.weight(diffusion)

@@ -17,6 +17,8 @@ import numpy as np
 from keras_ddpm import _checks
 
 PRESETS = pathlib.Path(__file__).parent / "presets"
+# Of HDF5, for compact files. "latest" would be unreadable with older versions of h5py.
+FILE_FORMAT = ("v110", "v110")
 MAX_CONFIG = 2**26  # bytes; the config of a large network with T = 100,000 has less
 
 
@@ -160,7 +162,10 @@ def compress(path: pathlib.Path) -> None:
     with zipfile.ZipFile(path) as archive:
         parts = {name: archive.read(name) for name in archive.namelist()}
     buffer, name_of = io.BytesIO(), {}
-    with h5py.File(io.BytesIO(parts["model.weights.h5"])) as source, h5py.File(buffer, "w", libver="latest") as target:
+    with (
+        h5py.File(io.BytesIO(parts["model.weights.h5"])) as source,
+        h5py.File(buffer, "w", libver=FILE_FORMAT) as target,
+    ):
 
         def copy(name, item):
             if isinstance(item, h5py.Group):
