@@ -5,9 +5,9 @@
     python examples/ablations.py --seed 1             # all with another seed
 
 Each row changes one thing in the recipe, which is that of `python examples/flowers.py --preset reference` in smaller
-batches, as only few images are seen. Two rows are the recipes of
-other packages, with our network: `keras_io` of "Denoising Diffusion Probabilistic Model" and `clear` of "Denoising
-Diffusion Implicit Models" on keras.io, each with the sampler that it recommends.
+batches, as only few images are seen. Two rows are the recipes of other packages, with our network: `keras_io` of
+"Denoising Diffusion Probabilistic Model" and `clear` of "Denoising Diffusion Implicit Models" on keras.io, each with
+the sampler that it recommends.
 
 The distance compares as many samples as there are held-out photographs with these, in the features of a classifier that
 is trained on the other photographs. The samples of networks with labels get the labels of the photographs, without
@@ -15,9 +15,9 @@ guidance. A row that is in the output folder is not computed again, so several p
 
 Output files in --output:
 
-    classifier.keras   the classifier
-    NAME-SEED.json     the result of a row
-    ablations.png      samples of each row from the same noises
+    classifier.keras           the classifier
+    NAME-SEED.json             the result of a row
+    ablations-NAMES-SEED.png   samples of each row from the same noises
 """
 
 import dataclasses
@@ -114,9 +114,8 @@ def rows():
 def trained(recipe, data, images_seen, seed):
     """Trains the model of a recipe on `data`, which are batches with labels."""
     names = data.class_names if recipe.labels else None
-    settings = {
-        name: PRESETS["reference"][name] for name in ("width", "width_multipliers", "num_blocks")
-    } | recipe.network
+    reference = PRESETS["reference"]
+    settings = {name: reference[name] for name in ("width", "width_multipliers", "num_blocks")} | recipe.network
     network = make_model(data.x.shape[1], names, seed, dtype_policy="auto", **settings).network
     diffusion = kd.GaussianDiffusion(recipe.schedule, recipe.prediction)
     weight = recipe.weight and recipe.weight(diffusion)
@@ -161,19 +160,10 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     options = {"data_dir": data_dir, "labels": True, "require_real_data": True}
     data, test = common.load("oxford_flowers102", image_size, **options)
-    path = out / "classifier.keras"
-    if path.exists():
-        classifier = keras.saving.load_model(path, compile=False)
-    else:
-        keras.utils.set_random_seed(0)
-        images = kd.images.from_uint8(data.x)
-        classifier = kd.metrics.train_classifier(images, data.labels, classifier_epochs)
-        classifier.save(path)
     num = min(num_samples, len(test.x))
-    metric = kd.metrics.KernelInceptionDistance(classifier, subset_size=num)
-    metric.update_state(real_images=kd.images.from_uint8(test.x))
-    floor = [1000 * value for value in metric.floor(kd.images.from_uint8(data.x), num)]
-    print(f"Kernel distance x 1000 of {num} training images: {floor[0]:.1f} ± {floor[1]:.1f} (10 draws).", flush=True)
+    keras.utils.set_random_seed(seed)
+    path = out / "classifier.keras"
+    _, distance_of, _ = common.make_metric(data, test, num, classifier_epochs, seed, path)
     grid = {}
     for name in only or recipes:
         file = out / f"{name}-{seed}.json"
@@ -185,7 +175,7 @@ def main(
         model = trained(recipe, data, images_seen, seed)
         labels = {"labels": np.resize(test.labels, num)} if recipe.labels else {}
         samples = model.sample(num, recipe.sampler, seed, batch_size=num, **labels)
-        distance = 1000 * metric.compare(samples)
+        distance = distance_of(samples)
         file.write_text(json.dumps({"images_seen": images_seen, "num_samples": num, "distance": distance}) + "\n")
         print(f"{name}: {distance:.1f}", flush=True)
         grid[name] = {"": samples[:16]}

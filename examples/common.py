@@ -296,7 +296,7 @@ class Estimate(keras.callbacks.Callback):
             self.times = None
 
 
-def make_metric(train, test, num_samples, classifier_epochs, seed):
+def make_metric(train, test, num_samples, classifier_epochs, seed, path=None):
     """Trains a classifier and makes a kernel distance in its features.
 
     Args:
@@ -305,15 +305,21 @@ def make_metric(train, test, num_samples, classifier_epochs, seed):
         num_samples: number of samples of a comparison.
         classifier_epochs: number of training epochs of the classifier.
         seed: random seed of the floor.
+        path: file of the classifier. If it exists, this classifier is used, and otherwise it is written.
 
     Returns:
         The classifier, a function from images to their distance times 1000, and the floor. The floor is the mean and
         the standard deviation of the distance of as many training images.
     """
     images = kd.images.from_uint8(train.x)
-    classifier = kd.metrics.train_classifier(images, train.labels, classifier_epochs)
+    if path and path.exists():
+        classifier = keras.saving.load_model(path, compile=False)
+    else:
+        classifier = kd.metrics.train_classifier(images, train.labels, classifier_epochs)
+        if path:
+            classifier.save(path)
     x = kd.images.from_uint8(test.x)
-    accuracy = classifier.evaluate(x, test.labels, verbose=0, return_dict=True)["accuracy"]
+    accuracy = np.mean(np.argmax(classifier.predict(x, verbose=0), axis=1) == test.labels)
     print(f"Accuracy of the classifier: {accuracy:.1%} of {len(x)} held-out images.", flush=True)
     num = min(num_samples, len(x))
     metric = kd.metrics.KernelInceptionDistance(classifier, subset_size=num)

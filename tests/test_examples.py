@@ -386,7 +386,9 @@ def test_ablations(tmp_path, data_dir, capsys, monkeypatch, command_line):
     options = {"data_dir": data_dir, "output": tmp_path, "images_seen": 128, "classifier_epochs": 1, "num_samples": 8}
     call("ablations", image_size=16, only=("no_labels", "clear"), **options)
     call("ablations", image_size=16, only=("clear",), **options)  # reads the result
-    found = re.findall(r"^(no_labels|clear) +(-?[\d.]+)$", capsys.readouterr().out, re.M)
+    text = capsys.readouterr().out
+    check_metric(text, 8)
+    found = re.findall(r"^(no_labels|clear) +(-?[\d.]+)$", text, re.M)
     assert [name for name, _ in found].count("clear") == 2 and len(found) == 4 and len(set(found)) == 2, found
     check_pictures(tmp_path, "ablations-no_labels-clear-0")
     check_error(command_line("ablations.py", "--only", "best"), 2, r"takes recipe, v, .* Received: best$")
