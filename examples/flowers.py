@@ -6,7 +6,7 @@
     python examples/flowers.py --init runs/flowers/model.keras --learning-rate 1e-4  # fine-tunes a trained model
 
 The `full` and `reference` presets are for accelerators. `reference` has the network of the model that comes with the
-package, and would take days on two cores. `full` has a larger one. The `cpu` preset takes less than ten minutes there.
+package, and would take days on two cores. `full` has a larger one. The `cpu` preset takes about ten minutes there.
 
 Output files in --output:
 
