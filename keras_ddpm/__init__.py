@@ -13,6 +13,7 @@ from keras_ddpm import callbacks as callbacks
 from keras_ddpm import datasets as datasets
 from keras_ddpm import distillation as distillation
 from keras_ddpm import editing as editing
+from keras_ddpm import export as export
 from keras_ddpm import features as features
 from keras_ddpm import guidance as guidance
 from keras_ddpm import images as images

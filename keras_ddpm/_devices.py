@@ -1,5 +1,6 @@
 """Settings that depend on the backend and the processor, and the switch between plain and fast implementations."""
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -7,11 +8,14 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
 
 import keras
 from keras import ops
 
-# Names of functions of `_torch` that are switched off. Tests and benchmarks use it to compare fast and plain ones.
+# Names of functions of `_torch`, and of those that are switched off. Tests compare fast and plain ones.
+FAST: set[str] = set()
 plain_functions: set[str] = set()
 
 
@@ -22,6 +26,7 @@ def fast_on_torch(plain: Callable) -> Callable:
     other backends the plain function always runs. The two agree up to rounding.
     """
     name = plain.__name__
+    FAST.add(name)
 
     @functools.wraps(plain)
     def function(*args, **kwargs):
@@ -34,6 +39,20 @@ def fast_on_torch(plain: Callable) -> Callable:
         return plain(*args, **kwargs)
 
     return function
+
+
+@contextlib.contextmanager
+def plain(names: Iterable[str] = FAST) -> Iterator[None]:
+    """A context in which PyTorch runs the plain functions of these names, by default all.
+
+    They hold for every batch size when they are traced, which the fast ones do not.
+    """
+    added = {*names} - plain_functions
+    plain_functions.update(added)
+    try:
+        yield
+    finally:
+        plain_functions.difference_update(added)
 
 
 @fast_on_torch

@@ -216,6 +216,10 @@ class GaussianDiffusion:
         snr = self._snr()
         return snr * (k + snr) ** -gamma * self.x0_weight()
 
+    def x0_coefficients(self) -> np.ndarray:
+        """The factors of x_t and of the network's output y in x_0, before clipping, float64 `(T + 1, 2)`."""
+        return self._x0.copy()
+
     def x0_weight(self) -> np.ndarray:
         """Loss weights that turn the squared error of the network's output into that of x_0, float64 `(T + 1,)`."""
         return self._x0[:, 1] ** 2

@@ -18,6 +18,7 @@ from keras_ddpm import _checks
 from keras_ddpm import samplers
 from keras_ddpm import sampling
 from keras_ddpm.model import DiffusionModel
+from keras_ddpm.schedules import Schedule
 
 # For `encode` and `decode`. With the cosine schedule, the error on images is half of the error with "uniform" spacing.
 # With the linear schedule, it is 1.5 times as large.
@@ -63,7 +64,7 @@ def inpaint(
     Raises:
         ValueError: if images or masks have a wrong shape or are out of range, or an option is invalid.
 
-    Reference: Lugmayr et al., 2022 ("RePaint"), algorithm 1.
+    Reference: as in `resampled`.
     """
     images, masks = _checks.array(images, "images"), np.asarray(masks)
     if masks.shape == (*images.shape[1:-1], 1):
@@ -78,23 +79,42 @@ def inpaint(
     seed = _checks.seed(seed)
     schedule = model.diffusion.schedule
     steps = _sampler(model, sampler, num_steps, samplers.DDPM(50)).steps(schedule)
-    if num_resamples > 1:
-        for rows in steps:
-            # A change of x_0 by resampling is not a slope in time. So nothing is extrapolated from earlier x_0.
-            rows["from_x_0"][0] += rows["from_previous"][0].sum()
-            rows["from_previous"][0] = 0.0
-    resampled = []
-    for rows, after in zip(steps, steps[1:]):
-        again = rows.copy()
-        again[-1] = samplers.add_noise_back(rows[-1], schedule, int(after["t"][0]), int(rows["t"][0]))
-        resampled += [again] * (num_resamples - 1) + [rows]
-    resampled.append(steps[-1])
+    resampled_steps = resampled(steps, schedule, num_resamples)
 
     def start(indices):
         known = _noisy(model, images, schedule.timesteps, seed, indices)
         return np.where(masks[indices], known, sampling.prior(model.diffusion, model.data_shape, seed, indices))
 
-    return model.run(resampled, start, len(images), seed, known=(images, masks), **options)
+    return model.run(resampled_steps, start, len(images), seed, known=(images, masks), **options)
+
+
+def resampled(steps: list, schedule: Schedule, num_resamples: int) -> list:
+    """The steps of a sampler, of which each but the last is made several times, with noise added in between.
+
+    Args:
+        steps: list of rows, as `Sampler.steps` returns.
+        schedule: a `schedules.Schedule`.
+        num_resamples: how often each step is made.
+
+    Returns:
+        A list of rows.
+
+    Reference: Lugmayr et al., 2022 ("RePaint"), algorithm 1.
+    """
+    if num_resamples == 1:
+        return steps
+    result = []
+    for rows, after in zip(steps, [*steps[1:], None]):
+        # A change of x_0 by resampling is not a slope in time. So nothing is extrapolated from earlier x_0.
+        rows = rows.copy()
+        rows["from_x_0"][0] += rows["from_previous"][0].sum()
+        rows["from_previous"][0] = 0.0
+        if after is not None:
+            again = rows.copy()
+            again[-1] = samplers.add_noise_back(rows[-1], schedule, int(after["t"][0]), int(rows["t"][0]))
+            result += [again] * (num_resamples - 1)
+        result.append(rows)
+    return result
 
 
 def variations(

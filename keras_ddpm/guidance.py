@@ -165,6 +165,11 @@ class Guidance:
         valid = p is None or _checks.is_positive(p) and p < 1
         _checks.require(valid, "`dynamic_threshold` must be in (0, 1)", dynamic_threshold=p)
 
+    def scales(self, t: np.ndarray) -> np.ndarray:
+        """The guidance scale at times t: w within the interval, and 1 outside."""
+        low, high = self.guidance_interval or (-np.inf, np.inf)
+        return np.where((low <= t) & (t <= high), self.guidance_scale, 1.0)
+
     def resolve(self, condition: Condition | None, num: int, t: np.ndarray) -> tuple[tuple, tuple, str]:
         """The inputs of the network for `num` examples.
 
@@ -188,8 +193,7 @@ class Guidance:
         valid = self.labels is None or condition is not None
         _checks.require(valid, "The network takes no labels", labels=self.labels)
         inputs: tuple = (condition.array(self.labels, num),) if condition else ()
-        low, high = self.guidance_interval or (-np.inf, np.inf)
-        scale = np.where((low <= t) & (t <= high), self.guidance_scale, 1.0)
+        scale = self.scales(t)
         if condition and np.all(scale == 0) and not self.guidance_rescale and self.guide is None:
             return (np.full_like(inputs[0], condition.null_label),), (), "none"
         if np.all(scale == 1):

@@ -15,6 +15,7 @@ import keras
 import numpy as np
 
 from keras_ddpm import _checks
+from keras_ddpm import _devices
 
 PRESETS = pathlib.Path(__file__).parent / "presets"
 # Of HDF5, for compact files. "latest" would be unreadable with older versions of h5py.
@@ -96,16 +97,28 @@ class StoredModel(keras.Model):
         return load_model(path if path.exists() else preset, **options)
 
     def export(self, filepath: Any, *args, **kwargs) -> None:
-        """`keras.Model.export` of the network with the averaged weights: a function of x_t, t and the condition."""
-        network = keras.models.clone_model(self.network)
+        """`keras.Model.export` of the network with the averaged weights: a function of x_t, t and the condition.
+
+        It computes in float32. `export.onnx` also writes what other programs need to sample with it.
+        """
+        network = keras.models.clone_model(self.network, clone_function=in_float32)
         network.set_weights([keras.ops.convert_to_numpy(v) for v in self.ema_weights])
-        network.export(filepath, *args, **kwargs)
+        inputs = [keras.ops.zeros((1, *v.shape[1:]), v.dtype) for v in network.inputs]
+        network(inputs)  # Keras exports no model to ONNX that was never called
+        with _devices.plain():
+            network.export(filepath, *args, **kwargs)
 
     def get_compile_config(self):
         return portable(self._compiled_with or {})
 
     def compile_from_config(self, config):
         self.compile(**keras.saving.deserialize_keras_object(neutral(config)))
+
+
+def in_float32(layer: Any) -> Any:
+    """A copy of a Keras layer or operation, without its weights, that computes in float32."""
+    config = layer.get_config()
+    return type(layer).from_config(config | {"dtype": "float32"} if "dtype" in config else config)
 
 
 def load_model(path: str | pathlib.Path, **options: Any) -> keras.Model:

@@ -42,22 +42,18 @@ def make_task(model, task, args):
 
 def seconds(task, plain):
     """The time of a turn, with the functions `plain` switched off."""
-    _devices.plain_functions.update(plain)
-    try:
+    with _devices.plain(plain):
         start = time.perf_counter()
         task()
         return time.perf_counter() - start
-    finally:
-        _devices.plain_functions.difference_update(plain)
 
 
 def compare(task, name, args):
     """The ratios of the times without the function and with it."""
     tasks = []
     for plain in ([], [name]):
-        _devices.plain_functions.update(plain)  # `arrange` acts when a model is made
-        model = make_model(args)
-        _devices.plain_functions.difference_update(plain)
+        with _devices.plain(plain):  # `arrange` acts when a model is made
+            model = make_model(args)
         tasks.append((make_task(model, task, args), plain))
     for turn in tasks:
         seconds(*turn)

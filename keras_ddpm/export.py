@@ -1,0 +1,188 @@
+"""Files with which other programs sample: a network in ONNX, and the process and samplers in JSON.
+
+A program needs an ONNX runtime and one linear update for each row, as `rows` explains. The guide "Without Python"
+has it in Python and in JavaScript.
+"""
+
+import importlib
+import json
+import pathlib
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_ddpm import _checks
+from keras_ddpm import editing
+from keras_ddpm import guidance
+from keras_ddpm import samplers
+from keras_ddpm.model import DiffusionModel
+from keras_ddpm.schedules import Schedule
+
+OPSET = 18  # of ONNX
+SMALLEST = 4096  # numbers in a tensor that is stored in half precision; sines of t, say, need more
+
+
+def onnx(
+    model: DiffusionModel,
+    folder: str | pathlib.Path,
+    tables: Mapping[str, samplers.Sampler] | None = None,
+    *,
+    guidance_scale: float = 1.0,
+    guidance_interval: tuple | None = None,
+    half_precision: bool = True,
+) -> pathlib.Path:
+    """Writes what samples without Keras.
+
+    `denoiser.onnx` is the network with the averaged weights, for any batch size. It computes in float32. Its inputs are
+    x_t `(batch, ...)` and t `(batch,)`, and the label or context if there is one. Its output is y.
+
+    `model.json` holds the shape of the data, the schedule and the prediction, the range of x_0, the standard deviation
+    of x_T, the names of the classes and the label that stands for none.
+
+    `samplers.json` holds the rows of the samplers, by name: under "sample", and under "inpaint" with each step made
+    five times, as in `editing.inpaint`. A row has the columns of `rows.ROW`. It also has the guidance scale, the factors
+    of x_t and y in x_0 (`x_0_from_x` and `x_0_from_y`), and the scales of signal and noise after the row (`alpha` and
+    `sigma`).
+
+    Args:
+        model: a `DiffusionModel`.
+        folder: where the files are written. It is made if it does not exist.
+        tables: samplers by name; `None` for some with 6 to 100 steps, the default of `model.sample` first.
+        guidance_scale: w of the rows, as in `guidance.Guidance`.
+        guidance_interval: where w is not 1, as in `guidance.Guidance`.
+        half_precision: whether large weights are stored in 16 bits. The file has half of the size then.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ModuleNotFoundError: if the package `onnx`, or what Keras needs to write ONNX, is not installed.
+        ValueError: if a sampler has more steps than the schedule, a weight is too large for half precision, or
+            guidance is out of range.
+    """
+    tools = _import("onnx")
+    schedule = model.diffusion.schedule
+    asked = guidance.Guidance(guidance_scale=guidance_scale, guidance_interval=guidance_interval)
+    wanted = default_tables(model) if tables is None else tables
+    described = {kind: {} for kind in ("sample", "inpaint")}
+    for name, sampler in wanted.items():
+        steps = sampler.steps(schedule)
+        resampled = editing.resampled(steps, schedule, num_resamples=5)
+        for kind, some in (("sample", steps), ("inpaint", resampled)):
+            described[kind][name] = _described(np.concatenate(some), model, asked)
+
+    with tempfile.TemporaryDirectory() as temporary:
+        path = pathlib.Path(temporary) / "denoiser.onnx"
+        model.export(str(path), format="onnx", opset_version=OPSET, verbose=False)
+        graph = tools.load(path)  # also the files beside it that hold large weights
+    _rename_output(graph.graph, "y")
+    if half_precision:
+        _halve(graph.graph, tools)
+    tools.checker.check_model(graph, full_check=True)
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tools.save(graph, folder / "denoiser.onnx")
+    (folder / "model.json").write_text(json.dumps(_description(model, graph)))
+    (folder / "samplers.json").write_text(json.dumps(described))
+    return folder
+
+
+def safetensors(model: DiffusionModel, path: str | pathlib.Path) -> None:
+    """Writes the averaged weights in the format of the package `safetensors`, by their paths in the network.
+
+    Args:
+        model: a `DiffusionModel`.
+        path: the file.
+
+    Raises:
+        ModuleNotFoundError: if the package is not installed.
+    """
+    weights = zip(model.network.weights, model.ema_weights)
+    arrays = {v.path: keras.ops.convert_to_numpy(average) for v, average in weights}
+    _import("safetensors.numpy").save_file(arrays, path)
+
+
+def default_tables(model: DiffusionModel) -> dict[str, samplers.Sampler]:
+    """Samplers of the model with few and with many steps, by name. The default of `model.sample` comes first."""
+    some = [
+        model.default_sampler,
+        samplers.UniPC(6, spacing="logsnr"),
+        samplers.UniPC(10, spacing="logsnr"),
+        samplers.DDIM(50),
+        samplers.DDPM(100),
+    ]
+    name = lambda sampler: f"{type(sampler).__name__}, {sampler.evaluations} steps"  # noqa: E731
+    return {name(sampler): sampler for sampler in some if (sampler.num_steps or 0) <= model.diffusion.timesteps}
+
+
+def _described(table: np.ndarray, model: DiffusionModel, asked: guidance.Guidance) -> list[dict]:
+    """The rows of a table as dicts of numbers, with what they say about the process and about guidance."""
+    schedule: Schedule = model.diffusion.schedule
+    t = table["t"].astype("int64")
+    arrival = np.append(t[1:], 0)
+    from_x, from_y = model.diffusion.x0_coefficients()[t].T
+    columns = {name: table[name] for name in table.dtype.names} | {
+        "guidance_scale": asked.scales(t),
+        "x_0_from_x": from_x,
+        "x_0_from_y": from_y,
+        "alpha": schedule.alpha[arrival],
+        "sigma": schedule.sigma[arrival],
+    }
+    return [dict(zip(columns, values)) for values in zip(*(column.tolist() for column in columns.values()))]
+
+
+def _description(model: DiffusionModel, graph: Any) -> dict:
+    from keras_ddpm import __version__
+
+    diffusion, condition = model.diffusion, model.condition
+    return {
+        "keras_ddpm": __version__,
+        "opset": graph.opset_import[0].version,
+        "inputs": [entry.name for entry in graph.graph.input],
+        "shape": model.data_shape,
+        "prediction": diffusion.prediction,
+        "clip_range": diffusion.clip_range,
+        "schedule": diffusion.schedule.get_config(),
+        "prior_std": float(np.hypot(diffusion.schedule.alpha[-1], diffusion.schedule.sigma[-1])),
+        "num_classes": condition and condition.num_classes,
+        "null_label": condition and condition.null_label,
+        "class_names": condition and condition.class_names,
+    }
+
+
+def _rename_output(graph: Any, name: str) -> None:
+    """Renames the only output of an ONNX graph, which each backend calls otherwise."""
+    old = graph.output[0].name
+    for node in graph.node:
+        for names in (node.input, node.output):
+            names[:] = [name if entry == old else entry for entry in names]
+    graph.output[0].name = name
+
+
+def _halve(graph: Any, tools: Any) -> None:
+    """Stores the large float32 tensors of an ONNX graph in half precision, each with a node that casts it back."""
+    casts = []
+    for tensor in graph.initializer:
+        values = tools.numpy_helper.to_array(tensor)
+        if values.dtype != np.float32 or values.size < SMALLEST:
+            continue
+        fits = np.all(np.abs(values) <= np.finfo("float16").max)
+        _checks.require(fits, "A weight is infinite, NaN or too large for half precision", name=tensor.name)
+        stored = f"{tensor.name}/half"
+        casts.append(tools.helper.make_node("Cast", [stored], [tensor.name], to=tools.TensorProto.FLOAT))
+        tensor.CopyFrom(tools.numpy_helper.from_array(values.astype("float16"), stored))
+    nodes = [*casts, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _import(name: str) -> Any:
+    """Imports a package that only exports need."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        hint = 'Exports need more packages: `pip install "keras-ddpm[export]"`'
+        raise ModuleNotFoundError(f"{error}. {hint}", name=error.name) from error
