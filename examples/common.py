@@ -16,24 +16,32 @@ import numpy as np
 
 
 @contextlib.contextmanager
-def quiet_import():
-    """Hides what TensorFlow's libraries say about missing accelerators, unless the import fails."""
+def quiet():
+    """Hides what libraries write to standard error, unless an exception ends the block."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     with tempfile.TemporaryFile() as hidden, os.fdopen(os.dup(2), "wb") as standard_error:
         os.dup2(hidden.fileno(), 2)
         try:
             yield
-        except (ImportError, ValueError) as error:
-            backend = os.environ.get("KERAS_BACKEND", "tensorflow")
-            standard_error.write(f"Keras cannot use the backend {backend}: {error}\n".encode())
-            standard_error.write(b'Choose KERAS_BACKEND=tensorflow, jax or torch. `pip install ".[jax]"` adds one.\n')
-            sys.exit(1)
         except BaseException:
             hidden.seek(0)
             standard_error.write(hidden.read())
             raise
         finally:
             os.dup2(standard_error.fileno(), 2)
+
+
+@contextlib.contextmanager
+def quiet_import():
+    """Hides what TensorFlow's libraries say about missing accelerators. A missing backend gets one line."""
+    try:
+        with quiet():
+            yield
+    except (ImportError, ValueError) as error:
+        backend = os.environ.get("KERAS_BACKEND", "tensorflow")
+        print(f"Keras cannot use the backend {backend}: {error}", file=sys.stderr)
+        print('Choose KERAS_BACKEND=tensorflow, jax or torch. `pip install ".[jax]"` adds one.', file=sys.stderr)
+        sys.exit(1)
 
 
 with quiet_import():  # so examples import this module first

@@ -8,6 +8,7 @@ import importlib
 import json
 import pathlib
 import tempfile
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -67,14 +68,14 @@ def onnx(
     schedule = model.diffusion.schedule
     asked = guidance.Guidance(guidance_scale=guidance_scale, guidance_interval=guidance_interval)
     wanted = default_tables(model) if tables is None else tables
-    described = {kind: {} for kind in ("sample", "inpaint")}
-    for name, sampler in wanted.items():
-        steps = sampler.steps(schedule)
-        resampled = editing.resampled(steps, schedule, num_resamples=5)
-        for kind, some in (("sample", steps), ("inpaint", resampled)):
-            described[kind][name] = _described(np.concatenate(some), model, asked)
-
-    with tempfile.TemporaryDirectory() as temporary:
+    steps = {name: sampler.steps(schedule) for name, sampler in wanted.items()}
+    resampled = {name: editing.resampled(some, schedule, num_resamples=5) for name, some in steps.items()}
+    described = {
+        kind: {name: _described(np.concatenate(some), model, asked) for name, some in several.items()}
+        for kind, several in {"sample": steps, "inpaint": resampled}.items()
+    }
+    with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch warns of each shape that it traces
         path = pathlib.Path(temporary) / "denoiser.onnx"
         model.export(str(path), format="onnx", opset_version=OPSET, verbose=False)
         graph = tools.load(path)  # also the files beside it that hold large weights
@@ -101,7 +102,8 @@ def safetensors(model: DiffusionModel, path: str | pathlib.Path) -> None:
         ModuleNotFoundError: if the package is not installed.
     """
     weights = zip(model.network.weights, model.ema_weights)
-    arrays = {v.path: keras.ops.convert_to_numpy(average) for v, average in weights}
+    # The package writes the memory of an array whatever the order of its axes there.
+    arrays = {v.path: np.ascontiguousarray(keras.ops.convert_to_numpy(average)) for v, average in weights}
     _import("safetensors.numpy").save_file(arrays, path)
 
 

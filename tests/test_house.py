@@ -48,7 +48,7 @@ def test_sampling_never_sees_a_model():
 
 def test_edges_call_the_model_and_not_the_other_way_round():
     """But for the callback that watches the loss of every `fit`, and what that one draws."""
-    edges = {"distillation", "editing", "likelihood", "metrics", "features", "datasets", "toys", "plots"}
+    edges = {"distillation", "editing", "export", "likelihood", "metrics", "features", "datasets", "toys", "plots"}
     assert set(MODULES) - CORE - edges == {
         "__init__", "_checks", "_devices", "_torch", "callbacks", "checkpoints", "images", "optimizers", "saving",
     }  # fmt: skip
@@ -57,7 +57,7 @@ def test_edges_call_the_model_and_not_the_other_way_round():
         assert name == "training" or "callbacks" not in imports(name)
 
 
-@pytest.mark.parametrize("name", ["editing", "callbacks", "likelihood"])
+@pytest.mark.parametrize("name", ["editing", "callbacks", "export", "likelihood"])
 def test_edges_use_public_methods_of_the_model(name):
     assert not re.findall(r"model\._\w+", MODULES[name])
 

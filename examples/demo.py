@@ -1,0 +1,108 @@
+"""A web page on which a trained model draws in the visitor's browser.
+
+    python examples/demo.py                             # flowers, on a page at 127.0.0.1
+    python examples/demo.py runs/flowers/model.keras    # your own model
+    python examples/demo.py --output site               # a folder for any web host, instead
+
+The model is exported to ONNX and JSON (`keras_ddpm.export`). The page runs it with ONNX Runtime Web, on the graphics
+card if the browser has WebGPU, and otherwise on the processor. It needs no server but one that hands out files, and
+the pictures stay in the browser. The page itself is in the folder `demo`.
+
+The first run needs npm, which fetches ONNX Runtime Web. `pip install ".[export]"` installs what exporting needs.
+
+Output files in --output, by default runs/demo:
+
+    index.html, ...    the page and ONNX Runtime Web
+    model/             the network, the process and the samplers
+"""
+
+import functools
+import http.server
+import pathlib
+import shutil
+import subprocess
+
+import common
+
+import keras_ddpm as kd
+
+DEMO = pathlib.Path(__file__).parents[1] / "demo"
+PAGE = ["index.html", "style.css", "page.js", "worker.js", "diffusion.js"]
+RUNTIME = [  # with WebAssembly, and with WebGPU
+    "ort.wasm.min.mjs",
+    "ort-wasm-simd-threaded.mjs",
+    "ort-wasm-simd-threaded.wasm",
+    "ort.webgpu.min.mjs",
+    "ort-wasm-simd-threaded.asyncify.mjs",
+    "ort-wasm-simd-threaded.asyncify.wasm",
+]
+
+
+def build(model, out, guidance_scale, tables=None):
+    """Writes the site into a folder. The last arguments are those of `kd.export.onnx`."""
+    runtime = DEMO / "node_modules/onnxruntime-web/dist"
+    if not runtime.exists():
+        install = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--silent"]
+        try:
+            subprocess.run(install, cwd=DEMO, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise OSError(f"ONNX Runtime Web could not be installed by `npm ci` in {DEMO}: {error}") from error
+    (out / "ort").mkdir(parents=True, exist_ok=True)
+    for name in PAGE:
+        shutil.copy(DEMO / name, out / name)
+    for name in RUNTIME:
+        shutil.copy(runtime / name, out / "ort" / name)
+    with common.quiet():
+        guidance_scale = guidance_scale if model.condition else 1.0
+        kd.export.onnx(model, out / "model", tables, guidance_scale=guidance_scale)
+
+
+class Files(http.server.SimpleHTTPRequestHandler):
+    """Hands out files, in a way that lets the page use several threads."""
+
+    extensions_map = {  # noqa: RUF012
+        **http.server.SimpleHTTPRequestHandler.extensions_map,
+        ".mjs": "text/javascript",
+        ".wasm": "application/wasm",
+    }
+
+    def end_headers(self):
+        self.send_header("Cross-Origin-Opener-Policy", "same-origin")
+        self.send_header("Cross-Origin-Embedder-Policy", "require-corp")
+        self.send_header("Cache-Control", "no-cache")
+        super().end_headers()
+
+    def log_message(self, *args):
+        pass
+
+
+def main(model="flowers64", *, output: str | None = None, port=0, guidance_scale=2.0):
+    """Exports a model and serves a page that samples with it.
+
+    Args:
+        model: trained .keras file of images, or a preset of the package.
+        output: folder for the site. It is written, and nothing is served.
+        port: port of the page. 0 is a free one.
+        guidance_scale: guidance scale at which the page starts, if the model has labels.
+    """
+    if not 0 <= port < 65536:
+        raise common.UsageError(f"--port must be in 0..65535. Received: {port}")
+    trained = common.load_model(model)
+    if trained.data_shape[-1] not in (1, 3) or (trained.condition and not trained.condition.num_classes):
+        raise ValueError(f"{model} is not a model of gray or color images with labels or without a condition.")
+    out = pathlib.Path(output or "runs/demo")
+    print("Exporting the model. This takes about half a minute.", flush=True)
+    build(trained, out, guidance_scale)
+    loaded = [*out.glob("model/*"), *(out / "ort" / name for name in RUNTIME[:3])]
+    megabytes = sum(path.stat().st_size for path in loaded) / 2**20
+    print(f"A visitor without WebGPU loads {megabytes:.0f} MB.")
+    if output:
+        print(f"Wrote {out}. Any web host can serve it.")
+        return
+    with http.server.ThreadingHTTPServer(("127.0.0.1", port), functools.partial(Files, directory=out)) as server:
+        print(f"Open http://127.0.0.1:{server.server_port}/ in a browser. Ctrl-C ends.", flush=True)
+        server.serve_forever()
+
+
+if __name__ == "__main__":
+    common.run(main)
