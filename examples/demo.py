@@ -60,7 +60,7 @@ def build(model, out, guidance_scale, tables=None):
 class Files(http.server.SimpleHTTPRequestHandler):
     """Hands out files, in a way that lets the page use several threads."""
 
-    extensions_map = {  # noqa: RUF012
+    extensions_map = {
         **http.server.SimpleHTTPRequestHandler.extensions_map,
         ".mjs": "text/javascript",
         ".wasm": "application/wasm",

@@ -4,11 +4,14 @@ A program needs an ONNX runtime and one linear update for each row, as `rows` ex
 has it in Python and in JavaScript.
 """
 
+import contextlib
 import importlib
 import json
+import logging
 import pathlib
 import tempfile
 import warnings
+from collections.abc import Iterator
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,8 +47,8 @@ def onnx(
     of x_T, the names of the classes and the label that stands for none.
 
     `samplers.json` holds the rows of the samplers, by name: under "sample", and under "inpaint" with each step made
-    five times, as in `editing.inpaint`. A row has the columns of `rows.ROW`. It also has the guidance scale, the factors
-    of x_t and y in x_0 (`x_0_from_x` and `x_0_from_y`), and the scales of signal and noise after the row (`alpha` and
+    five times, as in `editing.inpaint`. A row has the columns of `rows.ROW`. It also has the guidance scale, the
+    factors of x_t and y in x_0 (`x_0_from_x`, `x_0_from_y`), and the scales of signal and noise after the row (`alpha`,
     `sigma`).
 
     Args:
@@ -63,6 +66,7 @@ def onnx(
         ModuleNotFoundError: if the package `onnx`, or what Keras needs to write ONNX, is not installed.
         ValueError: if a sampler has more steps than the schedule, a weight is too large for half precision, or
             guidance is out of range.
+        onnx.checker.ValidationError: if the network has an operation that ONNX does not have.
     """
     tools = _import("onnx")
     schedule = model.diffusion.schedule
@@ -74,12 +78,12 @@ def onnx(
         kind: {name: _described(np.concatenate(some), model, asked) for name, some in several.items()}
         for kind, several in {"sample": steps, "inpaint": resampled}.items()
     }
-    with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch warns of each shape that it traces
+    with tempfile.TemporaryDirectory() as temporary, _quiet():
         path = pathlib.Path(temporary) / "denoiser.onnx"
         model.export(str(path), format="onnx", opset_version=OPSET, verbose=False)
         graph = tools.load(path)  # also the files beside it that hold large weights
     _rename_output(graph.graph, "y")
+    _write_out_erfc(graph.graph, tools)
     if half_precision:
         _halve(graph.graph, tools)
     tools.checker.check_model(graph, full_check=True)
@@ -164,6 +168,19 @@ def _rename_output(graph: Any, name: str) -> None:
     graph.output[0].name = name
 
 
+def _write_out_erfc(graph: Any, tools: Any) -> None:
+    """Replaces erfc(x), which TensorFlow's GELU calls and ONNX does not have, by 1 − erf(x)."""
+    nodes = list(graph.node)
+    del graph.node[:]
+    for node in nodes:
+        if node.op_type == "Erfc":
+            erf = f"{node.name}/erf"
+            graph.node.append(tools.helper.make_node("Erf", node.input, [erf]))
+            graph.initializer.append(tools.numpy_helper.from_array(np.float32(1), f"{erf}/one"))
+            node = tools.helper.make_node("Sub", [f"{erf}/one", erf], node.output)
+        graph.node.append(node)
+
+
 def _halve(graph: Any, tools: Any) -> None:
     """Stores the large float32 tensors of an ONNX graph in half precision, each with a node that casts it back."""
     casts = []
@@ -179,6 +196,20 @@ def _halve(graph: Any, tools: Any) -> None:
     nodes = [*casts, *graph.node]
     del graph.node[:]
     graph.node.extend(nodes)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides that PyTorch warns of each shape that it traces, and that tf2onnx knows no erfc."""
+    logger = logging.getLogger("tf2onnx")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
 
 
 def _import(name: str) -> Any:

@@ -195,7 +195,7 @@ def dit(
 
     def normalize(x, name, shift, scale):
         x = keras.layers.LayerNormalization(epsilon=1e-6, center=False, scale=False, name=f"{name}_norm")(x)
-        return x * (1 + scale) + shift
+        return x * (1.0 + scale) + shift
 
     x = keras.layers.ZeroPadding2D(padding, name="pad")(x_t)
     patches = keras.layers.Conv2D(width, patch_size, patch_size, name="patches")

@@ -156,12 +156,12 @@ def code_lines(source):
 
 
 def test_the_house_stays_small():
-    """At most 3,400 lines of code, 450 lines in a file and 300 in a class.
+    """At most 3,700 lines of code, 450 lines in a file and 300 in a class.
 
     The house had 2,349 before checkpoints, answers to bad input, what helps newcomers, samplers of higher order,
-    and models that come with the package.
+    models that come with the package, exports, and several devices.
     """
-    assert sum(len(code_lines(text)) for text in MODULES.values()) <= 3400
+    assert sum(len(code_lines(text)) for text in MODULES.values()) <= 3700
     for name, text in MODULES.items():
         assert len(text.splitlines()) <= 450, name
         for node in ast.walk(ast.parse(text)):
