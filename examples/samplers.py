@@ -47,6 +47,24 @@ def make_model(data, seed, num_classes=None):
     return kd.DiffusionModel(network, kd.GaussianDiffusion(prediction="v"), seed=seed)
 
 
+class Early(keras.callbacks.Callback):
+    """Saves the model once, after a tenth of the training. Such a model can guide the trained one."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+
+    def on_train_begin(self, logs=None):
+        self.left = max(1, self.params["epochs"] * self.params["steps"] // 10)
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.left -= 1
+        if self.left == 0:
+            if hasattr(self.model, "jax_state_sync"):
+                self.model.jax_state_sync()
+            self.model.save(self.path)
+
+
 def plot(path, rows, floor):
     with kd.plots.figure(path, size=(8, 6)) as axes:
         lines = {name: tuple(zip(*[row[2:] for row in rows if row[:2] == [name, "uniform"]])) for name in SAMPLERS}
@@ -94,12 +112,13 @@ def main(
     keras.utils.set_random_seed(seed)
     options = {"data_dir": data_dir, "seed": seed, "steps_per_epoch": steps_per_epoch}
     data, test = common.load(dataset, image_size, channels=1, labels=True, **options)
-    _, distance_of, floor = common.make_metric(data, test, num_samples, classifier_epochs, seed)
+    kept = out / "classifier.keras"
+    _, distance_of, floor = common.make_metric(data, test, num_samples, classifier_epochs, seed, kept)
     if model:
         trained = common.load_model(model)
     else:
         trained = make_model(data, seed)
-        common.train(trained, data, epochs)
+        common.train(trained, data, epochs, callbacks=[Early(out / "guide.keras")])
         trained.save(out / "model.keras")
 
     rows, samples = [], {name: {} for name in SAMPLERS}

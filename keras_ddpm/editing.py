@@ -80,8 +80,9 @@ def inpaint(
     steps = _sampler(model, sampler, num_steps, samplers.DDPM(50)).steps(schedule)
     if num_resamples > 1:
         for rows in steps:
-            # A change of x_0 by resampling is not a slope in time. So nothing is extrapolated from earlier x_0.
-            rows["from_x_0"][0] += rows["from_previous"][0].sum()
+            # A change by resampling is not a slope in time. So this call stands for the earlier ones.
+            for name in ("x_0", "x"):
+                rows[f"from_{name}"][0] += rows["from_previous"][0].sum() * rows[f"remember_{name}"][0]
             rows["from_previous"][0] = 0.0
     resampled = []
     for rows, after in zip(steps, steps[1:]):

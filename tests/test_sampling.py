@@ -17,6 +17,7 @@ def test_samples_depend_on_seed_and_index_alone(model):
     for sampler in (
         kd.samplers.DDIM(10),
         kd.samplers.UniPC(10),
+        kd.samplers.IPNDM(10),
         kd.samplers.DDPM(10),
         kd.samplers.DPMSolver(10, eta=1.0),
         kd.samplers.Heun(10, churn=5),
