@@ -205,6 +205,16 @@ def test_encoding_and_decoding():
     np.testing.assert_allclose(noise.reshape(-1, 2) @ vectors, scaled, atol=0.05)
 
 
+def test_encoding_calls_the_network_with_times(monkeypatch):
+    """Mistake of others: the index of a step instead of its time. Decoding visits the same times backward."""
+    tables = []
+    monkeypatch.setattr(pixels(), "run", lambda steps, *args, **kwargs: tables.append(np.concatenate(steps)["t"]))
+    editing.encode(pixels(), draw(2), num_steps=7)
+    editing.decode(pixels(), draw(2), num_steps=7)
+    visited = samplers.DDIM(7, spacing="logsnr").timesteps(LINEAR)[:-1]
+    assert np.array_equal(tables[0], visited[::-1]) and np.array_equal(tables[1], visited)
+
+
 def test_encoding_does_not_clip():
     network = keras.Model(*(lambda x, t: ([x, t], 3.0 * x))(keras.Input((2,)), keras.Input((), dtype="int32")))
     model = kd.DiffusionModel(network, kd.GaussianDiffusion(LINEAR, "x0"))

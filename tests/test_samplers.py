@@ -263,7 +263,9 @@ def test_every_number_of_steps_beats_ddim(make, few, schedule):
 SHORT = schedules.linear(60)
 
 
-@pytest.mark.parametrize("schedule", [SHORT, schedules.straight(60), schedules.zero_terminal_snr(SHORT)])
+@pytest.mark.parametrize(
+    "schedule", [SHORT, schedules.cosine(60), schedules.straight(60), schedules.zero_terminal_snr(SHORT)]
+)
 @pytest.mark.parametrize("spacing", ["uniform", "logsnr", "karras"])
 @pytest.mark.parametrize(
     "make",
@@ -271,7 +273,12 @@ SHORT = schedules.linear(60)
     + [functools.partial(DPM, eta=1.0, order=3), *(functools.partial(UniPC, order=order) for order in (1, 2, 3))],
 )
 def test_any_number_of_steps_makes_as_many_calls(make, spacing, schedule):
-    """Among them N = T, and N = 3k − 1. Data that are constant are found whatever the noise, so no noise is left."""
+    """Among them N = T, and N = 3k − 1. Data that are constant are found whatever the noise, so no noise is left.
+
+    Mistakes of others: an index beyond the last time at N = T, a third-order solver that fails or stops early at
+    N = 3k − 1, a last step to the smallest noise level instead of to data, and doubled times with Karras' spacing of
+    the cosine schedule.
+    """
     for num in (1, 2, 3, 5, 8, 53, 59, 60, None):
         sampler = make(num, spacing=spacing)
         table = sampler.table(schedule)
@@ -281,6 +288,58 @@ def test_any_number_of_steps_makes_as_many_calls(make, spacing, schedule):
         for row in table:
             x, previous = samplers.step(row, lambda x, t: np.array([0.25, 0.25]), x, noise, previous)
         np.testing.assert_allclose(x, 0.25, rtol=1e-9)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("spacing", ["uniform", "logsnr", "karras"])
+def test_every_step_lands_on_the_next_visited_time(spacing, schedule):
+    """Mistakes of others: t − T // N as the next time, which is another one if N does not divide T, as 53 of 1000.
+
+    For constant data x_0, a method without noise keeps ε. So x_t is known at each time.
+    """
+    schedule, x_0, noise = SCHEDULES[schedule], 0.25, np.array([1.5, -0.7])
+    for make in (samplers.DDIM, DPM, functools.partial(DPM, order=3), UniPC, samplers.IPNDM):
+        for num in (7, 53, 999):
+            table = make(num, spacing=spacing).table(schedule)
+            x, previous = schedule.alpha[-1] * x_0 + schedule.sigma[-1] * noise, (np.zeros(2),) * samplers.NUM_PREVIOUS
+            for row, s in zip(table, [*table["t"][1:].astype(int), 0]):
+                x, previous = samplers.step(row, lambda x, t: np.full(2, x_0), x, None, previous)
+                np.testing.assert_allclose(x, schedule.alpha[s] * x_0 + schedule.sigma[s] * noise, atol=1e-7)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_large_variance_of_long_steps(schedule):
+    """Mistake of others: the β of one step of the whole chain, also if N < T. A step from s to t adds 1 − α_t²/α_s²."""
+    alpha, sampler = SCHEDULES[schedule].alpha, samplers.DDPM(53, variance="large")
+    times = sampler.timesteps(SCHEDULES[schedule])
+    std = sampler.table(SCHEDULES[schedule])["std"]
+    np.testing.assert_allclose(std[:-1] ** 2, 1 - (alpha[times[:-2]] / alpha[times[1:-1]]) ** 2, rtol=1e-9)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "x0", "v", "flow"])
+@pytest.mark.parametrize("schedule", [SHORT, schedules.cosine(60), schedules.straight(60)])
+@pytest.mark.parametrize("make", [samplers.DDIM, functools.partial(DPM, order=3), UniPC, samplers.IPNDM, samplers.Heun])
+def test_constant_data_by_any_prediction(make, schedule, prediction):
+    """The network's output is exact. x_0 at the least signal is known to float32 divided by alpha_T."""
+    if prediction == "epsilon" and schedule.alpha[-1] == 0:
+        pytest.skip("without signal, the noise says nothing about x_0")
+    diffusion, x_0 = kd.GaussianDiffusion(schedule, prediction), np.full((1, 2), 0.25, "float32")
+    calls = []
+
+    def denoise(x, t):
+        calls.append(int(t))
+        t = np.array([t], "int32")
+        y = diffusion.target(x_0, t, diffusion.predict_noise(x.astype("float32"), t, x_0))
+        return keras.ops.convert_to_numpy(diffusion.predict_x0(x.astype("float32"), t, y)).astype("float64")
+
+    for num in (1, 2, 3, 5, 59, 60):
+        sampler = make(num)
+        x, previous = np.array([[1.5, -0.7]]), (np.zeros((1, 2)),) * samplers.NUM_PREVIOUS
+        for row in sampler.table(schedule):
+            x, previous = samplers.step(row, denoise, x, None, previous)
+        np.testing.assert_allclose(x, 0.25, atol=1e-3)
+        assert len(calls) == len(sampler.table(schedule))
+        calls.clear()
 
 
 def test_ddim_with_all_the_noise_samples_what_ddpm_does():
@@ -420,7 +479,7 @@ def test_a_corrector_leaves_the_predictor_its_memory():
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 50, 99, 100, None])
 @pytest.mark.parametrize("spacing", ["uniform", "logsnr", "karras"])
-@pytest.mark.parametrize("schedule", [schedules.linear(100), schedules.straight(100)])
+@pytest.mark.parametrize("schedule", [schedules.linear(100), schedules.cosine(100), schedules.straight(100)])
 def test_visits_start_at_noise_and_end_at_data(schedule, spacing, num_steps):
     times = samplers.DDPM(num_steps, spacing=spacing).timesteps(schedule)
     assert times[0] == 100 and times[-1] == 0 and len(times) == (num_steps or 100) + 1
