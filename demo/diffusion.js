@@ -68,13 +68,14 @@ export async function* sample({ model, rows, network, seed, indices, labels, sca
   for (const [number, row] of rows.entries()) {
     const y = await guided(network, x, row.t, labels, row.guidance_scale === 1 ? 1 : scale, model.null_label);
     const x_0 = x.map((value, i) => Math.min(high, Math.max(low, row.x_0_from_x * value + row.x_0_from_y * y[i])));
+    const remembered = x.map((value, i) => row.remember_x_0 * x_0[i] + row.remember_x * value);
     const added = row.std ? noise(seed, indices, 2 * number, size) : null;
     x = x.map((value, i) => {
       let sum = row.from_x * value + row.from_x_0 * x_0[i];
       row.from_previous.forEach((factor, k) => (sum += factor * previous[k][i]));
       return added ? sum + row.std * added[i] : sum;
     });
-    if (!row.keep) previous = [x_0, ...previous.slice(0, -1)];
+    if (!row.keep) previous = [remembered, ...previous.slice(0, -1)];
     if (known) {
       const again = row.sigma ? noise(seed, indices, 2 * number + 1, size) : null;
       x = x.map((value, i) => {

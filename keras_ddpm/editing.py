@@ -105,9 +105,10 @@ def resampled(steps: list, schedule: Schedule, num_resamples: int) -> list:
         return steps
     result = []
     for rows, after in zip(steps, [*steps[1:], None]):
-        # A change of x_0 by resampling is not a slope in time. So nothing is extrapolated from earlier x_0.
+        # A change by resampling is not a slope in time. So this call stands for the earlier ones.
         rows = rows.copy()
-        rows["from_x_0"][0] += rows["from_previous"][0].sum()
+        for name in ("x_0", "x"):
+            rows[f"from_{name}"][0] += rows["from_previous"][0].sum() * rows[f"remember_{name}"][0]
         rows["from_previous"][0] = 0.0
         if after is not None:
             again = rows.copy()

@@ -69,11 +69,13 @@ class PositionEmbedding(layers.Layer):
     Reference: Vaswani et al., 2017, section 3.5, in two dimensions as in Peebles and Xie, 2023.
     """
 
-    def call(self, x):
-        height, width, channels = x.shape[1:]
+    def build(self, input_shape):
+        height, width, channels = input_shape[1:]
         rows, columns = np.indices((height, width))[..., None] * _frequencies(channels // 2)
-        positions = np.concatenate([np.sin(rows), np.cos(rows), np.sin(columns), np.cos(columns)], axis=-1)
-        return x + ops.convert_to_tensor(positions, x.dtype)
+        self.positions = np.concatenate([np.sin(rows), np.cos(rows), np.sin(columns), np.cos(columns)], axis=-1)
+
+    def call(self, x):
+        return x + ops.convert_to_tensor(self.positions, x.dtype)
 
 
 def _frequencies(dim, max_period=10_000):

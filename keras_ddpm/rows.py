@@ -4,9 +4,13 @@ A sampler sees the network only as x_0 = denoise(x, t). After each network call 
 
     x ← from_x x + from_x_0 x_0 + Σ_k from_previous[k] previous[k] + std noise
 
-Multistep methods use earlier x_0: previous[0] comes from the call before this one, previous[1] from the call before
-that, and so on. An entry is 0 if there was no such call. Earlier x are not kept, so a method that uses earlier slopes
-must write them in terms of x_0.
+Multistep methods use earlier predictions: previous[0] comes from the call before this one, previous[1] from the call
+before that, and so on. An entry is 0 if there was no such call. Each call is remembered as
+
+    remember_x_0 x_0 + remember_x x
+
+with the x before the update. By default this is x_0. A method that uses earlier noise remembers (x − alpha_t x_0) /
+sigma_t.
 
 A sampler is thus a table with one row for each network call and the named columns of `ROW`. NumPy computes it in
 float64 from a `schedules.Schedule`. `step` applies one row. One compiled loop runs every sampler (`sampling.py`).
@@ -28,11 +32,11 @@ Columns = dict[str, Any]  # from names of `ROW` to numbers or arrays
 # How many earlier predictions of x_0 a row can use. A multistep solver of fourth order needs three.
 NUM_PREVIOUS = 3
 
-# The network is called at the integer time t. With keep = 1 `previous` stays as it is, with keep = 0 it gains this x_0.
+# The network is called at the integer time t. With keep = 1 `previous` stays as it is, and gains this call with 0.
 ROW = np.dtype(
     {
-        "names": ["t", "from_x", "from_x_0", "from_previous", "std", "keep"],
-        "formats": ["f8", "f8", "f8", f"{NUM_PREVIOUS}f8", "f8", "f8"],
+        "names": ["t", "from_x", "from_x_0", "from_previous", "std", "remember_x_0", "remember_x", "keep"],
+        "formats": ["f8", "f8", "f8", f"{NUM_PREVIOUS}f8", "f8", "f8", "f8", "f8"],
     }
 )
 
@@ -44,7 +48,7 @@ SPACINGS: dict[str, Callable] = {
 
 
 def row(t: Any, **columns: Any) -> Array:
-    """Makes rows of a table. Columns that are not given are 0.
+    """Makes rows of a table. Columns that are not given are 0, but `remember_x_0` is 1.
 
     Args:
         t: the time of one row, or an array `(n,)` of times.
@@ -55,7 +59,7 @@ def row(t: Any, **columns: Any) -> Array:
         Array of dtype `ROW` and shape `()` or `(n,)`.
     """
     rows = np.zeros(np.shape(t), ROW)
-    rows["t"] = t
+    rows["t"], rows["remember_x_0"] = t, 1.0
     for name, values in columns.items():
         if name == "from_previous":
             for k, value in enumerate(values):
@@ -73,18 +77,19 @@ def step(row: Any, denoise: Callable, x: Any, noise: Any, previous: tuple) -> tu
         denoise: function from x and t to the predicted x_0.
         x: `(batch, ...)`.
         noise: standard Gaussian noise like x, or `None` if every std is 0.
-        previous: the last `NUM_PREVIOUS` predictions of x_0, most recent first, each like x.
+        previous: what is remembered of the last `NUM_PREVIOUS` calls, most recent first, each like x.
 
     Returns:
         The new x and the new `previous`.
     """
     x_0 = denoise(x, row["t"])
+    remembered = row["remember_x_0"] * x_0 + row["remember_x"] * x
     x = row["from_x"] * x + row["from_x_0"] * x_0
-    for k, x_0_then in enumerate(previous):
-        x = x + row["from_previous"][k] * x_0_then
+    for k, then in enumerate(previous):
+        x = x + row["from_previous"][k] * then
     if noise is not None:
         x = x + row["std"] * noise
-    return x, tuple(new + row["keep"] * (old - new) for new, old in zip((x_0, *previous), previous))
+    return x, tuple(new + row["keep"] * (old - new) for new, old in zip((remembered, *previous), previous))
 
 
 def add_noise_back(row: Array, schedule: Schedule, s: int, t: int) -> Array:
@@ -175,12 +180,14 @@ class Sampler:
         times = self.timesteps(schedule)
         t, s = times[:-1], times[1:]
         alpha_t, sigma_t, alpha_s, sigma_s = schedule.alpha[t], schedule.sigma[t], schedule.alpha[s], schedule.sigma[s]
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore"):
             rows = row(t, **self.coefficients(alpha_t, sigma_t, alpha_s, sigma_s))
         rows["std"][-1] = 0.0  # the last step ends at clean data
         if alpha_t[0] == 0:
             # If x_T has no signal, its log-SNR is not finite. So every sampler starts with a step of DDIM.
-            rows[:1] = row(t[:1], from_x=sigma_s[:1] / sigma_t[:1], from_x_0=alpha_s[:1])
+            ddim = {"from_x": sigma_s[0] / sigma_t[0], "from_x_0": alpha_s[0], "from_previous": 0.0, "std": 0.0}
+            for name, value in ddim.items():
+                rows[name][0] = value
         return np.split(rows, len(rows))
 
     def coefficients(self, alpha_t: Array, sigma_t: Array, alpha_s: Array, sigma_s: Array) -> Columns:

@@ -188,6 +188,40 @@ class UniPC(Sampler):
         return {"from_x": from_x, "from_x_0": from_all[0], "from_previous": from_all[1:]}
 
 
+@dataclasses.dataclass(frozen=True)
+class IPNDM(Sampler):
+    """iPNDM: DDIM with the noise ε of the step extrapolated from the last four network calls.
+
+    The weights are those of Adams and Bashforth for equal steps in sigma/alpha. For other steps, they are of second
+    order. The first three steps and the last one have lower orders.
+
+    Args:
+        num_steps: number of steps; `None` for all T.
+        spacing: "uniform", "logsnr" or "karras", as in `Sampler`.
+
+    Raises:
+        ValueError: if `num_steps` or `spacing` is invalid.
+
+    Reference: Zhang and Chen, 2023 ("Fast sampling of diffusion models with exponential integrator"), section 3.
+    """
+
+    num_steps: int | None = 20
+    spacing: str | tuple[int, ...] = dataclasses.field(default="karras", kw_only=True)
+
+    def coefficients(self, alpha_t: Array, sigma_t: Array, alpha_s: Array, sigma_s: Array) -> Columns:
+        columns = DDIM().coefficients(alpha_t, sigma_t, alpha_s, sigma_s)
+        shares = np.zeros((1 + NUM_PREVIOUS, len(alpha_t)))
+        for i in range(len(alpha_t)):
+            num = min(1 + NUM_PREVIOUS, i + 1 - (alpha_t[0] == 0)) if sigma_s[i] > 0 else 1
+            shares[:num, i] = _shares([-float(k) for k in range(num)], decay=0.0)
+        shares[0] -= 1  # the noise of this call alone makes the step of DDIM
+        from_noise, *from_previous = (sigma_s - alpha_s * sigma_t / alpha_t) * shares
+        noise = {"x": 1 / sigma_t, "x_0": -alpha_t / sigma_t}
+        changed = {f"from_{name}": columns[f"from_{name}"] + from_noise * share for name, share in noise.items()}
+        remembered = {f"remember_{name}": share for name, share in noise.items()}
+        return columns | changed | remembered | {"from_previous": from_previous}
+
+
 def _multistep(
     order: int, from_x: Array, alpha_t: Array, sigma_t: Array, alpha_s: Array
 ) -> Iterator[tuple[list, float]]:

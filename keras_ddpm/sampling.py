@@ -175,14 +175,15 @@ class Loop:
             if needs_keys:  # 2 ms for 256 examples
                 keys = [np.random.SeedSequence([seed, first + index]).generate_state(2) for index in indices]
             job["keys"] = np.array(_signed(keys), "int32")
-            x = start(indices)
+            x = x_0 = start(indices)
             previous = (np.zeros_like(x),) * rows.NUM_PREVIOUS
             for begin, end in itertools.pairwise(stops):
-                x, previous = program.predict_on_batch(job | {"x": x, "previous": previous, "between": (begin, end)})
+                state = {"x": x, "x_0": x_0, "previous": previous, "between": (begin, end)}
+                x, x_0, previous = program.predict_on_batch(job | state)
                 progress.update(batch * len(table) + end)
                 if end in cuts:
                     part, place = np.searchsorted(cuts, end) - 1, slice(indices[0], indices[-1] + 1)
-                    for kept, state in zip(states, (x, previous[0])):
+                    for kept, state in zip(states, (x, x_0)):
                         kept[part, place] = state[: indices[-1] + 1 - indices[0]]
         return tuple(states) if num_states else states[0, 0]
 
@@ -211,12 +212,12 @@ class _Program(keras.Model):
         self.built = True
 
     def call(self, job):
-        """Returns x and the previous predictions after the rows of the range `between`."""
+        """Returns x, the predicted x_0 and the earlier calls after the rows of the range `between`."""
         predict = recorded(self.predict_y, self.recordings, job["calls"])
         threshold = job["dynamic_threshold"] if self.thresholds else None
 
         def step(index, state):
-            x, previous = state
+            x, _, previous = state
             take = functools.partial(ops.take, indices=index, axis=0)
             columns = [take(column) for column in job["columns"]]
 
@@ -229,13 +230,14 @@ class _Program(keras.Model):
             wanted = (2 * index, self.draws_noise), (2 * index + 1, self.masks)
             noise, noise_of_known = (counted_noise(x.shape, job["keys"], number) if w else None for number, w in wanted)
             row = {name: take(column) for name, column in job["rows"].items()}
-            x, previous = rows.step(row, denoise, x, noise, previous)
+            x_0 = denoise(x, row["t"])
+            x, previous = rows.step(row, lambda *_: x_0, x, noise, previous)
             if self.masks:
                 (known, mask), (alpha, sigma) = job["known"], map(take, job["arrival"])
                 x = ops.where(mask > 0, alpha * known + sigma * noise_of_known, x)
-            return x, previous
+            return x, x_0, previous
 
-        return ops.fori_loop(*job["between"], step, (job["x"], job["previous"]))
+        return ops.fori_loop(*job["between"], step, (job["x"], job["x_0"], job["previous"]))
 
 
 @_devices.fast_on_torch

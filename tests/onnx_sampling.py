@@ -38,11 +38,12 @@ def sample(folder, kind, name, x, label=None, scale=None, draw=None, known=None)
         if w != 1:
             y = (1 - w) * network(x, row["t"], np.full_like(label, model["null_label"])) + w * y
         x_0 = np.clip(row["x_0_from_x"] * x + row["x_0_from_y"] * y, low, high).astype("float32")
+        remembered = row["remember_x_0"] * x_0 + row["remember_x"] * x
         x = row["from_x"] * x + row["from_x_0"] * x_0 + sum(k * old for k, old in zip(row["from_previous"], previous))
         if row["std"]:
             x = x + row["std"] * draw(2 * number)
         if not row["keep"]:
-            previous = [x_0, *previous[:-1]]
+            previous = [remembered, *previous[:-1]]
         if known:
             noise = draw(2 * number + 1) if row["sigma"] else 0
             x = np.where(known[1], row["alpha"] * known[0] + row["sigma"] * noise, x)

@@ -19,7 +19,7 @@ import keras_ddpm as kd
 
 pytestmark = pytest.mark.browser
 SIZE = SHAPE[0]
-TABLES = {"few": kd.samplers.UniPC(6), "noise": kd.samplers.DDPM(5)}
+TABLES = {"few": kd.samplers.UniPC(6), "earlier noise": kd.samplers.IPNDM(6), "noise": kd.samplers.DDPM(5)}
 OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 OPTIONS += ["--disable-component-update", "--disable-sync"]
 

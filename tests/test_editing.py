@@ -105,7 +105,7 @@ def test_inpainting_with_second_order_samplers():
     """Resampling would make the extrapolation of 2M unstable: the variance would grow without bounds."""
     images = np.full((500, 1, 2, 1), 0.4, "float32")
     mask = np.broadcast_to(np.array([0, 1]).reshape(1, 1, 2, 1), images.shape)
-    for sampler in (samplers.DPMSolver(30), samplers.Heun(30), samplers.DPMSolver(30, eta=1.0)):
+    for sampler in (samplers.DPMSolver(30), samplers.Heun(30), samplers.DPMSolver(30, eta=1.0), samplers.IPNDM(30)):
         x = editing.inpaint(pixels(), images, mask, seed=0, sampler=sampler)
         assert np.array_equal(x[:, 0, 1], images[:, 0, 1])
         assert abs(x[:, 0, 0].mean() - 0.32) < 0.1 and abs(x[:, 0, 0].std() - 0.6) < 0.15
@@ -125,7 +125,8 @@ def test_resampled_steps(monkeypatch):
     tables = []
     monkeypatch.setattr(pixels(), "run", lambda steps, *args, **kwargs: tables.append(steps))
     images, masks = draw(1), np.ones((1, 1, 2, 1))
-    for sampler in (samplers.DPMSolver(6), samplers.Heun(6), samplers.Langevin(predictor=samplers.DPMSolver(6))):
+    corrected = samplers.Langevin(predictor=samplers.DPMSolver(6))
+    for sampler in (samplers.DPMSolver(6), samplers.IPNDM(6), samplers.Heun(6), corrected):
         editing.inpaint(pixels(), images, masks, sampler=sampler, num_resamples=3)
         steps = tables.pop()
         assert len(steps) == 5 * 3 + 1
@@ -134,10 +135,11 @@ def test_resampled_steps(monkeypatch):
             next_start = rows if index % 3 < 2 else steps[3 * (index // 3 + 1)]
             assert steps[index + 1]["t"][0] == next_start["t"][0]
             assert not np.any(rows["from_previous"][0])
-    editing.inpaint(pixels(), images, masks, sampler=samplers.DPMSolver(6), num_resamples=2)
-    rows, ddim = np.concatenate(tables.pop()[1::2]), samplers.DDIM(6).table(LINEAR)[:-1]
-    for name in samplers.ROW.names:
-        np.testing.assert_allclose(rows[name], ddim[name], atol=1e-12)
+    for make in (samplers.DPMSolver, samplers.UniPC, samplers.IPNDM):
+        editing.inpaint(pixels(), images, masks, sampler=make(6, spacing="uniform"), num_resamples=2)
+        rows, ddim = np.concatenate(tables.pop()[1::2]), samplers.DDIM(6).table(LINEAR)[:-1]
+        for name in ("t", "from_x", "from_x_0", "from_previous", "std"):
+            np.testing.assert_allclose(rows[name], ddim[name], atol=1e-12)
     editing.inpaint(pixels(), images, masks, sampler=samplers.DPMSolver(6), num_resamples=1)
     assert np.array_equal(np.concatenate(tables.pop()), samplers.DPMSolver(6).table(LINEAR))
 
@@ -201,6 +203,16 @@ def test_encoding_and_decoding():
     alpha, sigma = LINEAR.alpha[-1], LINEAR.sigma[-1]
     scaled = images.reshape(-1, 2) @ vectors * np.sqrt((alpha**2 * values + sigma**2) / values)
     np.testing.assert_allclose(noise.reshape(-1, 2) @ vectors, scaled, atol=0.05)
+
+
+def test_encoding_calls_the_network_with_times(monkeypatch):
+    """Mistake of others: the index of a step instead of its time. Decoding visits the same times backward."""
+    tables = []
+    monkeypatch.setattr(pixels(), "run", lambda steps, *args, **kwargs: tables.append(np.concatenate(steps)["t"]))
+    editing.encode(pixels(), draw(2), num_steps=7)
+    editing.decode(pixels(), draw(2), num_steps=7)
+    visited = samplers.DDIM(7, spacing="logsnr").timesteps(LINEAR)[:-1]
+    assert np.array_equal(tables[0], visited[::-1]) and np.array_equal(tables[1], visited)
 
 
 def test_encoding_does_not_clip():

@@ -215,6 +215,13 @@ def test_rescale_keeps_the_deviation_of_the_conditional_output():
     np.testing.assert_allclose(got / std[:, None], guided / guided.std(axis=1, keepdims=True), rtol=1e-3, atol=1e-4)
 
 
+def test_rescale_of_a_network_that_outputs_zeros():
+    """Mistake of others: the deviation of zeros is divided by itself, and the samples are NaN."""
+    model = kd.DiffusionModel(kd.networks.mlp(2, 16, 1, num_classes=3), seed=0)
+    x = model.sample(4, kd.samplers.DDIM(5), seed=0, labels=1, guidance_scale=3.0, guidance_rescale=0.7)
+    assert np.all(np.isfinite(x))
+
+
 @pytest.mark.parametrize(
     "make", [lambda **k: kd.networks.mlp(2, 16, 1, **k), unet, lambda **k: kd.networks.dit((4, 4, 1), 2, 16, 1, 2, **k)]
 )

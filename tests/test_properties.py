@@ -28,6 +28,7 @@ def samplers(draw):
                 kd.samplers.DPMSolver(steps, eta=eta),
                 kd.samplers.DPMSolver(steps, eta=eta, order=3, spacing=spacing),
                 kd.samplers.UniPC(steps, order=3, spacing=spacing),
+                kd.samplers.IPNDM(steps, spacing=spacing),
                 kd.samplers.Heun(steps, churn=eta),
                 kd.samplers.Langevin(steps),
                 kd.samplers.Langevin(predictor=kd.samplers.DDIM(steps)),

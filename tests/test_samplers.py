@@ -10,11 +10,13 @@ import functools
 import itertools
 import json
 
+import keras
 import numpy as np
 import pytest
 from closed_form import GAUSSIAN
 from closed_form import TWO
 
+import keras_ddpm as kd
 from keras_ddpm import samplers
 from keras_ddpm import sampling
 from keras_ddpm import schedules
@@ -35,9 +37,11 @@ def exact_moments(sampler, schedule):
         gain = alpha * std**2 / (alpha**2 * std**2 + sigma**2)  # x_0 = mean + gain (x - alpha mean)
         x_0 = np.array([gain] + [0.0] * samplers.NUM_PREVIOUS)
         from_all = np.array([row["from_x"], *row["from_previous"]]) + row["from_x_0"] * x_0
-        remembered = np.vstack([x_0, np.eye(size)[1:-1]]), np.eye(size)[1:]
+        of_call = row["remember_x_0"] * x_0 + row["remember_x"] * np.eye(size)[0]
+        remembered = np.vstack([of_call, np.eye(size)[1:-1]]), np.eye(size)[1:]
         matrix = np.vstack([from_all, (1 - row["keep"]) * remembered[0] + row["keep"] * remembered[1]])
-        constant = np.array([row["from_x_0"], 1 - row["keep"]] + [0.0] * (size - 2)) * (1 - gain * alpha) * mean
+        of_mean = [row["from_x_0"], (1 - row["keep"]) * row["remember_x_0"]] + [0.0] * (size - 2)
+        constant = np.array(of_mean) * (1 - gain * alpha) * mean
         expected = matrix @ expected + constant
         covariance = matrix @ covariance @ matrix.T
         covariance[0, 0] += row["std"] ** 2
@@ -62,6 +66,8 @@ ALL = [
     (UniPC(50, order=1, spacing="logsnr"), 0.02),
     (UniPC(50, spacing="logsnr"), 0.01),
     (UniPC(50, order=3, spacing="karras"), 0.06),
+    (samplers.IPNDM(50), 0.06),
+    (samplers.IPNDM(50, spacing="uniform"), 0.08),
     (samplers.Heun(50, spacing="logsnr"), 0.02),
     (samplers.Heun(50, churn=10, spacing="karras"), 0.1),
     (samplers.Langevin(200, num_updates=5, spacing="logsnr"), 0.07),
@@ -129,6 +135,7 @@ def test_samples_have_the_moments_of_the_recursion(sampler, bias):
         DPM(100, eta=1.0, spacing="logsnr"),
         DPM(100, order=3, spacing="logsnr"),
         UniPC(100, spacing="logsnr"),
+        samplers.IPNDM(100, spacing="logsnr"),
         samplers.Heun(60, spacing="logsnr"),
         samplers.Heun(60, churn=20, spacing="logsnr"),
         samplers.Langevin(50, step_size=0.4, num_updates=20, spacing="logsnr"),
@@ -189,8 +196,51 @@ def test_order_of_convergence(sampler, order):
     assert abs(-np.polyfit(np.log(steps), np.log(errors), 1)[0] - order) < 0.3, errors
 
 
+@pytest.mark.parametrize(("even_in", "order"), [("sigma / alpha", 4), ("logarithm", 2)])
+def test_order_of_convergence_of_ipndm(even_in, order):
+    """On Gaussian data, for steps that are even in sigma/alpha. The first three, of lower orders, are not made."""
+    steps, errors, variance = np.array([50, 100, 200, 400]), [], 0.2**2
+    for num in steps:
+        ratio = np.linspace(3, 0.3, num + 1) if even_in == "sigma / alpha" else np.geomspace(20, 0.3, num + 1)
+        alpha, sigma = 1 / np.hypot(1, ratio), ratio / np.hypot(1, ratio)
+        columns = samplers.IPNDM().coefficients(alpha[:-1], sigma[:-1], alpha[1:], sigma[1:])
+        exact = np.sqrt(alpha**2 * variance + sigma**2)
+        gain, noise = alpha * variance / exact**2, sigma / exact
+        x, previous = exact[3], tuple(noise[2::-1])
+        for index, row in enumerate(samplers.row(ratio[:-1], **columns)[3:], start=3):
+            x, previous = samplers.step(row, lambda x, t, index=index: gain[index] * x, x, None, previous)
+        errors.append(abs(x - exact[-1]))
+    assert abs(-np.polyfit(np.log(steps), np.log(errors), 1)[0] - order) < 0.3, errors
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 5, 12])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_ipndm_is_the_papers(schedule, num_steps):
+    """[Zhang and Chen, 2023, section 3], with the noise written out."""
+    sampler, schedule = samplers.IPNDM(num_steps), SCHEDULES[schedule]
+    x = start = np.array([1.2, -0.4, 0.03])
+    weights = {1: [1], 2: [1.5, -0.5], 3: [23 / 12, -16 / 12, 5 / 12], 4: [55 / 24, -59 / 24, 37 / 24, -9 / 24]}
+    noises, times = [], sampler.timesteps(schedule)
+    for t, s in itertools.pairwise(times):
+        x_0 = clipped(x, t)
+        noise = (x - schedule.alpha[t] * x_0) / schedule.sigma[t]
+        if schedule.alpha[t] == 0 or s == 0:
+            x = schedule.alpha[s] * x_0 + schedule.sigma[s] * noise
+            continue
+        noises = [noise, *noises][:4]
+        mean = sum(w * noise for w, noise in zip(weights[len(noises)], noises))
+        x = schedule.alpha[s] / schedule.alpha[t] * (x - schedule.sigma[t] * mean) + schedule.sigma[s] * mean
+    np.testing.assert_allclose(run(sampler, start, clipped, schedule), x, rtol=1e-9)
+    network = keras.Input((3,)), keras.Input((), dtype="int32")
+    model = kd.DiffusionModel(keras.Model(network, network[0]), kd.GaussianDiffusion(schedule, "x0"))
+    got = model.run(sampler.steps(schedule), lambda indices: start[None].astype("float32"), 1, 0)
+    np.testing.assert_allclose(got[0], x, atol=1e-4)
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "zero terminal"])
-@pytest.mark.parametrize(("make", "few"), [(DPM, 8), (functools.partial(DPM, order=3), 16), (UniPC, 8)])
+@pytest.mark.parametrize(
+    ("make", "few"), [(DPM, 8), (functools.partial(DPM, order=3), 16), (UniPC, 8), (samplers.IPNDM, 8)]
+)
 def test_every_number_of_steps_beats_ddim(make, few, schedule):
     """On correlated Gaussian data, whose components are independent in some directions. From `few` calls on."""
     alpha, sigma = SCHEDULES[schedule].alpha, SCHEDULES[schedule].sigma
@@ -213,15 +263,22 @@ def test_every_number_of_steps_beats_ddim(make, few, schedule):
 SHORT = schedules.linear(60)
 
 
-@pytest.mark.parametrize("schedule", [SHORT, schedules.straight(60), schedules.zero_terminal_snr(SHORT)])
+@pytest.mark.parametrize(
+    "schedule", [SHORT, schedules.cosine(60), schedules.straight(60), schedules.zero_terminal_snr(SHORT)]
+)
 @pytest.mark.parametrize("spacing", ["uniform", "logsnr", "karras"])
 @pytest.mark.parametrize(
     "make",
-    [samplers.DDPM, samplers.DDIM, DPM, functools.partial(DPM, order=3)]
+    [samplers.DDPM, samplers.DDIM, samplers.IPNDM, DPM, functools.partial(DPM, order=3)]
     + [functools.partial(DPM, eta=1.0, order=3), *(functools.partial(UniPC, order=order) for order in (1, 2, 3))],
 )
 def test_any_number_of_steps_makes_as_many_calls(make, spacing, schedule):
-    """Among them N = T, and N = 3k − 1. Data that are constant are found whatever the noise, so no noise is left."""
+    """Among them N = T, and N = 3k − 1. Data that are constant are found whatever the noise, so no noise is left.
+
+    Mistakes of others: an index beyond the last time at N = T, a third-order solver that fails or stops early at
+    N = 3k − 1, a last step to the smallest noise level instead of to data, and doubled times with Karras' spacing of
+    the cosine schedule.
+    """
     for num in (1, 2, 3, 5, 8, 53, 59, 60, None):
         sampler = make(num, spacing=spacing)
         table = sampler.table(schedule)
@@ -231,6 +288,58 @@ def test_any_number_of_steps_makes_as_many_calls(make, spacing, schedule):
         for row in table:
             x, previous = samplers.step(row, lambda x, t: np.array([0.25, 0.25]), x, noise, previous)
         np.testing.assert_allclose(x, 0.25, rtol=1e-9)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("spacing", ["uniform", "logsnr", "karras"])
+def test_every_step_lands_on_the_next_visited_time(spacing, schedule):
+    """Mistakes of others: t − T // N as the next time, which is another one if N does not divide T, as 53 of 1000.
+
+    For constant data x_0, a method without noise keeps ε. So x_t is known at each time.
+    """
+    schedule, x_0, noise = SCHEDULES[schedule], 0.25, np.array([1.5, -0.7])
+    for make in (samplers.DDIM, DPM, functools.partial(DPM, order=3), UniPC, samplers.IPNDM):
+        for num in (7, 53, 999):
+            table = make(num, spacing=spacing).table(schedule)
+            x, previous = schedule.alpha[-1] * x_0 + schedule.sigma[-1] * noise, (np.zeros(2),) * samplers.NUM_PREVIOUS
+            for row, s in zip(table, [*table["t"][1:].astype(int), 0]):
+                x, previous = samplers.step(row, lambda x, t: np.full(2, x_0), x, None, previous)
+                np.testing.assert_allclose(x, schedule.alpha[s] * x_0 + schedule.sigma[s] * noise, atol=1e-7)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_large_variance_of_long_steps(schedule):
+    """Mistake of others: the β of one step of the whole chain, also if N < T. A step from s to t adds 1 − α_t²/α_s²."""
+    alpha, sampler = SCHEDULES[schedule].alpha, samplers.DDPM(53, variance="large")
+    times = sampler.timesteps(SCHEDULES[schedule])
+    std = sampler.table(SCHEDULES[schedule])["std"]
+    np.testing.assert_allclose(std[:-1] ** 2, 1 - (alpha[times[:-2]] / alpha[times[1:-1]]) ** 2, rtol=1e-9)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "x0", "v", "flow"])
+@pytest.mark.parametrize("schedule", [SHORT, schedules.cosine(60), schedules.straight(60)])
+@pytest.mark.parametrize("make", [samplers.DDIM, functools.partial(DPM, order=3), UniPC, samplers.IPNDM, samplers.Heun])
+def test_constant_data_by_any_prediction(make, schedule, prediction):
+    """The network's output is exact. x_0 at the least signal is known to float32 divided by alpha_T."""
+    if prediction == "epsilon" and schedule.alpha[-1] == 0:
+        pytest.skip("without signal, the noise says nothing about x_0")
+    diffusion, x_0 = kd.GaussianDiffusion(schedule, prediction), np.full((1, 2), 0.25, "float32")
+    calls = []
+
+    def denoise(x, t):
+        calls.append(int(t))
+        t = np.array([t], "int32")
+        y = diffusion.target(x_0, t, diffusion.predict_noise(x.astype("float32"), t, x_0))
+        return keras.ops.convert_to_numpy(diffusion.predict_x0(x.astype("float32"), t, y)).astype("float64")
+
+    for num in (1, 2, 3, 5, 59, 60):
+        sampler = make(num)
+        x, previous = np.array([[1.5, -0.7]]), (np.zeros((1, 2)),) * samplers.NUM_PREVIOUS
+        for row in sampler.table(schedule):
+            x, previous = samplers.step(row, denoise, x, None, previous)
+        np.testing.assert_allclose(x, 0.25, atol=1e-3)
+        assert len(calls) == len(sampler.table(schedule))
+        calls.clear()
 
 
 def test_ddim_with_all_the_noise_samples_what_ddpm_does():
@@ -342,8 +451,10 @@ def test_langevin_is_the_papers():
 
 
 def test_rows_remember_in_order():
-    """The last prediction first; a row that keeps forgets its own; columns that are not given are 0."""
+    """The last call first; a row that keeps forgets its own. By default columns are 0, but x_0 is remembered."""
     rows = samplers.row([3, 2, 1], from_previous=[[1, 2, 3], 4.0], keep=[0, 0, 1])
+    both = samplers.row(3, remember_x_0=-2.0, remember_x=5.0)
+    assert samplers.step(both, lambda x, t: 7.0, 0.5, None, (1.0, 2.0)) == (0.0, (-2 * 7 + 5 * 0.5, 1.0))
     assert rows["from_previous"].tolist() == [[1, 4, 0], [2, 4, 0], [3, 4, 0]]
     assert rows["t"].tolist() == [3, 2, 1] and not np.any(rows["std"]) and samplers.row(5).shape == ()
     x, previous = 0.0, (10.0, 20.0, 30.0)
@@ -360,7 +471,7 @@ def test_rows_remember_in_order():
 
 def test_a_corrector_leaves_the_predictor_its_memory():
     """Without a step it changes nothing, whatever the predictor remembers."""
-    for predictor in (DPM(8), samplers.Heun(8), samplers.DDIM(8)):
+    for predictor in (DPM(8), samplers.Heun(8), samplers.DDIM(8), samplers.IPNDM(8)):
         x = np.array([0.3, 1.4])
         corrected = samplers.Langevin(predictor=predictor, step_size=1e-12, num_updates=2)
         np.testing.assert_allclose(run(corrected, x, clipped), run(predictor, x, clipped), rtol=1e-9)
@@ -368,7 +479,7 @@ def test_a_corrector_leaves_the_predictor_its_memory():
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 50, 99, 100, None])
 @pytest.mark.parametrize("spacing", ["uniform", "logsnr", "karras"])
-@pytest.mark.parametrize("schedule", [schedules.linear(100), schedules.straight(100)])
+@pytest.mark.parametrize("schedule", [schedules.linear(100), schedules.cosine(100), schedules.straight(100)])
 def test_visits_start_at_noise_and_end_at_data(schedule, spacing, num_steps):
     times = samplers.DDPM(num_steps, spacing=spacing).timesteps(schedule)
     assert times[0] == 100 and times[-1] == 0 and len(times) == (num_steps or 100) + 1
@@ -414,6 +525,7 @@ def test_a_corrector_visits_the_times_of_its_predictor():
 @pytest.mark.parametrize("spacing", ["uniform", "logsnr", "karras"])
 def test_without_signal_at_the_start_every_first_step_is_ddims(schedule, spacing):
     expected = samplers.DDIM(10, spacing=spacing).table(schedule)[0]
+    update = [name for name in samplers.ROW.names if not name.startswith("remember")]
     for sampler in (
         samplers.DDPM(10, spacing=spacing),
         samplers.DDPM(10, "large", spacing=spacing),
@@ -422,13 +534,15 @@ def test_without_signal_at_the_start_every_first_step_is_ddims(schedule, spacing
         DPM(10, eta=1.0, spacing=spacing),
         DPM(10, order=3, spacing=spacing),
         UniPC(10, order=3, spacing=spacing),
+        samplers.IPNDM(10, spacing=spacing),
         samplers.Heun(10, spacing=spacing),
         samplers.Langevin(10, spacing=spacing),
         samplers.Langevin(10, num_updates=3, spacing=spacing),
         samplers.Langevin(predictor=samplers.Heun(10, spacing=spacing)),
     ):
         table = sampler.table(schedule)
-        assert table[0] == expected and all(np.all(np.isfinite(table[name])) for name in samplers.ROW.names)
+        assert all(np.array_equal(table[name][0], expected[name]) for name in update)
+        assert all(np.all(np.isfinite(table[name])) for name in samplers.ROW.names)
         if spacing != "uniform":
             assert sampler.steps(schedule)[1]["t"][0] == 99 and sampler.steps(schedule)[-1]["t"][0] == 1
 

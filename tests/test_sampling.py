@@ -13,10 +13,17 @@ from keras_ddpm import sampling
 
 
 def test_samples_depend_on_seed_and_index_alone(model):
-    """Also with noise in each step. All samplers share two programs."""
+    """Also with noise in each step. All samplers share two programs.
+
+    Mistake of others: noise that is kept for one batch size and used for another.
+    """
     for sampler in (
         kd.samplers.DDIM(10),
         kd.samplers.UniPC(10),
+        kd.samplers.IPNDM(10),
+        kd.samplers.DPMSolver(10, order=3),
+        kd.samplers.DPMSolver(4, spacing=(50, 30, 11, 2)),
+        kd.samplers.Consistency(3),
         kd.samplers.DDPM(10),
         kd.samplers.DPMSolver(10, eta=1.0),
         kd.samplers.Heun(10, churn=5),
