@@ -7,10 +7,12 @@ To add a source, write a function that makes an array of images and passes it to
 TensorFlow, and only to read TensorFlow Datasets.
 """
 
+import concurrent.futures
 import dataclasses
 import difflib
 import functools
 import mimetypes
+import mmap
 import multiprocessing.pool
 import os
 import textwrap
@@ -23,6 +25,7 @@ from numpy.typing import ArrayLike
 from PIL import Image
 
 from keras_ddpm import _checks
+from keras_ddpm import _replicas
 from keras_ddpm import images
 from keras_ddpm.toys import FLOWER_KINDS as FLOWER_KINDS
 from keras_ddpm.toys import moons as moons
@@ -33,13 +36,16 @@ ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Batches(keras.utils.PyDataset):
-    """Batches of data in memory: `x_0`, or `(x_0, label)` if there are labels.
+    """Batches of data in memory, or in a memory-mapped file: `x_0`, or `(x_0, label)` if there are labels.
 
     With `shuffle`, the batches of all epochs are cut from one endless sequence of permutations of the data. Every batch
-    is full, and all examples are seen equally often.
+    is full, and all examples are seen equally often. A batch depends on the seed, the epoch and its number alone.
+
+    Several devices of JAX need batches that they can share. If the data in order do not divide by their number, the
+    last batch is filled up with an example of weight 0. Several processes of JAX each get their share of every batch.
 
     Args:
-        x: array `(num, ...)`. uint8 images are scaled to [-1, 1] in the batches. Floats must be finite and are not
+        x: array `(num, ...)`, possibly memory-mapped. Of a file, about 0.25 GB stay in the memory of the process. uint8 images are scaled to [-1, 1] in the batches. Floats must be finite and are not
             scaled.
         labels: array `(num,)` or `None`.
         batch_size: number of examples in a batch.
@@ -48,6 +54,8 @@ class Batches(keras.utils.PyDataset):
         steps_per_epoch: number of batches in an epoch of shuffled data. By default `num // batch_size`.
         seed: seed of the order and of the flips.
         class_names: the name of each label 0..K − 1, if they have names.
+        num_workers: number of threads that make the next batches in the meantime. 0 makes each when it is needed. Use
+            it instead of `workers` of Keras, of which 3.15 mixes up the order.
 
     Attributes:
         epoch: number of the epoch, which determines its batches. It counts on in further calls of `fit`; with
@@ -66,13 +74,14 @@ class Batches(keras.utils.PyDataset):
     steps_per_epoch: int | None = None
     seed: int = 0
     class_names: list[str] | None = None
+    num_workers: int = 0
 
     def __post_init__(self) -> None:
         super().__init__()
         self.x = x = np.asarray(self.x)
         valid = _checks.is_count(self.batch_size) and self.batch_size <= len(x)
         _checks.require(valid, f"Expected a batch of 1..{len(x)}", batch_size=self.batch_size)
-        _checks.counts(low=0, seed=self.seed)
+        _checks.counts(low=0, seed=self.seed, num_workers=self.num_workers)
         flags = {"shuffle": self.shuffle, "flip": self.flip}
         _checks.require(all(isinstance(flag, bool) for flag in flags.values()), "Expected True or False", **flags)
         _checks.counts(optional=True, steps_per_epoch=self.steps_per_epoch)
@@ -83,6 +92,8 @@ class Batches(keras.utils.PyDataset):
             _checks.require(len(self.labels) == len(x), f"Expected {len(x)} labels", shape=self.labels.shape)
         self.epoch = 0
         self._begun = False
+        self._file, self._read = _file_of(x), 0
+        self._pool, self._coming = None, {}
 
     def __repr__(self) -> str:
         labels = "" if self.labels is None else ", with labels"
@@ -98,16 +109,54 @@ class Batches(keras.utils.PyDataset):
         return (self.steps_per_epoch or full) if self.shuffle else full + (rest > 0)
 
     def __getitem__(self, step: int) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
-        num = len(self.x)
         batch = self.epoch * len(self) + step if self.shuffle else step
+        share = _replicas.data_parts()
+        if not self.num_workers:
+            return self._batch(batch, *share)
+        self._pool = self._pool or concurrent.futures.ThreadPoolExecutor(self.num_workers)
+        end = batch + 1 + 2 * self.num_workers
+        ahead = range(batch, end if self.shuffle else min(end, len(self)))
+        # Batches of an earlier place in the data are no longer wanted.
+        self._coming = {n: self._coming.get(n) or self._pool.submit(self._batch, n, *share) for n in ahead}
+        return self._coming.pop(batch).result()
+
+    def _batch(self, batch, parts, process, num_processes):
+        """Makes a batch, given how batches are divided, as in `_replicas.data_parts`."""
+        num = len(self.x)
         row = np.arange(batch * self.batch_size, (batch + 1) * self.batch_size)
-        chosen = [_permutation(num, self.seed, i // num)[i % num] for i in row] if self.shuffle else row[row < num]
+        chosen, weight = row, None
+        _checks.require(self.batch_size % parts == 0, f"{parts} devices need a multiple", batch_size=self.batch_size)
+        if self.shuffle:
+            chosen = np.array([_permutation(num, self.seed, i // num)[i % num] for i in row])
+        elif num % parts:
+            filled = num + -num % parts
+            row = row[row < filled]
+            # So the mean over all batches is that over the data.
+            chosen, weight = np.minimum(row, num - 1), np.where(row < num, filled / num, 0.0).astype("float32")
+        else:
+            chosen = row[row < num]
+        mirrored = np.random.default_rng([self.seed, 1, batch]).random(len(chosen)) < 0.5
+        mine = slice(len(chosen) * process // num_processes, len(chosen) * (process + 1) // num_processes)
+        chosen, mirrored = chosen[mine], mirrored[mine]
         x = self.x[chosen]
+        self._forget(x.nbytes)
         if self.flip:
-            mirrored = np.random.default_rng([self.seed, 1, batch]).random(len(x)) < 0.5
             x[mirrored] = x[mirrored, :, ::-1]
         x = images.from_uint8(x) if x.dtype == "uint8" else x.astype("float32")
-        return x if self.labels is None else (x, self.labels[chosen])
+        labels = None if self.labels is None else self.labels[chosen]
+        if weight is not None:
+            return x, labels, weight[mine]
+        return x if labels is None else (x, labels)
+
+    def _forget(self, nbytes, most=2**28):
+        """Takes the pages of a file out of the memory of the process. The system may keep them in its cache."""
+        self._read += nbytes
+        if self._file is not None and self._read > most:
+            self._read = 0
+            self._file.madvise(mmap.MADV_DONTNEED)
+
+    def __getstate__(self):
+        return self.__dict__ | {"_file": None, "_pool": None, "_coming": {}}
 
     def on_epoch_begin(self) -> None:
         self._begun = True
@@ -116,6 +165,15 @@ class Batches(keras.utils.PyDataset):
         """Moves on to the next epoch. Keras calls this before the first epoch, too, and then starts its workers."""
         self.epoch += self._begun
         self._begun = False
+
+
+def _file_of(x):
+    """The memory map of an array, or `None` for one in memory or one that can be written to."""
+    if x.flags.writeable or not hasattr(mmap, "MADV_DONTNEED"):
+        return None
+    while isinstance(x, np.ndarray):
+        x = x.base
+    return x if isinstance(x, mmap.mmap) else None
 
 
 @functools.lru_cache(maxsize=4)

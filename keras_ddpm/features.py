@@ -76,7 +76,11 @@ class Extractor:
         expected = self.model.input_shape[1:]
         fits = all(size in (None, got) for size, got in zip(expected, images.shape[1:], strict=True))
         _checks.require(fits, f"The extractor {self.name} takes images {expected}", shape=images.shape[1:])
-        features = self.model.predict(images, batch_size=batch_size, verbose=0).astype("float64")
+        starts = range(0, len(images), batch_size)
+        batches = [images[start : start + batch_size] for start in starts]
+        # Of several replicas of TensorFlow, each returns all features. `predict` wants batches that devices can share.
+        features = [self.model.predict_on_batch(batch)[: len(batch)] for batch in batches]
+        features = np.concatenate(features).astype("float64")
         _checks.require(np.all(np.isfinite(features)), f"The features of the extractor {self.name} are NaN or infinite")
         return features
 

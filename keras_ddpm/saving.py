@@ -15,6 +15,7 @@ import keras
 import numpy as np
 
 from keras_ddpm import _checks
+from keras_ddpm import _replicas
 
 PRESETS = pathlib.Path(__file__).parent / "presets"
 # Of HDF5, for compact files. "latest" would be unreadable with older versions of h5py.
@@ -33,11 +34,15 @@ class StoredModel(keras.Model):
     def save(self, filepath: Any, overwrite: bool = True, zipped: bool | None = None, **kwargs) -> None:
         """`keras.Model.save` to a `.keras` file. A file of this name stays whole until the new one is.
 
+        Of several processes, the first one writes.
+
         Raises:
             ValueError: if the file name has another ending.
         """
         path = pathlib.Path(filepath)
         _checks.require(path.suffix == ".keras", "The file name must end in .keras", filepath=filepath)
+        if not _replicas.is_chief():
+            return
         # Keras asks, writes a folder, or writes to another machine.
         if not overwrite and path.exists() or zipped is False or "://" in str(filepath):
             return super().save(filepath, overwrite, zipped, **kwargs)
@@ -55,6 +60,8 @@ class StoredModel(keras.Model):
         """
         path = pathlib.Path(filepath)
         _checks.require(path.suffix == ".keras", "The file name must end in .keras", filepath=filepath)
+        if not _replicas.is_chief():
+            return
         copy = type(self).from_model(self)
         with replacing(path, path.with_name(f"{path.stem}.saving.keras")) as temporary:
             keras.Model.save(copy, temporary)
