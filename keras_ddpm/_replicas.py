@@ -4,6 +4,7 @@ On JAX a program sees whole batches, and the layouts of its arrays divide them o
 replica runs the program on its own part. Keras 3.15 has neither on PyTorch, so there is one replica.
 """
 
+import concurrent.futures
 import contextlib
 import functools
 from collections.abc import Callable
@@ -42,20 +43,44 @@ def in_scope(method: Callable) -> Callable:
 
 def is_chief() -> bool:
     """Whether this process writes files and prints: it is the only one, or number 0 of several."""
+    return _process()[0] == 0
+
+
+def _process():
+    """The number of this process, and how many there are."""
     backend = keras.backend.backend()
     if backend == "jax":
         import jax
 
-        return jax.process_index() == 0
+        return jax.process_index(), jax.process_count()
     if backend == "tensorflow":
         import tensorflow as tf
 
         resolver = getattr(tf.distribute.get_strategy(), "cluster_resolver", None)
         resolver = resolver or tf.distribute.cluster_resolver.TFConfigClusterResolver()
-        # The variable TF_CONFIG holds no number in a single process.
-        first = "chief" if "chief" in resolver.cluster_spec().jobs else "worker"
-        return (resolver.task_type or first, resolver.task_id or 0) == (first, 0)
-    return True
+        jobs = resolver.cluster_spec().as_dict()
+        if jobs:  # a "chief" is number 0, and otherwise the first "worker"
+            after_chief = "chief" in jobs and resolver.task_type != "chief"
+            return resolver.task_id + after_chief, sum(map(len, jobs.values()))
+    return 0, 1
+
+
+def by_chief(method: Callable) -> Callable:
+    """Decorates a method that writes a file. The chief calls it, and other processes do nothing."""
+
+    @functools.wraps(method)
+    def wrapped(*args, **kwargs):
+        number, count = _process()
+        if number > 0:
+            return None
+        if count == 1:
+            return method(*args, **kwargs)
+        # Keras makes variables when it saves, and would wait until all processes make them. A new thread has neither
+        # distribution nor strategy.
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            return thread.submit(method, *args, **kwargs).result()
+
+    return wrapped
 
 
 def data_parts() -> tuple[int, int, int]:

@@ -31,6 +31,7 @@ class StoredModel(keras.Model):
 
     _compiled_with: dict | None = None
 
+    @_replicas.by_chief
     def save(self, filepath: Any, overwrite: bool = True, zipped: bool | None = None, **kwargs) -> None:
         """`keras.Model.save` to a `.keras` file. A file of this name stays whole until the new one is.
 
@@ -41,14 +42,18 @@ class StoredModel(keras.Model):
         """
         path = pathlib.Path(filepath)
         _checks.require(path.suffix == ".keras", "The file name must end in .keras", filepath=filepath)
-        if not _replicas.is_chief():
-            return
         # Keras asks, writes a folder, or writes to another machine.
         if not overwrite and path.exists() or zipped is False or "://" in str(filepath):
             return super().save(filepath, overwrite, zipped, **kwargs)
         with replacing(path, path.with_name(f"{path.stem}.saving.keras")) as temporary:
             super().save(temporary, **kwargs)
 
+    @_replicas.by_chief
+    def save_weights(self, *args, **kwargs) -> None:
+        """`keras.Model.save_weights`. Of several processes, the first one writes."""
+        return super().save_weights(*args, **kwargs)
+
+    @_replicas.by_chief
     def save_compact(self, filepath: str | pathlib.Path) -> None:
         """Saves what samples: the averaged weights, in half precision, and no optimizer.
 
@@ -60,8 +65,6 @@ class StoredModel(keras.Model):
         """
         path = pathlib.Path(filepath)
         _checks.require(path.suffix == ".keras", "The file name must end in .keras", filepath=filepath)
-        if not _replicas.is_chief():
-            return
         copy = type(self).from_model(self)
         with replacing(path, path.with_name(f"{path.stem}.saving.keras")) as temporary:
             keras.Model.save(copy, temporary)

@@ -42,7 +42,7 @@ if keras.backend.backend() == "jax":
     if args.model_parallel:
         mesh = keras.distribution.DeviceMesh((1, args.devices), ("batch", "model"))
         layout = keras.distribution.LayoutMap(mesh)
-        layout[".*kernel"] = (None, "model")
+        layout["block_.*dense.*kernel"] = (None, "model")
         keras.distribution.set_distribution(keras.distribution.ModelParallel(layout_map=layout))
     elif args.devices * args.processes > 1:
         keras.distribution.set_distribution(keras.distribution.DataParallel(auto_shard_dataset=False))
