@@ -30,7 +30,7 @@ def _tf_strategy():
 
 
 def in_scope(method: Callable) -> Callable:
-    """Decorates a method of a model: the strategy of the model is the current one. Only TensorFlow's models have one."""
+    """Decorates a method of a model: its strategy is the current one. Only models of TensorFlow have one."""
 
     @functools.wraps(method)
     def wrapped(self, *args, **kwargs):
@@ -99,14 +99,14 @@ def data_parts() -> tuple[int, int, int]:
 def program_parts() -> int:
     """Into how many equal parts `part` divides a batch."""
     strategy = _tf_strategy()
-    return len(strategy.extended.worker_devices) if strategy else data_parts()[0]
+    return strategy.num_replicas_in_sync if strategy else data_parts()[0]
 
 
 def part(x: Any) -> Any:
     """In a compiled program: this replica's part of a batch, or on JAX the batch, divided over the devices."""
     strategy, distribution = _tf_strategy(), _jax_distribution()
     if strategy:
-        number, size = _number(strategy) % program_parts(), ops.shape(x)[0] // program_parts()
+        number, size = _number(strategy), ops.shape(x)[0] // program_parts()
         return x[number * size : (number + 1) * size]
     if distribution is None:
         return x
@@ -131,8 +131,25 @@ def mean(x: Any) -> Any:
     return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.MEAN, x)
 
 
+def value_of(v: keras.Variable) -> np.ndarray:
+    """The value of a variable. With several processes, a metric of TensorFlow has what this process added to it."""
+    parts = getattr(v.value, "values", None)  # TensorFlow would add up those of all processes, and wait for them
+    return ops.convert_to_numpy(v if parts is None or _process()[1] == 1 else parts[0])
+
+
+def joined(logs: dict) -> dict:
+    """At the end of a step: the logs of a replica, so that Keras takes their mean over the replicas.
+
+    With several processes of TensorFlow, Keras 3.15 takes the mean along an axis that numbers do not have.
+    """
+    strategy = _tf_strategy()
+    if strategy is None or _process()[1] == 1:
+        return logs
+    return {name: ops.reshape(value, (1,)) for name, value in logs.items()}
+
+
 def undivided(loss: Any) -> Any:
-    """Outside of a training step: a loss that Keras has divided by the number of replicas, to add up their gradients."""
+    """Outside of a training step: a loss that Keras divided by the number of replicas, to add up their gradients."""
     strategy = _tf_strategy()
     return loss * strategy.num_replicas_in_sync if strategy else loss
 

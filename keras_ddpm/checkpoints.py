@@ -135,14 +135,15 @@ class Checkpoint(keras.callbacks.Callback):
         several processes, the first one writes, and all read.
         """
         self._time = time.monotonic()
-        said = self._written(position, ended) if _replicas.is_chief() else "The first process writes the checkpoints."
+        said = self._written(position, ended, map(_replicas.value_of, variables_of(self.model))) or "The first process writes the checkpoints."
         if self._signal:
             print(f"\nStopped by {signal.Signals(self._signal).name}. {said}", file=sys.stderr)
             raise KeyboardInterrupt if self._signal == signal.SIGINT else SystemExit(128 + self._signal)
 
-    def _written(self, position, ended):
+    @_replicas.by_chief
+    def _written(self, position, ended, values):
         """Writes a checkpoint, and returns what there is to say about it."""
-        values = [ops.convert_to_numpy(v) for v in variables_of(self.model)]
+        values = list(values)
         floats = [value for value in values if keras.backend.is_float_dtype(value.dtype.name)]
         arrays: dict = {}
         changed = []

@@ -11,8 +11,9 @@ import concurrent.futures
 import dataclasses
 import difflib
 import functools
+import hashlib
+import json
 import mimetypes
-import mmap
 import multiprocessing.pool
 import os
 import textwrap
@@ -24,6 +25,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image
 
+from keras_ddpm import _cache
 from keras_ddpm import _checks
 from keras_ddpm import _replicas
 from keras_ddpm import images
@@ -32,6 +34,7 @@ from keras_ddpm.toys import moons as moons
 from keras_ddpm.toys import procedural_flowers as procedural_flowers
 
 ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+UNREADABLE = "cannot be read as an image"
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -45,8 +48,8 @@ class Batches(keras.utils.PyDataset):
     last batch is filled up with an example of weight 0. Several processes of JAX each get their share of every batch.
 
     Args:
-        x: array `(num, ...)`, possibly memory-mapped. Of a file, about 0.25 GB stay in the memory of the process. uint8 images are scaled to [-1, 1] in the batches. Floats must be finite and are not
-            scaled.
+        x: array `(num, ...)`, possibly memory-mapped. uint8 images are scaled to [-1, 1] in the batches. Floats must be
+            finite and are not scaled. Of a file, about 0.25 GB are in the memory of the process at once.
         labels: array `(num,)` or `None`.
         batch_size: number of examples in a batch.
         shuffle: whether to shuffle. Otherwise an epoch is the data in order, and its last batch may be smaller.
@@ -92,7 +95,7 @@ class Batches(keras.utils.PyDataset):
             _checks.require(len(self.labels) == len(x), f"Expected {len(x)} labels", shape=self.labels.shape)
         self.epoch = 0
         self._begun = False
-        self._file, self._read = _file_of(x), 0
+        self._read = 0
         self._pool, self._coming = None, {}
 
     def __repr__(self) -> str:
@@ -139,7 +142,10 @@ class Batches(keras.utils.PyDataset):
         mine = slice(len(chosen) * process // num_processes, len(chosen) * (process + 1) // num_processes)
         chosen, mirrored = chosen[mine], mirrored[mine]
         x = self.x[chosen]
-        self._forget(x.nbytes)
+        self._read += x.nbytes
+        if self._read > 2**28:
+            self._read = 0
+            _cache.forget(self.x)
         if self.flip:
             x[mirrored] = x[mirrored, :, ::-1]
         x = images.from_uint8(x) if x.dtype == "uint8" else x.astype("float32")
@@ -148,15 +154,8 @@ class Batches(keras.utils.PyDataset):
             return x, labels, weight[mine]
         return x if labels is None else (x, labels)
 
-    def _forget(self, nbytes, most=2**28):
-        """Takes the pages of a file out of the memory of the process. The system may keep them in its cache."""
-        self._read += nbytes
-        if self._file is not None and self._read > most:
-            self._read = 0
-            self._file.madvise(mmap.MADV_DONTNEED)
-
     def __getstate__(self):
-        return self.__dict__ | {"_file": None, "_pool": None, "_coming": {}}
+        return self.__dict__ | {"_pool": None, "_coming": {}}
 
     def on_epoch_begin(self) -> None:
         self._begun = True
@@ -165,15 +164,6 @@ class Batches(keras.utils.PyDataset):
         """Moves on to the next epoch. Keras calls this before the first epoch, too, and then starts its workers."""
         self.epoch += self._begun
         self._begun = False
-
-
-def _file_of(x):
-    """The memory map of an array, or `None` for one in memory or one that can be written to."""
-    if x.flags.writeable or not hasattr(mmap, "MADV_DONTNEED"):
-        return None
-    while isinstance(x, np.ndarray):
-        x = x.base
-    return x if isinstance(x, mmap.mmap) else None
 
 
 @functools.lru_cache(maxsize=4)
@@ -222,6 +212,7 @@ def from_folder(
     labels: bool = False,
     strict: bool = False,
     max_pixels: int = images.MAX_PIXELS,
+    cache: str | Path | None = None,
     **kwargs,
 ) -> Batches:
     """Makes batches of the image files in a folder and its subfolders.
@@ -236,6 +227,8 @@ def from_folder(
             below it. `class_names` holds their names in alphabetical order.
         strict: whether a file that cannot be read is an error. Otherwise it is skipped with a warning.
         max_pixels: largest number of pixels of a file. Larger files cannot be read.
+        cache: name of an `.npy` file. The images are decoded into it once, and read from it without filling the memory.
+            If that is interrupted, the same call goes on. An index lies next to it, in JSON.
         **kwargs: arguments of `Batches`.
 
     Returns:
@@ -243,34 +236,43 @@ def from_folder(
 
     Raises:
         ValueError: if the folder does not exist or has no image, `channels` is neither 1 nor 3, an image cannot be read
-            (with `strict`), an image is in no subfolder (with `labels`), or `Batches` raises it.
+            (with `strict`), an image is in no subfolder (with `labels`), `cache` was made of other files or with other
+            settings, or `Batches` raises it.
     """
     _checks.require(channels in (1, 3), "`channels` must be 1 or 3", channels=channels)
     _checks.counts(image_size=image_size, max_pixels=max_pixels)
     path = Path(path)
     _checks.require(path.is_dir(), f"There is no folder {path}")
-    x, classes, unread = [], [], set()
+    files, unread = [], set()
     for file in sorted(_visible_files(path)):
-        if file.suffix.lower() not in ENDINGS:
-            if (mimetypes.guess_type(file)[0] or "").startswith("image/"):
-                unread.add(file.suffix)
-            continue
-        parts = file.relative_to(path).parts
-        _checks.require(not labels or len(parts) > 1, f"{file} is in no subfolder of {path}, so it has no class")
+        if file.suffix.lower() in ENDINGS:
+            inside = len(file.relative_to(path).parts) > 1
+            _checks.require(not labels or inside, f"{file} is in no subfolder of {path}, so it has no class")
+            files.append(file)
+        elif (mimetypes.guess_type(file)[0] or "").startswith("image/"):
+            unread.add(file.suffix)
+
+    def load(file):
         try:
-            x.append(images.load(file, image_size, channels, max_pixels))
-            classes.append(parts[0])
+            return images.load(file, image_size, channels, max_pixels), file.relative_to(path).parts[0]
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises
-            if strict:
-                raise ValueError(f"{file} cannot be read as an image: {error}") from error
-            warnings.warn(f"Skipped {file}, which cannot be read as an image: {error}", stacklevel=2)
+            return f"{file} {UNREADABLE}: {error}"
+
+    key = [image_size, channels, max_pixels, len(files)]
+    if cache:
+        stats = [(str(file.relative_to(path)), file.stat().st_size) for file in files]
+        key += [hashlib.sha256(json.dumps(stats).encode()).hexdigest()]
+    x, classes, skipped = _cache.decoded(lambda start: files[start:], load, len(files), key, cache)
+    _checks.require(not (strict and skipped), "".join(skipped[:1]))
+    for reason in skipped:
+        warnings.warn("Skipped " + reason.replace(UNREADABLE, "which " + UNREADABLE), stacklevel=2)
     if unread:
         warnings.warn(f"Files ending in {', '.join(sorted(unread))} are skipped: convert them to .png", stacklevel=2)
-    _checks.require(x, f"There is no readable image in {path} (looked for {', '.join(sorted(ENDINGS))})")
+    _checks.require(len(x), f"There is no readable image in {path} (looked for {', '.join(sorted(ENDINGS))})")
     if not labels:
-        return Batches(np.stack(x), **kwargs)
+        return Batches(x, **kwargs)
     names, numbers = np.unique(classes, return_inverse=True)
-    return Batches(np.stack(x), numbers.astype("int32"), class_names=names.tolist(), **kwargs)
+    return Batches(x, numbers.astype("int32"), class_names=names.tolist(), **kwargs)
 
 
 def _visible_files(path):
@@ -290,6 +292,7 @@ def from_tfds(
     image_size: int | None = None,
     data_dir: str | Path | None = None,
     labels: bool = False,
+    cache: str | Path | None = None,
     **kwargs,
 ) -> Batches:
     """Makes batches of a data set of TensorFlow Datasets with the features `image` and, for labels, `label`.
@@ -302,6 +305,7 @@ def from_tfds(
         image_size: side to which images are cropped and resized. `None` if all images have the same size.
         data_dir: folder of the prepared data sets. By default, the folder of TensorFlow Datasets.
         labels: whether to return labels.
+        cache: name of an `.npy` file into which the images are decoded once, as in `from_folder`.
         **kwargs: arguments of `Batches`.
 
     Returns:
@@ -310,9 +314,9 @@ def from_tfds(
     Raises:
         ConnectionError: if the data set is not on disk and cannot be downloaded.
         ValueError: if there is no data set of this name, it lacks a feature, its images differ in size and `image_size`
-            is not given, or `Batches` raises it.
+            is not given, `cache` was made of other data, or `Batches` raises it.
     """
-    x, numbers, names = _read_tfds(name, split, image_size, data_dir, labels)
+    x, numbers, names = _read_tfds(name, split, image_size, data_dir, labels, cache)
     return Batches(x, numbers, class_names=names, **kwargs)
 
 
@@ -351,7 +355,7 @@ def oxford_flowers(
     return batches(kept[~held_out], **{"flip": True, **kwargs}), batches(kept[held_out], shuffle=False)
 
 
-def _read_tfds(name, split, image_size, data_dir, labels):
+def _read_tfds(name, split, image_size, data_dir, labels, cache=None):
     """Reads the images of a split as a uint8 array, the labels as an int64 array, and their names; or `None`."""
     import tensorflow_datasets as tfds
 
@@ -379,15 +383,19 @@ def _read_tfds(name, split, image_size, data_dir, labels):
             raise ConnectionError(f"{name} is not in {data_dir}, and its download failed: {reason}") from error
     missing = {"image", *(["label"] if labels else [])} - set(builder.info.features)
     _checks.require(not missing, f"{name} lacks the features {missing}", features=list(builder.info.features))
-    x, numbers = [], []
     # Without interleaving, the examples are in order.
-    for example in tfds.as_numpy(builder.as_dataset(split, read_config=tfds.ReadConfig(interleave_cycle_length=1))):
-        x.append(example["image"] if image_size is None else images.resize(example["image"], image_size))
-        numbers.append(example["label"] if labels else None)
-    _checks.require(len({image.shape for image in x}) == 1, f"The images of {name} differ in size: give `image_size`")
+    examples = builder.as_dataset(split, read_config=tfds.ReadConfig(interleave_cycle_length=1))
+
+    def load(example):
+        x = example["image"] if image_size is None else images.resize(example["image"], image_size)
+        return x, int(example["label"]) if labels else None
+
+    key = [name, str(builder.version), split, image_size, labels]
+    items = lambda start: tfds.as_numpy(examples.skip(start))  # noqa: E731
+    x, numbers, _ = _cache.decoded(items, load, len(examples), key, cache)
     if not labels:
-        return np.stack(x), None, None
-    return np.stack(x), np.array(numbers), getattr(builder.info.features["label"], "names", None)
+        return x, None, None
+    return x, np.array(numbers), getattr(builder.info.features["label"], "names", None)
 
 
 def _check_reachable(url, seconds=5):

@@ -151,6 +151,9 @@ class NoisyRegression(saving.StoredModel):
             self.evaluates_average = False
             del self.test_step
 
+    def _maybe_symbolic_build(self, *args, **kwargs):
+        """Does nothing, as `compile` has built everything. With several processes of TensorFlow, that of Keras fails."""
+
     compile.__signature__ = inspect.signature(keras.Model.compile)
     fit.__signature__ = inspect.signature(keras.Model.fit)
     evaluate.__signature__ = inspect.signature(keras.Model.evaluate)
@@ -162,7 +165,7 @@ class NoisyRegression(saving.StoredModel):
             before = ops.copy(self.optimizer.iterations)
             logs = super().train_step(data)
             self.average.update(before, self.optimizer.iterations, _replicas.mean(logs["loss"]))
-            return logs
+            return _replicas.joined(logs)
         state, data = args
         weights = self.trainable_variables, self.non_trainable_variables
         variables = (*weights, self.optimizer.variables, self.metrics_variables)
@@ -177,7 +180,7 @@ class NoisyRegression(saving.StoredModel):
     def test_step(self, *args):
         """Evaluates on noisy data. The arguments are `data`, on JAX `state` and `data`."""
         if len(args) == 1:
-            return super().test_step(self._corrupt(*args, self._test_random))
+            return _replicas.joined(super().test_step(self._corrupt(*args, self._test_random)))
         state, data = args
         variables = (self.trainable_variables, self.non_trainable_variables, self.metrics_variables)
         with _Stateless(variables, state) as scope:
