@@ -4,16 +4,17 @@ The file is a plain `.npy`. Next to it, an index in JSON holds what the images w
 read, the labels, and what was skipped. Decoding goes on from the index if it was interrupted.
 """
 
+import concurrent.futures
 import itertools
 import json
 import math
 import mmap
-import multiprocessing.pool
 import os
 import pathlib
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -72,9 +73,9 @@ def decoded(
 def _blocks(items, load, index):
     """Yields the images of one block of items after another, and an index that tells of them."""
     iterator = iter(items)
-    with multiprocessing.pool.ThreadPool(os.cpu_count()) as pool:
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         while block := list(itertools.islice(iterator, BLOCK)):
-            results = pool.map(load, block)
+            results = list(pool.map(load, block))
             images = [result[0] for result in results if not isinstance(result, str)]
             index["shape"] = index["shape"] or (list(images[0].shape) if images else None)
             same = all(list(image.shape) == index["shape"] for image in images)

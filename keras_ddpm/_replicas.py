@@ -133,8 +133,10 @@ def mean(x: Any) -> Any:
 
 def value_of(v: keras.Variable) -> np.ndarray:
     """The value of a variable. With several processes, a metric of TensorFlow has what this process added to it."""
-    parts = getattr(v.value, "values", None)  # TensorFlow would add up those of all processes, and wait for them
-    return ops.convert_to_numpy(v if parts is None or _process()[1] == 1 else parts[0])
+    strategy = _tf_strategy()
+    if strategy and _process()[1] > 1:  # it would add up those of all processes, and wait for them
+        return strategy.experimental_local_results(v.value)[0].numpy()
+    return ops.convert_to_numpy(v)
 
 
 def joined(logs: dict) -> dict:

@@ -135,7 +135,8 @@ class Checkpoint(keras.callbacks.Callback):
         several processes, the first one writes, and all read.
         """
         self._time = time.monotonic()
-        said = self._written(position, ended, map(_replicas.value_of, variables_of(self.model))) or "The first process writes the checkpoints."
+        values = [_replicas.value_of(v) for v in variables_of(self.model)]
+        said = self._written(position, ended, values) or "The first process writes the checkpoints."
         if self._signal:
             print(f"\nStopped by {signal.Signals(self._signal).name}. {said}", file=sys.stderr)
             raise KeyboardInterrupt if self._signal == signal.SIGINT else SystemExit(128 + self._signal)
@@ -143,7 +144,6 @@ class Checkpoint(keras.callbacks.Callback):
     @_replicas.by_chief
     def _written(self, position, ended, values):
         """Writes a checkpoint, and returns what there is to say about it."""
-        values = list(values)
         floats = [value for value in values if keras.backend.is_float_dtype(value.dtype.name)]
         arrays: dict = {}
         changed = []
