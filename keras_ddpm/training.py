@@ -152,7 +152,7 @@ class NoisyRegression(saving.StoredModel):
             del self.test_step
 
     def _maybe_symbolic_build(self, *args, **kwargs):
-        """Does nothing, as `compile` has built everything. With several processes of TensorFlow, that of Keras fails."""
+        """Does nothing: `compile` has built everything, and Keras fails here with several processes of TensorFlow."""
 
     compile.__signature__ = inspect.signature(keras.Model.compile)
     fit.__signature__ = inspect.signature(keras.Model.fit)
