@@ -43,7 +43,7 @@ class Extractor:
         needed = "An extractor must have one input and one vector as output"
         _checks.require(getattr(network, "inputs", None), needed, model=getattr(network, "name", network))
         if any(layer.name == "features" for layer in network.layers):
-            network = keras.Model(network.inputs, network.get_layer("features").output, name=network.name)
+            network = keras.Model(network.inputs[0], network.get_layer("features").output, name=network.name)
         fits = len(network.inputs) == len(network.outputs) == 1 and len(network.output_shape) == 2
         _checks.require(fits, needed, model=network.name)
         self.model = network
