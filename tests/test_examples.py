@@ -689,3 +689,9 @@ def test_edit_says_in_one_line_what_is_wrong(edit, command_line):
 def test_a_backend_that_does_not_exist():
     status, printed = run_script("flowers.py", "--help", KERAS_BACKEND="pytorch")
     assert status == 1 and "Keras cannot use the backend pytorch" in printed and "Traceback" not in printed
+
+
+def test_more_devices_than_there_are(command_line, tmp_path):
+    result = command_line("flowers.py", "--devices", 99, "--output", tmp_path)
+    torch = keras.backend.backend() == "torch"
+    check_error(result, 2, "no distribution on PyTorch" if torch else r"--devices must be in 1\.\.\d+")
