@@ -40,6 +40,12 @@ RUNTIME = [  # with WebAssembly, and with WebGPU
 
 def build(model, out, guidance_scale, tables=None):
     """Writes the site into a folder. The last arguments are those of `kd.export.onnx`."""
+    guidance_scale = guidance_scale if model.condition else 1.0
+    try:
+        with common.quiet():
+            kd.export.onnx(model, out / "model", tables, guidance_scale=guidance_scale)
+    except ImportError as error:
+        raise ValueError(error) from error
     runtime = DEMO / "node_modules/onnxruntime-web/dist"
     if not runtime.exists():
         install = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--silent"]
@@ -52,9 +58,6 @@ def build(model, out, guidance_scale, tables=None):
         shutil.copy(DEMO / name, out / name)
     for name in RUNTIME:
         shutil.copy(runtime / name, out / "ort" / name)
-    with common.quiet():
-        guidance_scale = guidance_scale if model.condition else 1.0
-        kd.export.onnx(model, out / "model", tables, guidance_scale=guidance_scale)
 
 
 class Files(http.server.SimpleHTTPRequestHandler):

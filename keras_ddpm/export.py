@@ -217,5 +217,5 @@ def _import(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        hint = 'Exports need more packages: `pip install "keras-ddpm[export]"`'
+        hint = "Exports need more packages: `pip install onnx onnxruntime safetensors tf2onnx`"
         raise ModuleNotFoundError(f"{error}. {hint}", name=error.name) from error
