@@ -234,7 +234,8 @@ def test_ipndm_is_the_papers(schedule, num_steps):
     network = keras.Input((3,)), keras.Input((), dtype="int32")
     model = kd.DiffusionModel(keras.Model(network, network[0]), kd.GaussianDiffusion(schedule, "x0"))
     got = model.run(sampler.steps(schedule), lambda indices: start[None].astype("float32"), 1, 0)
-    np.testing.assert_allclose(got[0], x, atol=1e-4)
+    # In float32. Where there is little signal, the noise that is remembered has large factors.
+    np.testing.assert_allclose(got[0], x, atol=5e-4)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "zero terminal"])
