@@ -96,6 +96,27 @@ def run(main, *parts, commands=(), presets=None):
         sys.exit(f"{parser.prog}: {error}")
 
 
+def distribute(devices):
+    """A context in which models are made and trained on several devices. A device does without."""
+    backend = keras.backend.backend()
+    if devices == 1:
+        return contextlib.nullcontext()
+    if backend == "torch":
+        raise UsageError("Keras 3.15 has no distribution on PyTorch. Choose KERAS_BACKEND=jax or tensorflow.")
+    if backend == "jax":
+        found = keras.distribution.list_devices()
+    else:
+        import tensorflow as tf
+
+        found = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
+        found = [device.name for device in found]
+    if not 1 <= devices <= len(found):
+        raise UsageError(f"--devices must be in 1..{len(found)}, the number of devices. Received: {devices}")
+    if backend == "jax":
+        return keras.distribution.DataParallel(devices=found[:devices]).scope()
+    return tf.distribute.MirroredStrategy(found[:devices]).scope()
+
+
 def open_output(output, resume=False, overwrite=False):
     """The folder for the output files. The checkpoints of an earlier run are kept, removed or refused."""
     out = pathlib.Path(output)

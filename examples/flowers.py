@@ -233,6 +233,7 @@ def main(
     output="runs/flowers",
     resume=False,
     overwrite=False,
+    devices=1,
     seed=0,
     **settings,
 ):
@@ -247,6 +248,7 @@ def main(
         output: folder for the output files.
         resume: go on with the run in the output folder.
         overwrite: replace the run in the output folder.
+        devices: number of devices, which share every batch.
         seed: random seed.
         **settings: arguments of `load`, `make_model` and `train`.
     """
@@ -262,14 +264,15 @@ def main(
     settings = PRESETS[preset] | settings
     out = common.open_output(output, resume, overwrite)
     keras.utils.set_random_seed(seed)
-    if init:
-        model = common.load_model(init)
-        settings |= {"image_size": model.data_shape[0], "labels": "yes" if model.condition else "no"}
-    chosen = lambda names: {name: value for name, value in settings.items() if name in names}  # noqa: E731
-    data, validation = load(dataset, seed, **chosen(of_data))
-    if not init:
-        model = make_model(data.x.shape[1], data.class_names, seed, **chosen(of_model))
-    train(model, data, validation, out, seed, **chosen(settings.keys() - of_data.keys() - of_model.keys()))
+    with common.distribute(devices):
+        if init:
+            model = common.load_model(init)
+            settings |= {"image_size": model.data_shape[0], "labels": "yes" if model.condition else "no"}
+        chosen = lambda names: {name: value for name, value in settings.items() if name in names}  # noqa: E731
+        data, validation = load(dataset, seed, **chosen(of_data))
+        if not init:
+            model = make_model(data.x.shape[1], data.class_names, seed, **chosen(of_model))
+        train(model, data, validation, out, seed, **chosen(settings.keys() - of_data.keys() - of_model.keys()))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from keras_ddpm import toys as toys
 from keras_ddpm._devices import dtype_policy as dtype_policy
 from keras_ddpm._devices import has_accelerator as has_accelerator
 from keras_ddpm._devices import keep_memory as keep_memory
+from keras_ddpm._replicas import is_chief as is_chief
 from keras_ddpm.diffusion import GaussianDiffusion as GaussianDiffusion
 from keras_ddpm.model import DiffusionModel as DiffusionModel
 

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 import keras
 from keras import ops
 
+from keras_ddpm import _replicas
+
 # Names of functions of `_torch`, and of those that are switched off. Tests compare fast and plain ones.
 FAST: set[str] = set()
 plain_functions: set[str] = set()
@@ -74,11 +76,11 @@ def has_accelerator() -> bool:
 def jit_compile() -> bool:
     """What `jit_compile="auto"` means for this package: XLA on JAX, and on TensorFlow with an accelerator.
 
-    On a CPU, TensorFlow's own kernels are faster than XLA's. On PyTorch, `torch.compile` recompiles a Keras model for
-    minutes before the first step.
+    On a CPU, TensorFlow's own kernels are faster than XLA's. With several replicas of TensorFlow, XLA hangs. On
+    PyTorch, `torch.compile` recompiles a Keras model for minutes before the first step.
     """
     backend = keras.backend.backend()
-    return backend == "jax" or (backend == "tensorflow" and has_accelerator())
+    return backend == "jax" or (backend == "tensorflow" and has_accelerator() and _replicas.program_parts() == 1)
 
 
 def max_dense_attention() -> int:

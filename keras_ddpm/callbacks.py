@@ -14,6 +14,7 @@ from keras import ops
 from PIL import Image
 
 from keras_ddpm import _checks
+from keras_ddpm import _replicas
 from keras_ddpm import checkpoints
 from keras_ddpm import images
 from keras_ddpm.checkpoints import Checkpoint as Checkpoint
@@ -93,11 +94,13 @@ class SampleGrid(_Sampling):
             raise ValueError(f"`path` must have no name but {{epoch}} in braces. Received: path={self.path}") from error
         valid = pathlib.Path(self.path).suffix.lower() in Image.registered_extensions()
         _checks.require(valid, "`path` must end like an image file", path=self.path)
+        self.writer = None
+        if not _replicas.is_chief():
+            return
         folder = pathlib.Path(self.path).parent
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-        self.writer = None
         if self.tensorboard is not None:
             from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
@@ -112,6 +115,8 @@ class SampleGrid(_Sampling):
         if epoch % self.every:
             return
         grids = [images.grid(self.sample(use_ema)) for use_ema in ((True, False) if self.compare_raw else (True,))]
+        if not _replicas.is_chief():  # but on JAX, all processes draw the samples
+            return
         grid = np.concatenate(grids, axis=1)
         images.save(self.path.format(epoch=epoch), grid, self.scale)
         if self.writer:
@@ -217,7 +222,8 @@ class LossByTimestep(keras.callbacks.Callback):
             x_t = ops.convert_to_numpy(diffusion.q_sample(x_0, t, noise))
             predicted = self.model.denoise(x_t, at, clip=False, labels=self.labels)
             y = diffusion.target(predicted, t, diffusion.predict_noise(x_t, t, predicted))
-            logs[f"loss_at_{at}"] = float(self.model.compute_loss(y=diffusion.target(x_0, t, noise), y_pred=y))
+            loss = self.model.compute_loss(y=diffusion.target(x_0, t, noise), y_pred=y)
+            logs[f"loss_at_{at}"] = float(_replicas.undivided(loss))
 
 
 class EMAWeights(keras.callbacks.Callback):
@@ -298,9 +304,13 @@ class LossWatch(keras.callbacks.Callback):
         noise = np.random.default_rng(0).standard_normal(self.x_0.shape)
         target = diffusion.target(self.x_0, t, noise)
         weight = self.model.weight_of(t)
-        self.trivial = float(self.model.compute_loss(y=target, y_pred=ops.zeros_like(target), sample_weight=weight))
-        self.start = int(self.model.optimizer.iterations)
+        loss = self.model.compute_loss(y=target, y_pred=ops.zeros_like(target), sample_weight=weight)
+        self.trivial = float(_replicas.undivided(loss))
+        self.start = self._updates()
         self._recent = []
+
+    def _updates(self):
+        return int(ops.convert_to_numpy(self.model.optimizer.iterations))
 
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch = epoch
@@ -324,7 +334,7 @@ class LossWatch(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         self._check()
         loss = (logs or {}).get("loss", 0.0)
-        if loss > 0.9 * self.trivial and int(self.model.optimizer.iterations) - self.start >= self.patience:
+        if loss > 0.9 * self.trivial and self._updates() - self.start >= self.patience:
             warnings.warn(
                 f"After epoch {epoch + 1} the loss is {loss:.3f}; always predicting zero gives {self.trivial:.3f}. "
                 "The network has learned next to nothing: check the learning rate and the data.",

@@ -19,6 +19,7 @@ from keras import ops
 
 from keras_ddpm import _checks
 from keras_ddpm import _devices
+from keras_ddpm import _replicas
 from keras_ddpm import saving
 
 
@@ -120,7 +121,8 @@ class Checkpoint(keras.callbacks.Callback):
     def on_train_end(self, logs=None):
         if self._epoch is None:  # no epoch was left
             if self._pending:
-                print(f"{self.folder} holds a finished run, so nothing was trained. Give more epochs to go on.")
+                if _replicas.is_chief():
+                    print(f"{self.folder} holds a finished run, so nothing was trained. Give more epochs to go on.")
                 self._restore()
             self._restore_history()
         else:
@@ -129,10 +131,19 @@ class Checkpoint(keras.callbacks.Callback):
     def _save(self, position, ended=False):
         """Writes a checkpoint of the state before the batch at `position`. Ends the run if there was a signal.
 
-        At the end of `fit`, the state is that before the other callbacks end, and before a next epoch begins.
+        At the end of `fit`, the state is that before the other callbacks end, and before a next epoch begins. Of
+        several processes, the first one writes, and all read.
         """
         self._time = time.monotonic()
-        values = [ops.convert_to_numpy(v) for v in variables_of(self.model)]
+        values = [_replicas.value_of(v) for v in variables_of(self.model)]
+        said = self._written(position, ended, values) or "The first process writes the checkpoints."
+        if self._signal:
+            print(f"\nStopped by {signal.Signals(self._signal).name}. {said}", file=sys.stderr)
+            raise KeyboardInterrupt if self._signal == signal.SIGINT else SystemExit(128 + self._signal)
+
+    @_replicas.by_chief
+    def _written(self, position, ended, values):
+        """Writes a checkpoint, and returns what there is to say about it."""
         floats = [value for value in values if keras.backend.is_float_dtype(value.dtype.name)]
         arrays: dict = {}
         changed = []
@@ -158,13 +169,11 @@ class Checkpoint(keras.callbacks.Callback):
             _write(path, state, arrays)
             for old in self._paths()[: -self.keep]:
                 old.unlink()
-            said = f"`fit` with the same checkpoint folder goes on from {path}."
+            return f"`fit` with the same checkpoint folder goes on from {path}."
         except (OSError, ValueError) as error:
             said = f"No checkpoint was written. {str(error).rstrip('.')}. The ones before it are in {self.folder}."
-            warnings.warn(said, stacklevel=2)
-        if self._signal:
-            print(f"\nStopped by {signal.Signals(self._signal).name}. {said}", file=sys.stderr)
-            raise KeyboardInterrupt if self._signal == signal.SIGINT else SystemExit(128 + self._signal)
+            warnings.warn(said, stacklevel=3)
+            return said
 
     def _restore(self):
         """Puts the pending checkpoint into the model and the callbacks."""
@@ -190,8 +199,9 @@ class Checkpoint(keras.callbacks.Callback):
 
     def _newest(self, model):
         """The state of the newest checkpoint that is whole, or `None`."""
-        for temporary in self.folder.glob("*.npz.tmp"):  # of a run that was killed
-            temporary.unlink(missing_ok=True)
+        if _replicas.is_chief():
+            for temporary in self.folder.glob("*.npz.tmp"):  # of a run that was killed
+                temporary.unlink(missing_ok=True)
         for path in reversed(self._paths()):
             try:
                 state = _read(path)

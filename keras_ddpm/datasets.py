@@ -7,9 +7,12 @@ To add a source, write a function that makes an array of images and passes it to
 TensorFlow, and only to read TensorFlow Datasets.
 """
 
+import concurrent.futures
 import dataclasses
 import difflib
 import functools
+import hashlib
+import json
 import mimetypes
 import multiprocessing.pool
 import os
@@ -22,25 +25,31 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image
 
+from keras_ddpm import _cache
 from keras_ddpm import _checks
+from keras_ddpm import _replicas
 from keras_ddpm import images
 from keras_ddpm.toys import FLOWER_KINDS as FLOWER_KINDS
 from keras_ddpm.toys import moons as moons
 from keras_ddpm.toys import procedural_flowers as procedural_flowers
 
 ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+UNREADABLE = "cannot be read as an image"
 
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Batches(keras.utils.PyDataset):
-    """Batches of data in memory: `x_0`, or `(x_0, label)` if there are labels.
+    """Batches of data in memory, or in a memory-mapped file: `x_0`, or `(x_0, label)` if there are labels.
 
     With `shuffle`, the batches of all epochs are cut from one endless sequence of permutations of the data. Every batch
-    is full, and all examples are seen equally often.
+    is full, and all examples are seen equally often. A batch depends on the seed, the epoch and its number alone.
+
+    Several devices of JAX need batches that they can share. If the data in order do not divide by their number, the
+    last batch is filled up with an example of weight 0. Several processes of JAX each get their share of every batch.
 
     Args:
-        x: array `(num, ...)`. uint8 images are scaled to [-1, 1] in the batches. Floats must be finite and are not
-            scaled.
+        x: array `(num, ...)`, possibly memory-mapped. uint8 images are scaled to [-1, 1] in the batches. Floats must be
+            finite and are not scaled. Of a file, about 0.25 GB are in the memory of the process at once.
         labels: array `(num,)` or `None`.
         batch_size: number of examples in a batch.
         shuffle: whether to shuffle. Otherwise an epoch is the data in order, and its last batch may be smaller.
@@ -48,6 +57,8 @@ class Batches(keras.utils.PyDataset):
         steps_per_epoch: number of batches in an epoch of shuffled data. By default `num // batch_size`.
         seed: seed of the order and of the flips.
         class_names: the name of each label 0..K − 1, if they have names.
+        num_workers: number of threads that make the next batches in the meantime. 0 makes each when it is needed. Use
+            it instead of `workers` of Keras, of which 3.15 mixes up the order.
 
     Attributes:
         epoch: number of the epoch, which determines its batches. It counts on in further calls of `fit`; with
@@ -66,13 +77,14 @@ class Batches(keras.utils.PyDataset):
     steps_per_epoch: int | None = None
     seed: int = 0
     class_names: list[str] | None = None
+    num_workers: int = 0
 
     def __post_init__(self) -> None:
         super().__init__()
         self.x = x = np.asarray(self.x)
         valid = _checks.is_count(self.batch_size) and self.batch_size <= len(x)
         _checks.require(valid, f"Expected a batch of 1..{len(x)}", batch_size=self.batch_size)
-        _checks.counts(low=0, seed=self.seed)
+        _checks.counts(low=0, seed=self.seed, num_workers=self.num_workers)
         flags = {"shuffle": self.shuffle, "flip": self.flip}
         _checks.require(all(isinstance(flag, bool) for flag in flags.values()), "Expected True or False", **flags)
         _checks.counts(optional=True, steps_per_epoch=self.steps_per_epoch)
@@ -83,6 +95,8 @@ class Batches(keras.utils.PyDataset):
             _checks.require(len(self.labels) == len(x), f"Expected {len(x)} labels", shape=self.labels.shape)
         self.epoch = 0
         self._begun = False
+        self._read = 0
+        self._pool, self._coming = None, {}
 
     def __repr__(self) -> str:
         labels = "" if self.labels is None else ", with labels"
@@ -98,16 +112,50 @@ class Batches(keras.utils.PyDataset):
         return (self.steps_per_epoch or full) if self.shuffle else full + (rest > 0)
 
     def __getitem__(self, step: int) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
-        num = len(self.x)
         batch = self.epoch * len(self) + step if self.shuffle else step
+        share = _replicas.data_parts()
+        if not self.num_workers:
+            return self._batch(batch, *share)
+        self._pool = self._pool or concurrent.futures.ThreadPoolExecutor(self.num_workers)
+        end = batch + 1 + 2 * self.num_workers
+        ahead = range(batch, end if self.shuffle else min(end, len(self)))
+        # Batches of an earlier place in the data are no longer wanted.
+        self._coming = {n: self._coming.get(n) or self._pool.submit(self._batch, n, *share) for n in ahead}
+        return self._coming.pop(batch).result()
+
+    def _batch(self, batch, parts, process, num_processes):
+        """Makes a batch, given how batches are divided, as in `_replicas.data_parts`."""
+        num = len(self.x)
         row = np.arange(batch * self.batch_size, (batch + 1) * self.batch_size)
-        chosen = [_permutation(num, self.seed, i // num)[i % num] for i in row] if self.shuffle else row[row < num]
+        chosen, weight = row, None
+        _checks.require(self.batch_size % parts == 0, f"{parts} devices need a multiple", batch_size=self.batch_size)
+        if self.shuffle:
+            chosen = np.array([_permutation(num, self.seed, i // num)[i % num] for i in row])
+        elif num % parts:
+            filled = num + -num % parts
+            row = row[row < filled]
+            # So the mean over all batches is that over the data.
+            chosen, weight = np.minimum(row, num - 1), np.where(row < num, filled / num, 0.0).astype("float32")
+        else:
+            chosen = row[row < num]
+        mirrored = np.random.default_rng([self.seed, 1, batch]).random(len(chosen)) < 0.5
+        mine = slice(len(chosen) * process // num_processes, len(chosen) * (process + 1) // num_processes)
+        chosen, mirrored = chosen[mine], mirrored[mine]
         x = self.x[chosen]
+        self._read += x.nbytes
+        if self._read > 2**28:
+            self._read = 0
+            _cache.forget(self.x)
         if self.flip:
-            mirrored = np.random.default_rng([self.seed, 1, batch]).random(len(x)) < 0.5
             x[mirrored] = x[mirrored, :, ::-1]
         x = images.from_uint8(x) if x.dtype == "uint8" else x.astype("float32")
-        return x if self.labels is None else (x, self.labels[chosen])
+        labels = None if self.labels is None else self.labels[chosen]
+        if weight is not None:
+            return x, labels, weight[mine]
+        return x if labels is None else (x, labels)
+
+    def __getstate__(self):
+        return self.__dict__ | {"_pool": None, "_coming": {}}
 
     def on_epoch_begin(self) -> None:
         self._begun = True
@@ -164,6 +212,7 @@ def from_folder(
     labels: bool = False,
     strict: bool = False,
     max_pixels: int = images.MAX_PIXELS,
+    cache: str | Path | None = None,
     **kwargs,
 ) -> Batches:
     """Makes batches of the image files in a folder and its subfolders.
@@ -178,6 +227,8 @@ def from_folder(
             below it. `class_names` holds their names in alphabetical order.
         strict: whether a file that cannot be read is an error. Otherwise it is skipped with a warning.
         max_pixels: largest number of pixels of a file. Larger files cannot be read.
+        cache: name of an `.npy` file. The images are decoded into it once, and read from it without filling the memory.
+            If that is interrupted, the same call goes on. An index lies next to it, in JSON.
         **kwargs: arguments of `Batches`.
 
     Returns:
@@ -185,34 +236,43 @@ def from_folder(
 
     Raises:
         ValueError: if the folder does not exist or has no image, `channels` is neither 1 nor 3, an image cannot be read
-            (with `strict`), an image is in no subfolder (with `labels`), or `Batches` raises it.
+            (with `strict`), an image is in no subfolder (with `labels`), `cache` was made of other files or with other
+            settings, or `Batches` raises it.
     """
     _checks.require(channels in (1, 3), "`channels` must be 1 or 3", channels=channels)
     _checks.counts(image_size=image_size, max_pixels=max_pixels)
     path = Path(path)
     _checks.require(path.is_dir(), f"There is no folder {path}")
-    x, classes, unread = [], [], set()
+    files, unread = [], set()
     for file in sorted(_visible_files(path)):
-        if file.suffix.lower() not in ENDINGS:
-            if (mimetypes.guess_type(file)[0] or "").startswith("image/"):
-                unread.add(file.suffix)
-            continue
-        parts = file.relative_to(path).parts
-        _checks.require(not labels or len(parts) > 1, f"{file} is in no subfolder of {path}, so it has no class")
+        if file.suffix.lower() in ENDINGS:
+            inside = len(file.relative_to(path).parts) > 1
+            _checks.require(not labels or inside, f"{file} is in no subfolder of {path}, so it has no class")
+            files.append(file)
+        elif (mimetypes.guess_type(file)[0] or "").startswith("image/"):
+            unread.add(file.suffix)
+
+    def load(file):
         try:
-            x.append(images.load(file, image_size, channels, max_pixels))
-            classes.append(parts[0])
+            return images.load(file, image_size, channels, max_pixels), file.relative_to(path).parts[0]
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises
-            if strict:
-                raise ValueError(f"{file} cannot be read as an image: {error}") from error
-            warnings.warn(f"Skipped {file}, which cannot be read as an image: {error}", stacklevel=2)
+            return f"{file} {UNREADABLE}: {error}"
+
+    key = [image_size, channels, max_pixels, len(files)]
+    if cache:
+        stats = [(str(file.relative_to(path)), file.stat().st_size) for file in files]
+        key += [hashlib.sha256(json.dumps(stats).encode()).hexdigest()]
+    x, classes, skipped = _cache.decoded(lambda start: files[start:], load, len(files), key, cache)
+    _checks.require(not (strict and skipped), "".join(skipped[:1]))
+    for reason in skipped:
+        warnings.warn("Skipped " + reason.replace(UNREADABLE, "which " + UNREADABLE), stacklevel=2)
     if unread:
         warnings.warn(f"Files ending in {', '.join(sorted(unread))} are skipped: convert them to .png", stacklevel=2)
-    _checks.require(x, f"There is no readable image in {path} (looked for {', '.join(sorted(ENDINGS))})")
+    _checks.require(len(x), f"There is no readable image in {path} (looked for {', '.join(sorted(ENDINGS))})")
     if not labels:
-        return Batches(np.stack(x), **kwargs)
+        return Batches(x, **kwargs)
     names, numbers = np.unique(classes, return_inverse=True)
-    return Batches(np.stack(x), numbers.astype("int32"), class_names=names.tolist(), **kwargs)
+    return Batches(x, numbers.astype("int32"), class_names=names.tolist(), **kwargs)
 
 
 def _visible_files(path):
@@ -232,6 +292,7 @@ def from_tfds(
     image_size: int | None = None,
     data_dir: str | Path | None = None,
     labels: bool = False,
+    cache: str | Path | None = None,
     **kwargs,
 ) -> Batches:
     """Makes batches of a data set of TensorFlow Datasets with the features `image` and, for labels, `label`.
@@ -244,6 +305,7 @@ def from_tfds(
         image_size: side to which images are cropped and resized. `None` if all images have the same size.
         data_dir: folder of the prepared data sets. By default, the folder of TensorFlow Datasets.
         labels: whether to return labels.
+        cache: name of an `.npy` file into which the images are decoded once, as in `from_folder`.
         **kwargs: arguments of `Batches`.
 
     Returns:
@@ -252,9 +314,9 @@ def from_tfds(
     Raises:
         ConnectionError: if the data set is not on disk and cannot be downloaded.
         ValueError: if there is no data set of this name, it lacks a feature, its images differ in size and `image_size`
-            is not given, or `Batches` raises it.
+            is not given, `cache` was made of other data, or `Batches` raises it.
     """
-    x, numbers, names = _read_tfds(name, split, image_size, data_dir, labels)
+    x, numbers, names = _read_tfds(name, split, image_size, data_dir, labels, cache)
     return Batches(x, numbers, class_names=names, **kwargs)
 
 
@@ -293,7 +355,7 @@ def oxford_flowers(
     return batches(kept[~held_out], **{"flip": True, **kwargs}), batches(kept[held_out], shuffle=False)
 
 
-def _read_tfds(name, split, image_size, data_dir, labels):
+def _read_tfds(name, split, image_size, data_dir, labels, cache=None):
     """Reads the images of a split as a uint8 array, the labels as an int64 array, and their names; or `None`."""
     import tensorflow_datasets as tfds
 
@@ -321,15 +383,19 @@ def _read_tfds(name, split, image_size, data_dir, labels):
             raise ConnectionError(f"{name} is not in {data_dir}, and its download failed: {reason}") from error
     missing = {"image", *(["label"] if labels else [])} - set(builder.info.features)
     _checks.require(not missing, f"{name} lacks the features {missing}", features=list(builder.info.features))
-    x, numbers = [], []
     # Without interleaving, the examples are in order.
-    for example in tfds.as_numpy(builder.as_dataset(split, read_config=tfds.ReadConfig(interleave_cycle_length=1))):
-        x.append(example["image"] if image_size is None else images.resize(example["image"], image_size))
-        numbers.append(example["label"] if labels else None)
-    _checks.require(len({image.shape for image in x}) == 1, f"The images of {name} differ in size: give `image_size`")
+    examples = builder.as_dataset(split, read_config=tfds.ReadConfig(interleave_cycle_length=1))
+
+    def load(example):
+        x = example["image"] if image_size is None else images.resize(example["image"], image_size)
+        return x, int(example["label"]) if labels else None
+
+    key = [name, str(builder.version), split, image_size, labels]
+    items = lambda start: tfds.as_numpy(examples.skip(start))  # noqa: E731
+    x, numbers, _ = _cache.decoded(items, load, len(examples), key, cache)
     if not labels:
-        return np.stack(x), None, None
-    return np.stack(x), np.array(numbers), getattr(builder.info.features["label"], "names", None)
+        return x, None, None
+    return x, np.array(numbers), getattr(builder.info.features["label"], "names", None)
 
 
 def _check_reachable(url, seconds=5):

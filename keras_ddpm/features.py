@@ -43,7 +43,7 @@ class Extractor:
         needed = "An extractor must have one input and one vector as output"
         _checks.require(getattr(network, "inputs", None), needed, model=getattr(network, "name", network))
         if any(layer.name == "features" for layer in network.layers):
-            network = keras.Model(network.inputs, network.get_layer("features").output, name=network.name)
+            network = keras.Model(network.inputs[0], network.get_layer("features").output, name=network.name)
         fits = len(network.inputs) == len(network.outputs) == 1 and len(network.output_shape) == 2
         _checks.require(fits, needed, model=network.name)
         self.model = network
@@ -76,7 +76,11 @@ class Extractor:
         expected = self.model.input_shape[1:]
         fits = all(size in (None, got) for size, got in zip(expected, images.shape[1:], strict=True))
         _checks.require(fits, f"The extractor {self.name} takes images {expected}", shape=images.shape[1:])
-        features = self.model.predict(images, batch_size=batch_size, verbose=0).astype("float64")
+        starts = range(0, len(images), batch_size)
+        batches = [images[start : start + batch_size] for start in starts]
+        # Of several replicas of TensorFlow, each returns all features. `predict` wants batches that devices can share.
+        features = [self.model.predict_on_batch(batch)[: len(batch)] for batch in batches]
+        features = np.concatenate(features).astype("float64")
         _checks.require(np.all(np.isfinite(features)), f"The features of the extractor {self.name} are NaN or infinite")
         return features
 

@@ -12,6 +12,7 @@ import keras
 import numpy as np
 
 from keras_ddpm import _checks
+from keras_ddpm import _replicas
 from keras_ddpm import guidance
 from keras_ddpm import samplers
 from keras_ddpm import sampling
@@ -105,8 +106,8 @@ class DiffusionModel(training.NoisyRegression):
         self.seed = seed if seed is None else _checks.seed(seed)
         self.average = Average(network, ema_decay, self.add_weight)
         training.arrange([*network.weights, *self.average.weights])
-        self._fit_random = keras.random.SeedGenerator(self.seed)
-        self._test_random = keras.random.SeedGenerator(0)
+        self._fit_random = _replicas.Seeds(self.seed)
+        self._test_random = _replicas.Seeds(0)
         self._loop = sampling.Loop(self.diffusion, self.data_shape, [*network.variables, *self.average.weights])
         self._predictors = functools.lru_cache(maxsize=8)(self._predictor)
         self._test_functions = {}
@@ -220,6 +221,7 @@ class DiffusionModel(training.NoisyRegression):
         steps = [samplers.row([t], from_x_0=1.0)]
         return self.run(steps, lambda indices: x_t[indices], len(x_t), clip=clip, **options)
 
+    @_replicas.in_scope
     def run(
         self, steps: list, start: Callable, num: int, seed: int = 0, use_ema: bool = True, clip: bool = True, **options
     ) -> Any:

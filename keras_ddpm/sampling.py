@@ -17,6 +17,7 @@ from keras import ops
 
 from keras_ddpm import _checks
 from keras_ddpm import _devices
+from keras_ddpm import _replicas
 from keras_ddpm import rows
 from keras_ddpm.diffusion import GaussianDiffusion
 
@@ -133,7 +134,8 @@ class Loop:
             known: pair of data x_0, `(num, ...)`, and a mask that broadcasts to them; or `None`. After each row, x is
                 replaced by noisy data if the mask is 1, and after the last row by the data themselves.
             first: number of the first example in the sequence of noise that belongs to the seed.
-            batch_size: examples in a batch; `None` for equal batches of at most 256.
+            batch_size: examples in a batch; `None` for equal batches of at most 256. Several devices divide a batch,
+                so it is rounded up to a multiple of their number.
             num_states: number of states to return, at the ends of evenly spaced steps; `None` for the last x only.
             verbose: 1 for a progress bar.
 
@@ -144,8 +146,9 @@ class Loop:
             ValueError: if `batch_size` is not a positive integer.
         """
         _checks.counts(optional=True, batch_size=batch_size)
-        num_batches = -(-num // (batch_size or MAX_BATCH_SIZE))
-        batch_size = batch_size or -(-num // num_batches)
+        batch_size = batch_size or -(-num // -(-num // MAX_BATCH_SIZE))
+        batch_size += -batch_size % _replicas.program_parts()
+        num_batches = -(-num // batch_size)
         table = np.concatenate(steps)
         arrival, schedule = np.append(table["t"][1:], 0).astype("int64"), self.diffusion.schedule
         job = {
@@ -164,7 +167,8 @@ class Loop:
         cuts = ends[np.linspace(0, len(steps), (num_states or 1) + 1).round().astype("int32")]
         bars = ends[np.linspace(0, len(steps), min(20, len(steps)) + 1).round().astype("int32")] if verbose else []
         stops = np.unique([*cuts, *bars]).astype("int32")
-        progress = keras.utils.Progbar(num_batches * len(table), verbose=verbose, unit_name="step")
+        said = verbose if _replicas.is_chief() else 0
+        progress = keras.utils.Progbar(num_batches * len(table), verbose=said, unit_name="step")
         states = np.empty((2 if num_states else 1, num_states or 1, num, *self.shape), "float32")
         for batch in range(num_batches):
             # The last batch is filled up with its last example.
@@ -213,6 +217,8 @@ class _Program(keras.Model):
 
     def call(self, job):
         """Returns x, the predicted x_0 and the earlier calls after the rows of the range `between`."""
+        in_batch = {name: job[name] for name in ("x", "x_0", "previous", "keys", "inputs", "known")}
+        job = job | keras.tree.map_structure(_replicas.part, in_batch)
         predict = recorded(self.predict_y, self.recordings, job["calls"])
         threshold = job["dynamic_threshold"] if self.thresholds else None
 
@@ -237,7 +243,8 @@ class _Program(keras.Model):
                 x = ops.where(mask > 0, alpha * known + sigma * noise_of_known, x)
             return x, x_0, previous
 
-        return ops.fori_loop(*job["between"], step, (job["x"], job["x_0"], job["previous"]))
+        state = ops.fori_loop(*job["between"], step, (job["x"], job["x_0"], job["previous"]))
+        return keras.tree.map_structure(_replicas.whole, state)
 
 
 @_devices.fast_on_torch

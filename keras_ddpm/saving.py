@@ -16,6 +16,7 @@ import numpy as np
 
 from keras_ddpm import _checks
 from keras_ddpm import _devices
+from keras_ddpm import _replicas
 
 PRESETS = pathlib.Path(__file__).parent / "presets"
 # Of HDF5, for compact files. "latest" would be unreadable with older versions of h5py.
@@ -31,8 +32,11 @@ class StoredModel(keras.Model):
 
     _compiled_with: dict | None = None
 
+    @_replicas.by_chief
     def save(self, filepath: Any, overwrite: bool = True, zipped: bool | None = None, **kwargs) -> None:
         """`keras.Model.save` to a `.keras` file. A file of this name stays whole until the new one is.
+
+        Of several processes, the first one writes.
 
         Raises:
             ValueError: if the file name has another ending.
@@ -45,6 +49,12 @@ class StoredModel(keras.Model):
         with replacing(path, path.with_name(f"{path.stem}.saving.keras")) as temporary:
             super().save(temporary, **kwargs)
 
+    @_replicas.by_chief
+    def save_weights(self, *args, **kwargs) -> None:
+        """`keras.Model.save_weights`. Of several processes, the first one writes."""
+        return super().save_weights(*args, **kwargs)
+
+    @_replicas.by_chief
     def save_compact(self, filepath: str | pathlib.Path) -> None:
         """Saves what samples: the averaged weights, in half precision, and no optimizer.
 

@@ -15,6 +15,7 @@ from keras import ops
 
 from keras_ddpm import _checks
 from keras_ddpm import _devices
+from keras_ddpm import _replicas
 from keras_ddpm import saving
 from keras_ddpm.callbacks import Checkpoint
 from keras_ddpm.callbacks import EMAWeights
@@ -27,6 +28,9 @@ TIMESTEP_SAMPLINGS = {
     "batch": lambda u, index, n: ops.broadcast_to(u[:1], ops.shape(u)),
     "stratified": lambda u, index, n: (index / n + u[:1]) % 1.0,  # Kingma et al., 2021, appendix I.1
 }
+
+# Keras' callbacks that write files. Of several processes, one has them.
+WRITERS = (keras.callbacks.CSVLogger, keras.callbacks.ModelCheckpoint, keras.callbacks.TensorBoard)
 
 
 def _arguments(function, *args, **kwargs):
@@ -49,6 +53,7 @@ class NoisyRegression(saving.StoredModel):
     _checked_validation_data = None
     evaluates_average = False
 
+    @_replicas.in_scope
     def compile(self, *args, **kwargs) -> None:
         """`keras.Model.compile`. `jit_compile="auto"` selects what is fastest for this package on each backend.
 
@@ -72,6 +77,7 @@ class NoisyRegression(saving.StoredModel):
         self.compute_metrics(None, zeros, zeros)
         self.reset_metrics()
 
+    @_replicas.in_scope
     def fit(self, *args, **kwargs) -> keras.callbacks.History:
         """`keras.Model.fit` on clean data. It checks the data first.
 
@@ -100,7 +106,11 @@ class NoisyRegression(saving.StoredModel):
         # `LossWatch` raises before another callback stores weights that are not finite. `Checkpoint` stores the state
         # before the others end, as they may put other weights into the model.
         turns = Turns(self.turn)
-        given["callbacks"] = [turns, LossWatch(first), *checkpoints, *others]
+        if not _replicas.is_chief():
+            given["verbose"] = 0
+        silent = () if _replicas.is_chief() else WRITERS
+        writers = [callback for callback in others if not isinstance(callback, silent)]
+        given["callbacks"] = [turns, LossWatch(first), *checkpoints, *writers]
         self._checked_validation_data = given.get("validation_data")
         with contextlib.ExitStack() as stack:
             stack.callback(setattr, self, "_checked_validation_data", None)
@@ -116,6 +126,7 @@ class NoisyRegression(saving.StoredModel):
                 given["callbacks"].append(keras.callbacks.LambdaCallback(on_epoch_begin=tell))
             return super().fit(**given)
 
+    @_replicas.in_scope
     def evaluate(self, *args, **kwargs) -> Any:
         """`keras.Model.evaluate` on clean data, with the same t and noise at each call."""
         given = _arguments(keras.Model.evaluate, self, *args, **kwargs)
@@ -140,6 +151,9 @@ class NoisyRegression(saving.StoredModel):
             self.evaluates_average = False
             del self.test_step
 
+    def _maybe_symbolic_build(self, *args, **kwargs):
+        """Does nothing: `compile` has built everything, and Keras fails here with several processes of TensorFlow."""
+
     compile.__signature__ = inspect.signature(keras.Model.compile)
     fit.__signature__ = inspect.signature(keras.Model.fit)
     evaluate.__signature__ = inspect.signature(keras.Model.evaluate)
@@ -150,8 +164,8 @@ class NoisyRegression(saving.StoredModel):
             data = self._corrupt(*args, self._fit_random, self.label_dropout)
             before = ops.copy(self.optimizer.iterations)
             logs = super().train_step(data)
-            self.average.update(before, self.optimizer.iterations, logs["loss"])
-            return logs
+            self.average.update(before, self.optimizer.iterations, _replicas.mean(logs["loss"]))
+            return _replicas.joined(logs)
         state, data = args
         weights = self.trainable_variables, self.non_trainable_variables
         variables = (*weights, self.optimizer.variables, self.metrics_variables)
@@ -166,7 +180,7 @@ class NoisyRegression(saving.StoredModel):
     def test_step(self, *args):
         """Evaluates on noisy data. The arguments are `data`, on JAX `state` and `data`."""
         if len(args) == 1:
-            return super().test_step(self._corrupt(*args, self._test_random))
+            return _replicas.joined(super().test_step(self._corrupt(*args, self._test_random)))
         state, data = args
         variables = (self.trainable_variables, self.non_trainable_variables, self.metrics_variables)
         with _Stateless(variables, state) as scope:
@@ -175,7 +189,7 @@ class NoisyRegression(saving.StoredModel):
 
     def _corrupt(self, data, generator, label_dropout=0.0):
         """Turns clean data into Keras' `(x, y, sample_weight)`: inputs and target of the network, and loss weights."""
-        x_0, condition, _ = keras.utils.unpack_x_y_sample_weight(data)
+        x_0, condition, given_weight = keras.utils.unpack_x_y_sample_weight(data)
         x_0 = self._poisoned(ops.cast(x_0, "float32"), condition)
         shape = ops.shape(x_0)
         t = self._draw_timesteps(shape[0], generator)
@@ -184,7 +198,11 @@ class NoisyRegression(saving.StoredModel):
         if self.condition:
             kept = keras.random.uniform((shape[0],), seed=generator) >= label_dropout
             inputs = (*inputs, self.condition.drop(condition, kept))
-        return inputs, self.target(x_0, noise, *inputs), self.weight_of(t)
+        weight = self.weight_of(t)
+        if given_weight is not None:  # of `fit`, or of examples that fill up a batch
+            given_weight = ops.reshape(ops.cast(given_weight, "float32"), (-1,) + (1,) * (len(self.data_shape) - 1))
+            weight = given_weight if weight is None else weight * given_weight
+        return inputs, self.target(x_0, noise, *inputs), weight
 
     def draw_noise(self, x_0, generator):
         """Draws the noise that is mixed with `x_0`. A subclass may choose it to suit the data."""

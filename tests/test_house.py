@@ -18,6 +18,7 @@ MODULES = {path.stem: path.read_text() for path in sorted(PACKAGE.glob("*.py"))}
 REPOSITORY = PACKAGE.parent
 CORE = {"schedules", "diffusion", "rows", "samplers", "layers", "networks", "ema", "guidance", "sampling", "training"}
 CORE |= {"model"}
+HARDWARE = {"_torch", "_devices", "_replicas"}
 
 
 def imports(name):
@@ -50,7 +51,8 @@ def test_edges_call_the_model_and_not_the_other_way_round():
     """But for the callback that watches the loss of every `fit`, and what that one draws."""
     edges = {"distillation", "editing", "export", "likelihood", "metrics", "features", "datasets", "toys", "plots"}
     assert set(MODULES) - CORE - edges == {
-        "__init__", "_checks", "_devices", "_torch", "callbacks", "checkpoints", "images", "optimizers", "saving",
+        "__init__", "_cache", "_checks", "_devices", "_replicas", "_torch",
+        "callbacks", "checkpoints", "images", "optimizers", "saving",
     }  # fmt: skip
     for name in CORE:
         assert not reached(name) & edges, name
@@ -63,9 +65,9 @@ def test_edges_use_public_methods_of_the_model(name):
 
 
 def test_one_door_to_pytorch():
-    """`_torch` and `_devices`, and one line that keeps TensorFlow's data sets from the memory of another backend."""
+    """The modules of `HARDWARE`, and one line that keeps TensorFlow's data sets from the memory of another backend."""
     pattern = re.compile(r"import torch|from torch|backend\.backend\(\)")
-    found = {name: len(pattern.findall(text)) for name, text in MODULES.items() if name not in ("_torch", "_devices")}
+    found = {name: len(pattern.findall(text)) for name, text in MODULES.items() if name not in HARDWARE}
     assert {name: number for name, number in found.items() if number} == {"datasets": 1}
 
 
@@ -156,12 +158,12 @@ def code_lines(source):
 
 
 def test_the_house_stays_small():
-    """At most 3,700 lines of code, 450 lines in a file and 300 in a class.
+    """At most 3,900 lines of code, 450 lines in a file and 300 in a class.
 
     The house had 2,349 before checkpoints, answers to bad input, what helps newcomers, samplers of higher order,
-    models that come with the package, exports, and several devices.
+    models that come with the package, exports, several devices and processes, and files of decoded images.
     """
-    assert sum(len(code_lines(text)) for text in MODULES.values()) <= 3700
+    assert sum(len(code_lines(text)) for text in MODULES.values()) <= 3900
     for name, text in MODULES.items():
         assert len(text.splitlines()) <= 450, name
         for node in ast.walk(ast.parse(text)):

@@ -1,0 +1,173 @@
+"""Decoding into a file: once, taken up again after a kill, checked when it is opened."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+from PIL import Image
+
+import keras_ddpm as kd
+from keras_ddpm import _cache
+from keras_ddpm import datasets
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twenty pictures of two classes, of which one cannot be read."""
+    random = np.random.default_rng(0)
+    for i in range(20):
+        path = tmp_path / "pictures" / "ab"[i % 2] / f"{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (12, 9, 3), "uint8")).save(path)
+    (tmp_path / "pictures/a/06.png").write_bytes(b"no image")
+    return tmp_path / "pictures"
+
+
+def read(folder, **options):
+    with pytest.warns(UserWarning, match="Skipped.*06.png"):
+        return datasets.from_folder(folder, 8, batch_size=19, shuffle=False, **options)
+
+
+def test_a_file_holds_what_is_decoded_into_memory(folder, tmp_path, capsys):
+    in_memory = read(folder, labels=True)
+    cache = tmp_path / "new" / "pictures.npy"
+    for _ in range(2):
+        data = read(folder, labels=True, cache=cache)
+        assert np.array_equal(data.x, in_memory.x) and np.array_equal(data.labels, in_memory.labels)
+        assert data.class_names == ["a", "b"] and np.array_equal(data[0][0], in_memory[0][0])
+    assert capsys.readouterr().out.count("Decoding 20 images") == 1
+    assert np.array_equal(np.load(cache), in_memory.x)  # a plain file
+    assert _cache.map_of(data.x) is not None and _cache.map_of(in_memory.x) is None
+    with pytest.raises(ValueError, match="06.png cannot be read"):
+        datasets.from_folder(folder, 8, strict=True, cache=cache)
+
+
+def test_decoding_goes_on_where_it_was(folder, tmp_path, monkeypatch, capsys):
+    expected = read(folder).x
+    monkeypatch.setattr(_cache, "BLOCK", 4)
+    monkeypatch.setattr(_cache, "SECONDS", 0.0)
+    load, cache, loaded = kd.images.load, tmp_path / "pictures.npy", []
+
+    def killed(path, *args):
+        loaded.append(path.name)
+        if path.name == "15.png":
+            raise KeyboardInterrupt
+        return load(path, *args)
+
+    monkeypatch.setattr(kd.images, "load", killed)
+    with pytest.raises(KeyboardInterrupt):
+        datasets.from_folder(folder, 8, cache=cache)
+    done = json.loads(cache.with_suffix(".json").read_text())
+    assert 0 < done["read"] < 20 and len(done["labels"]) == done["read"] - len(done["skipped"])
+    with cache.open("ab") as file:  # of a block that was not finished
+        file.write(b"part of an image")
+    first, loaded[:] = set(loaded[: done["read"]]), []
+    monkeypatch.setattr(kd.images, "load", lambda path, *args: loaded.append(path.name) or load(path, *args))
+    assert np.array_equal(read(folder, cache=cache).x, expected)
+    assert len(loaded) == 20 - done["read"] and not first & set(loaded)
+    assert f"from number {done['read']} on" in capsys.readouterr().out
+
+
+def test_a_file_is_checked_when_it_is_opened(folder, tmp_path):
+    cache = tmp_path / "pictures.npy"
+    with pytest.raises(ValueError, match="must end in .npy"):
+        datasets.from_folder(folder, 8, cache=tmp_path / "pictures.bin")
+    read(folder, cache=cache)
+    with pytest.raises(ValueError, match=r"made of other data or with other settings. Delete .*pictures.npy and"):
+        datasets.from_folder(folder, 16, cache=cache)
+    whole = cache.read_bytes()
+    cache.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match="is damaged"):
+        datasets.from_folder(folder, 8, cache=cache)
+    cache.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="damaged"):
+        datasets.from_folder(folder, 8, cache=cache)
+    cache.write_bytes(whole)
+    cache.with_suffix(".json").write_text("{")
+    with pytest.raises(ValueError, match="its index is damaged"):
+        datasets.from_folder(folder, 8, cache=cache)
+    cache.with_suffix(".json").unlink()
+    with pytest.raises(ValueError, match="is no cache: there is no index"):
+        datasets.from_folder(folder, 8, cache=cache)
+    cache.unlink()
+    read(folder, cache=cache)
+    Image.new("RGB", (8, 8)).save(folder / "a/new.png")
+    with pytest.raises(ValueError, match="made of other data"):
+        datasets.from_folder(folder, 8, cache=cache)
+
+
+def test_another_process_waits_for_the_chief(folder, tmp_path, monkeypatch):
+    cache = tmp_path / "pictures.npy"
+    waited = []
+
+    def sleep(seconds):
+        waited.append(seconds)
+        monkeypatch.setattr(kd._replicas, "_process", lambda: (0, 2))
+        read(folder, cache=cache)
+        monkeypatch.setattr(kd._replicas, "_process", lambda: (1, 2))
+
+    monkeypatch.setattr(kd._replicas, "_process", lambda: (1, 2))
+    monkeypatch.setattr(_cache.time, "sleep", sleep)
+    assert read(folder, cache=cache).num_examples == 19 and waited == [1]
+
+
+def test_a_data_set_of_tensorflow(data_dir, tmp_path, monkeypatch):
+    options = {"data_dir": data_dir, "labels": True, "batch_size": 10, "shuffle": False}
+    name, cache = "fashion_mnist", tmp_path / "x.npy"
+    expected = datasets.from_tfds(name, "test[:100]", 16, **options)
+    monkeypatch.setattr(_cache, "BLOCK", 32)
+    for _ in range(2):
+        data = datasets.from_tfds(name, "test[:100]", 16, cache=cache, **options)
+        assert np.array_equal(data.x, expected.x) and np.array_equal(data.labels, expected.labels)
+        index = json.loads(cache.with_suffix(".json").read_text())
+        # As if it had been killed after 64 images.
+        size = index["start"] + 64 * 16 * 16
+        index |= {"read": 64, "labels": index["labels"][:64]}
+        index["checksum"] = _cache.zlib.crc32(cache.read_bytes()[size - 16 * 16 : size])
+        cache.with_suffix(".json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="made of other data"):
+        datasets.from_tfds(name, "test[:99]", 16, cache=cache, **options)
+
+
+def batches_seen(model, data, monkeypatch, **options):
+    """The losses of every step, which tell batches apart."""
+    losses = []
+    tell = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: losses.append(float(logs["loss"])))
+    model.fit(data, verbose=0, callbacks=[tell], **options)
+    return losses
+
+
+@pytest.mark.parametrize("initial_epoch", [0, 2])
+def test_workers_change_nothing(points, monkeypatch, initial_epoch):
+    """The batches of `fit` are the same, in the same order, in all epochs."""
+    seen = []
+    for num_workers in (0, 3):
+        model = kd.DiffusionModel(kd.networks.mlp(2, 16, 1), kd.GaussianDiffusion(kd.schedules.linear(50)), seed=0)
+        model.network.set_weights([np.full_like(w, 0.1) for w in model.network.get_weights()])
+        model.compile(loss="mse", optimizer="sgd")
+        data = datasets.Batches(points, batch_size=32, num_workers=num_workers)
+        seen.append(batches_seen(model, data, monkeypatch, epochs=4, initial_epoch=initial_epoch))
+    assert seen[0] == seen[1] and len(set(seen[0])) == 8 * (4 - initial_epoch)
+
+
+def test_workers_that_fail(points):
+    data = datasets.Batches(points, np.arange(len(points)), batch_size=32, num_workers=2)
+    data.labels = data.labels[:3]
+    with pytest.raises(IndexError):
+        data[0]
+
+
+def test_the_pages_of_a_file_leave_the_memory(tmp_path):
+    """After they were read: the resident memory of the file falls."""
+    np.save(tmp_path / "x.npy", np.zeros((2**12, 128, 128, 1), "uint8"))
+    x = np.load(tmp_path / "x.npy", mmap_mode="r")
+
+    def resident():
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssFile"))
+
+    before = resident()
+    assert int(x.sum()) == 0 and resident() - before > 0.9 * x.nbytes
+    _cache.forget(x)
+    assert resident() - before < 0.1 * x.nbytes and int(x[5, 5, 5, 0]) == 0
