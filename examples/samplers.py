@@ -49,9 +49,9 @@ SPACINGS = ("uniform", "logsnr", "karras", "optimized")
 
 
 def make_model(data, seed, num_classes=None):
-    """Makes a small model for the images in `data`. It predicts v, which is trained faster than the noise."""
+    """Makes a small model for the images in `data`. Patches of 2 x 2 pixels make it four times as fast."""
     size = data.x.shape[1:]
-    network = kd.networks.unet(size, 16, (1, 2, 4), 1, attention_resolutions=(size[0] // 4,), num_classes=num_classes)
+    network = kd.networks.unet(size, 16, (1, 2, 4), 1, (8, 4), num_classes=num_classes, patch_size=2)
     return kd.DiffusionModel(network, kd.GaussianDiffusion(prediction="v"), seed=seed)
 
 

@@ -178,8 +178,9 @@ def from_arrays(
     """Makes batches of arrays.
 
     Args:
-        x: array `(num, ...)`, or the path of an `.npy` file, or of an `.npz` file with an entry `x` and optionally
-            `labels`. uint8 images are scaled from 0..255 to [-1, 1]. Floats are not scaled.
+        x: array `(num, ...)`, or the path of an `.npy` file, which is mapped into memory, or of an `.npz`
+            file with an entry `x` and optionally `labels`. uint8 images are scaled from 0..255 to [-1, 1]. Floats are
+            not scaled.
         labels: array `(num,)` or `None`.
         image_size: side to which uint8 images are cropped and resized, or `None`.
         **kwargs: arguments of `Batches`.
@@ -192,7 +193,7 @@ def from_arrays(
             array that does not hold uint8 images, or `Batches` raises it.
     """
     if isinstance(x, (str, Path)):
-        path, x = x, np.load(x)
+        path, x = x, np.load(x, mmap_mode="r")
         if isinstance(x, np.lib.npyio.NpzFile):
             _checks.require("x" in x, f"{path} must have an entry 'x'", entries=sorted(x))
             x, labels = x["x"], x["labels"] if "labels" in x else labels

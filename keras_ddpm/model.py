@@ -26,7 +26,7 @@ class DiffusionModel(training.NoisyRegression):
     """A denoising diffusion probabilistic model.
 
     `fit` and `evaluate` take batches of clean data x_0, `(batch, ...)`, or tuples `(x_0, label)`. A network without a
-    condition ignores the label. Sample weights and class weights are ignored, too. Each step draws t and noise and
+    condition ignores the label. Sample weights and class weights multiply the loss. Each step draws t and noise and
     passes the regression problem (x_t, t) -> target to the training step of Keras. `compile` thus takes any loss,
     metric and optimizer of Keras. `evaluate` draws the same t and noise at each call.
 

@@ -14,6 +14,7 @@ from conftest import image_network
 
 import keras_ddpm as kd
 from keras_ddpm import _replicas
+from keras_ddpm import training
 
 BACKEND = keras.backend.backend()
 distributed = pytest.mark.skipif(BACKEND == "torch", reason="Keras 3.15 has no distribution on PyTorch")
@@ -180,6 +181,19 @@ def test_the_chief_of_tensorflow(monkeypatch):
         task = {"type": task[0], "index": task[1]}
         monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": cluster, "task": task}))
         assert _replicas._process() == (number, 2) and kd.is_chief() == (number == 0)
+
+
+def test_without_a_private_method_of_keras(monkeypatch, points):
+    """`fit` is the same without the override, but for several processes of TensorFlow."""
+    losses = []
+    for overridden in (True, False):
+        if not overridden:
+            monkeypatch.delattr(training.NoisyRegression, "_maybe_symbolic_build")
+        model = kd.DiffusionModel(kd.networks.mlp(2, 8, 1), seed=0)
+        model.network.set_weights([np.full_like(w, 0.1) for w in model.network.get_weights()])
+        model.compile(loss="mse", optimizer="sgd")
+        losses.append(model.fit(points, epochs=2, shuffle=False, verbose=0).history["loss"])
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="what Keras has on PyTorch")
