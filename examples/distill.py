@@ -28,10 +28,10 @@ import numpy as np
 
 import keras_ddpm as kd
 
-ONE, TWO = kd.samplers.Consistency(1), kd.samplers.Consistency(2, spacing="logsnr")
+ONE, TWO = kd.samplers.Consistency(1), kd.samplers.Consistency(2)
 
 
-def tune(model, data, updates, num_stages, learning_rate, batch_size=None, **options):
+def tune(model, data, updates, num_stages, learning_rate, **options):
     """Returns a consistency model that started as `model`. Half of the updates belong to the last stage."""
     fast = kd.distillation.ConsistencyModel.from_model(
         model, updates_per_stage=max(1, updates // (2 * num_stages)), num_stages=num_stages, **options
@@ -58,7 +58,7 @@ def tune_points(out, seed, teacher_steps, updates, num_samples, num_pairs):
     x = fresh(0, 100_000)
     teacher = moons.train(teacher_steps, seed, x, diffusion=kd.GaussianDiffusion(kd.schedules.cosine(1000), "v"))
     batches = kd.datasets.from_arrays(x, batch_size=256, steps_per_epoch=updates, seed=seed)
-    fast = tune(teacher, batches, updates, 8, 1e-3, ema_decay=0.999)
+    fast = tune(teacher, batches, updates, 3, 2e-3, ema_decay=0.999)
     draw_map(out / "map.png", {"teacher, one call": teacher, "tuned, one call": fast}, seed)
     floor = np.mean([moons.sliced_wasserstein(fresh(2 * i), fresh(2 * i + 1)) for i in range(1, num_pairs + 1)])
     print(f"Sliced Wasserstein distance of {num_samples} samples, divided by that of fresh points, {floor:.4f}:")
@@ -103,7 +103,7 @@ def main(
     num_points=10_000,
     num_pairs=5,
     updates=3000,
-    num_stages=8,
+    num_stages=3,
     learning_rate=5e-4,
     batch_size=32,
     classifier_epochs=5,

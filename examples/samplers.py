@@ -48,10 +48,11 @@ SAMPLERS = {
 SPACINGS = ("uniform", "logsnr", "karras", "optimized")
 
 
-def make_model(data, seed, num_classes=None):
-    """Makes a small model for the images in `data`. Patches of 2 x 2 pixels make it four times as fast."""
+def make_model(data, seed, num_classes=None, **settings):
+    """Makes a small model for the images in `data`. It predicts v, which is trained faster than the noise."""
     size = data.x.shape[1:]
-    network = kd.networks.unet(size, 16, (1, 2, 4), 1, (8, 4), num_classes=num_classes, patch_size=2)
+    settings = {"attention_resolutions": (size[0] // 4,), "num_classes": num_classes} | settings
+    network = kd.networks.unet(size, 16, (1, 2, 4), 1, **settings)
     return kd.DiffusionModel(network, kd.GaussianDiffusion(prediction="v"), seed=seed)
 
 
@@ -102,10 +103,10 @@ def main(
     dataset="fashion_mnist",
     image_size=28,
     model: str | None = None,
-    epochs=4,
+    epochs=8,
     steps_per_epoch: int | None = None,
     classifier_epochs=5,
-    num_samples=500,
+    num_samples=2000,
     num_seeds=2,
     evaluations: tuple[int, ...] = (5, 6, 8, 10, 20, 1000),
     spacings: tuple[str, ...] = SPACINGS,
@@ -141,7 +142,7 @@ def main(
     if model:
         trained = common.load_model(model)
     else:
-        trained = make_model(data, seed)
+        trained = make_model(data, seed, attention_resolutions=(8, 4), patch_size=2)  # four times as fast
         common.train(trained, data, epochs, callbacks=[Early(out / "guide.keras")])
         trained.save(out / "model.keras")
 

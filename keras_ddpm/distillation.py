@@ -17,7 +17,7 @@ class ConsistencyModel(DiffusionModel):
 
     It starts as a trained `DiffusionModel`, whose predictions are means over many ends. At x_t, it is trained to
     predict what it predicts itself at an earlier x_s with the same noise. At s = 0 this is the data. In the first
-    stage, s is far from t. Each further stage halves the distance of their noise scales sigma/alpha.
+    stage, s is far from t. Each further stage divides the distance of their noise scales sigma/alpha by 4.
 
     Example:
 
@@ -38,14 +38,17 @@ class ConsistencyModel(DiffusionModel):
     Reference: Geng et al., 2024 ("Consistency Models Made Easy"), with its mapping from t to s.
     """
 
-    def __init__(self, *args, updates_per_stage: int = 1000, num_stages: int = 8, **kwargs):
+    def __init__(self, *args, updates_per_stage: int = 1000, num_stages: int = 3, **kwargs):
         super().__init__(*args, **kwargs)
         _checks.counts(updates_per_stage=updates_per_stage, num_stages=num_stages)
         self.updates_per_stage = updates_per_stage
         self.num_stages = num_stages
         tables = [earlier_times(self.diffusion.schedule, stage) for stage in range(num_stages)]
         self._earlier = np.stack(tables).astype("int32")
-        self._weights = np.stack([self._weight(times) for times in tables]).astype("float32")
+        # Of the squared error of v, which is that of x_0 by sigma^2: all times depend on those with little noise. An
+        # error of the noise is unbounded as one of v, so there is a limit.
+        variance = np.maximum(self.diffusion.schedule.sigma, 1e-12) ** 2
+        self._weights = np.minimum(self.diffusion.x0_weight() / variance, 100.0).astype("float32")
 
     @property
     def default_sampler(self) -> samplers.Sampler:
@@ -63,26 +66,14 @@ class ConsistencyModel(DiffusionModel):
         return self.diffusion.target(end, t, self.diffusion.predict_noise(x_t, t, end))
 
     def weight_of(self, t):
-        weights = ops.take(ops.convert_to_tensor(self._weights), self._stage(), axis=0)
-        weights = ops.reshape(ops.take(weights, t), (-1,) + (1,) * (len(self.data_shape) - 1))
+        weights = ops.take(ops.convert_to_tensor(self._weights), t)
+        weights = ops.reshape(weights, (-1,) + (1,) * (len(self.data_shape) - 1))
         given = super().weight_of(t)
         return weights if given is None else weights * given
 
     def _stage(self):
         """The number of the stage, a scalar tensor."""
         return ops.minimum(ops.cast(self.optimizer.iterations, "int32") // self.updates_per_stage, self.num_stages - 1)
-
-    def _weight(self, times):
-        """Weights `(T + 1,)` of the squared error of the network's output, for these earlier times.
-
-        The squared error of x_0 has the weight 1 / (angle of t − angle of s), where tan(angle) = sigma / alpha.
-        """
-        schedule = self.diffusion.schedule
-        angle = np.arctan2(schedule.sigma, schedule.alpha)
-        distance = np.maximum(angle - angle[times], 1e-12)
-        weight = self.diffusion.x0_weight() / distance
-        weight[0] = 0.0
-        return weight / np.mean(weight[1:])
 
     def get_config(self):
         return super().get_config() | {"updates_per_stage": self.updates_per_stage, "num_stages": self.num_stages}
@@ -91,18 +82,19 @@ class ConsistencyModel(DiffusionModel):
 def earlier_times(schedule: Any, stage: int) -> np.ndarray:
     """The earlier time s of each t, `(T + 1,)` integers in 0..t − 1 (0 at t = 0).
 
-    With the noise scale r = sigma / alpha, r_s is at most r_t − r_t (1 + 8 sigmoid(−r_t)) / 2^(stage + 1).
+    With the noise scale r = sigma / alpha, r_s is at most r_t − r_t (1 + 8 sigmoid(−r_t)) / 4^(stage + 1).
 
     Args:
         schedule: a `schedules.Schedule`.
         stage: number of the stage, from 0.
 
-    Reference: Geng et al., 2024, Eq. 14 with q = 2, k = 8, b = 1.
+    Reference: Geng et al., 2024, Eq. 14 with q = 4, k = 8, b = 1.
     """
     with np.errstate(divide="ignore"):
         r = schedule.sigma / schedule.alpha
-    highest = np.where(np.isfinite(r), r, np.finfo("float64").max)
-    n = 1 + 8 / (1 + np.exp(np.minimum(highest, 700)))
-    wanted = highest * np.maximum(0, 1 - n / 2 ** (stage + 1))
-    times = np.searchsorted(highest, wanted, side="right") - 1
+    r = np.where(np.isfinite(r), r, np.finfo("float64").max)
+    n = 1 + 8 / (1 + np.exp(np.minimum(r, 700)))
+    wanted = r * np.maximum(0, 1 - n / 4 ** (stage + 1))
+    times = np.searchsorted(r, wanted, side="right") - 1
     return np.clip(times, 0, np.maximum(np.arange(len(r)) - 1, 0))
+

@@ -28,7 +28,7 @@ def test_earlier_times(schedule):
         assert np.all(later >= times)
     assert np.array_equal(stages[-1][1:], t[:-1])
     r = schedule.sigma[:50] / schedule.alpha[:50]
-    assert r[stages[0][25]] <= r[25] * (1 - (1 + 8 / (1 + np.exp(r[25]))) / 2) or stages[0][25] == 0
+    assert r[stages[0][25]] <= r[25] * (1 - (1 + 8 / (1 + np.exp(r[25]))) / 4) or stages[0][25] == 0
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "x0", "v", "flow"])

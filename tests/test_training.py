@@ -182,20 +182,22 @@ class Stream(keras.utils.PyDataset):
         return self.x
 
 
-def test_takes_tf_data_and_data_loaders(model, points):
-    if keras.backend.backend() == "torch":
-        torch = pytest.importorskip("torch")
-        tensors = torch.utils.data.TensorDataset(torch.from_numpy(points), torch.arange(256))
-        streams = [torch.utils.data.DataLoader(tensors, batch_size=64)]
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")  # Keras 3.15 says so of all data of Grain
+@pytest.mark.parametrize("kind", ["tf.data", "with labels", "PyTorch", "bare tensors", "Grain"])
+def test_takes_streams_of_others(model, points, kind):
+    """On every backend, bare tensors and a smaller last batch included."""
+    torch = pytest.importorskip("torch") if kind in ("PyTorch", "bare tensors") else None
+    if kind == "Grain":
+        stream = pytest.importorskip("grain").MapDataset.source(points).shuffle(seed=0).batch(60)
+    elif torch is None:
+        tensors = (points, np.arange(256)) if kind == "with labels" else points
+        stream = pytest.importorskip("tensorflow").data.Dataset.from_tensor_slices(tensors).batch(60)
     else:
-        tf = pytest.importorskip("tensorflow")
-        streams = [
-            tf.data.Dataset.from_tensor_slices(points).batch(64),
-            tf.data.Dataset.from_tensor_slices((points, np.arange(256))).batch(64),
-        ]
-    for stream in streams:
-        history = model.fit(stream, validation_data=stream, epochs=2, shuffle=False, verbose=0).history
-        assert history["loss"][-1] < 1.2 and len(history["val_loss"]) == 2
+        x = torch.from_numpy(points)
+        x = x if kind == "bare tensors" else torch.utils.data.TensorDataset(x, torch.arange(256))
+        stream = torch.utils.data.DataLoader(x, batch_size=60)
+    history = model.fit(stream, validation_data=stream, epochs=2, shuffle=False, verbose=0).history
+    assert history["loss"][-1] < 1.2 and len(history["val_loss"]) == 2
 
 
 @pytest.mark.parametrize(

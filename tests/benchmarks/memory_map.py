@@ -16,7 +16,7 @@ import time
 
 import numpy as np
 
-SIZE, BATCH, STEPS = 64, 64, 40
+SIZE, BATCH, STEPS = 64, 32, 80
 IN_MEMORY = 20_000
 
 
@@ -24,7 +24,7 @@ def write(path, gigabytes):
     """Writes 8-bit images to a plain `.npy` file."""
     import keras_ddpm as kd
 
-    kinds = kd.datasets.procedural_flowers(512, SIZE)[0]
+    kinds = kd.images.to_uint8(kd.datasets.procedural_flowers(512, SIZE)[0])
     num = int(gigabytes * 1e9) // kinds[0].nbytes
     random = np.random.default_rng(0)
     file = np.lib.format.open_memmap(path, mode="w+", dtype="uint8", shape=(num, *kinds.shape[1:]))
