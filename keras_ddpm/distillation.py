@@ -97,4 +97,3 @@ def earlier_times(schedule: Any, stage: int) -> np.ndarray:
     wanted = r * np.maximum(0, 1 - n / 4 ** (stage + 1))
     times = np.searchsorted(r, wanted, side="right") - 1
     return np.clip(times, 0, np.maximum(np.arange(len(r)) - 1, 0))
-
