@@ -170,7 +170,10 @@ def map_of(x: np.ndarray) -> mmap.mmap | None:
 
 
 def forget(x: np.ndarray) -> None:
-    """Takes the pages of a memory map out of the memory of the process. The system may keep them in its cache."""
+    """Takes the pages of a memory map out of the memory of the process. The system may keep them in its cache.
+
+    Reading an image can map megabytes around it, so this is called for each batch.
+    """
     pages = map_of(x)
     if pages is not None and hasattr(mmap, "MADV_DONTNEED"):
         pages.madvise(mmap.MADV_DONTNEED)

@@ -49,7 +49,7 @@ class Batches(keras.utils.PyDataset):
 
     Args:
         x: array `(num, ...)`, possibly memory-mapped. uint8 images are scaled to [-1, 1] in the batches. Floats must be
-            finite and are not scaled. Of a file, about 0.25 GB are in the memory of the process at once.
+            finite and are not scaled. Of a file, one batch is in the memory of the process at once.
         labels: array `(num,)` or `None`.
         batch_size: number of examples in a batch.
         shuffle: whether to shuffle. Otherwise an epoch is the data in order, and its last batch may be smaller.
@@ -95,7 +95,6 @@ class Batches(keras.utils.PyDataset):
             _checks.require(len(self.labels) == len(x), f"Expected {len(x)} labels", shape=self.labels.shape)
         self.epoch = 0
         self._begun = False
-        self._read = 0
         self._pool, self._coming = None, {}
 
     def __repr__(self) -> str:
@@ -142,10 +141,7 @@ class Batches(keras.utils.PyDataset):
         mine = slice(len(chosen) * process // num_processes, len(chosen) * (process + 1) // num_processes)
         chosen, mirrored = chosen[mine], mirrored[mine]
         x = self.x[chosen]
-        self._read += x.nbytes
-        if self._read > 2**28:
-            self._read = 0
-            _cache.forget(self.x)
+        _cache.forget(self.x)
         if self.flip:
             x[mirrored] = x[mirrored, :, ::-1]
         x = images.from_uint8(x) if x.dtype == "uint8" else x.astype("float32")
