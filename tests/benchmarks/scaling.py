@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 
-SIZE, WIDTH, BATCH, STEPS = 32, 32, 64, 12
+SIZE, WIDTH, BATCH, STEPS = 32, 32, 16, 25
 
 
 def train(port, processes, process):
