@@ -34,11 +34,10 @@ COLORS = np.array(["tab:blue", "tab:orange"])
 NOISE = 0.05
 
 
-def train(steps, seed, x, labels=None, diffusion=None):
+def train(steps, seed, x, labels=None):
     """Trains a model of the points, or, with labels, of each moon."""
-    diffusion = diffusion or kd.GaussianDiffusion(kd.schedules.cosine(100))
     network = kd.networks.mlp(2, 96, num_classes=None if labels is None else 2)
-    model = kd.DiffusionModel(network, diffusion, seed=seed)
+    model = kd.DiffusionModel(network, kd.GaussianDiffusion(kd.schedules.cosine(100)), seed=seed)
     optimizer = kd.optimizers.Adam(keras.optimizers.schedules.CosineDecay(1e-3, steps))
     several = 1 if keras.backend.backend() == "torch" else min(20, steps)  # PyTorch cannot join steps
     model.compile(loss="mse", optimizer=optimizer, steps_per_execution=several)
@@ -73,11 +72,11 @@ def sliced_wasserstein(a, b, num_directions=64):
     return np.mean(np.abs(np.sort(a @ directions, axis=0) - np.sort(b @ directions, axis=0)))
 
 
-def scatter(path, panels, colors="tab:blue", cmap=None):
+def scatter(path, panels, colors="tab:blue"):
     """Draws panels of points side by side, from a dict of titles and arrays `(num, 2)`."""
     with kd.plots.figure(path, 1, len(panels), (2.2 * len(panels), 2.5)) as row:
         for axes, (title, x) in zip(row, panels.items()):
-            axes.scatter(*x.T, s=1, c=colors, cmap=cmap)
+            axes.scatter(*x.T, s=1, c=colors)
             axes.set(title=title, xlim=(-1.6, 1.6), ylim=(-1.6, 1.6), aspect="equal", xticks=[], yticks=[])
 
 
