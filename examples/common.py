@@ -97,7 +97,7 @@ def run(main, *parts, commands=(), presets=None):
 
 
 def distribute(devices):
-    """A context in which models are made and trained on several devices. A device does without."""
+    """A context in which models are made and trained on several devices. One device needs none."""
     backend = keras.backend.backend()
     if devices == 1:
         return contextlib.nullcontext()

@@ -26,6 +26,7 @@ from keras_ddpm import saving
 
 BLOCK = 256  # images that are decoded at once
 SECONDS = 5.0  # from one index to the next
+PATIENCE = 600.0  # seconds for which another process waits for the next index
 
 
 def decoded(
@@ -48,6 +49,7 @@ def decoded(
 
     Raises:
         ValueError: if the images differ in size, the file was made of other data, or it is damaged.
+        TimeoutError: if the first process decodes nothing for ten minutes.
     """
     index: dict[str, Any] = {"key": key, "read": 0, "start": 0, "shape": None}
     index |= {"labels": [], "skipped": [], "checksum": 0}
@@ -59,15 +61,26 @@ def decoded(
     path = pathlib.Path(cache)
     _checks.require(path.suffix == ".npy", "The name of a cache must end in .npy", cache=cache)
     index = _opened(path, index)
-    while index["read"] < num and not _replicas.is_chief():
-        time.sleep(1)
-        index = _opened(path, index)
+    if not _replicas.is_chief():
+        index = _awaited(path, index, num)
     if index["read"] < num:
         path.parent.mkdir(parents=True, exist_ok=True)
         _fill(path, items, load, num, index)
     x = np.load(path, mmap_mode="r") if index["labels"] else np.empty(0, "uint8")
     _checks.require(len(x) == len(index["labels"]), f"{path} does not fit its index", images=len(x))
     return x, index["labels"], index["skipped"]
+
+
+def _awaited(path, index, num):
+    """The index after the first process has read all items."""
+    last = time.monotonic()
+    while index["read"] < num:
+        time.sleep(1)
+        before, index = index["read"], _opened(path, index)
+        last = time.monotonic() if index["read"] > before else last
+        if time.monotonic() - last > PATIENCE:
+            raise TimeoutError(f"The first process has added nothing to {path} for {PATIENCE:.0f} seconds.")
+    return index
 
 
 def _blocks(items, load, index):
@@ -104,7 +117,8 @@ def _fill(path, items, load, num, index):
                 file.write(image.tobytes())
                 index["checksum"] = zlib.crc32(image.tobytes())
             progress.update(index["read"])
-            if time.monotonic() - written > SECONDS:
+            # An index that tells of all items comes after the header.
+            if index["read"] < num and time.monotonic() - written > SECONDS:
                 written = time.monotonic()
                 _write_index(path, index, file)
         _checks.require(index["read"] == num, f"Expected {num} items", found=index["read"])

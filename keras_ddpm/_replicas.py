@@ -42,8 +42,16 @@ def in_scope(method: Callable) -> Callable:
 
 
 def is_chief() -> bool:
-    """Whether this process writes files and prints: it is the only one, or number 0 of several."""
+    """Whether this process writes files and prints: it is the only one, or number 0 of several.
+
+    On TensorFlow, `TF_CONFIG` tells the number. A strategy that was told otherwise is known in its scope only.
+    """
     return _process()[0] == 0
+
+
+def several() -> bool:
+    """Whether there are several processes."""
+    return _process()[1] > 1
 
 
 def _process():
@@ -70,10 +78,9 @@ def by_chief(method: Callable) -> Callable:
 
     @functools.wraps(method)
     def wrapped(*args, **kwargs):
-        number, count = _process()
-        if number > 0:
+        if not is_chief():
             return None
-        if count == 1:
+        if not several():
             return method(*args, **kwargs)
         # Keras makes variables when it saves, and would wait until all processes make them. A new thread has neither
         # distribution nor strategy.
@@ -134,7 +141,7 @@ def mean(x: Any) -> Any:
 def value_of(v: keras.Variable) -> np.ndarray:
     """The value of a variable. With several processes, a metric of TensorFlow has what this process added to it."""
     strategy = _tf_strategy()
-    if strategy and _process()[1] > 1:  # it would add up those of all processes, and wait for them
+    if strategy and several():  # it would add up those of all processes, and wait for them
         return strategy.experimental_local_results(v.value)[0].numpy()
     return ops.convert_to_numpy(v)
 
@@ -145,7 +152,7 @@ def joined(logs: dict) -> dict:
     With several processes of TensorFlow, Keras 3.15 takes the mean along an axis that numbers do not have.
     """
     strategy = _tf_strategy()
-    if strategy is None or _process()[1] == 1:
+    if strategy is None or not several():
         return logs
     return {name: ops.reshape(value, (1,)) for name, value in logs.items()}
 

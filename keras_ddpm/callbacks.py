@@ -285,6 +285,7 @@ class LossWatch(keras.callbacks.Callback):
 
     Args:
         x_0: clean data. At most 256 examples are used.
+        weighted: whether weights of examples or classes multiply the loss. It then warns of nothing.
 
     Raises:
         ValueError: within `every` steps after the loss has become NaN or infinite.
@@ -293,9 +294,10 @@ class LossWatch(keras.callbacks.Callback):
     every = 5  # steps; reading the loss waits for an accelerator
     patience = 300  # optimizer updates
 
-    def __init__(self, x_0: np.ndarray):
+    def __init__(self, x_0: np.ndarray, weighted: bool = False):
         super().__init__()
         self.x_0 = x_0[:256]
+        self.weighted = weighted
 
     def on_train_begin(self, logs=None):
         """Computes the loss of a network that always predicts zero."""
@@ -334,7 +336,7 @@ class LossWatch(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         self._check()
         loss = (logs or {}).get("loss", 0.0)
-        if loss > 0.9 * self.trivial and self._updates() - self.start >= self.patience:
+        if not self.weighted and loss > 0.9 * self.trivial and self._updates() - self.start >= self.patience:
             warnings.warn(
                 f"After epoch {epoch + 1} the loss is {loss:.3f}; always predicting zero gives {self.trivial:.3f}. "
                 "The network has learned next to nothing: check the learning rate and the data.",

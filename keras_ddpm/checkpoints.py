@@ -38,7 +38,9 @@ class Checkpoint(keras.callbacks.Callback):
     Damaged files are set aside with a warning. A checkpoint with NaN or infinite values is not written.
 
     Ctrl-C and SIGTERM end the run with a checkpoint before the next batch; a second one ends it at once. The run then
-    raises `KeyboardInterrupt` or `SystemExit`. Their handlers are left alone if they are not Python's own.
+    raises `KeyboardInterrupt` or `SystemExit`. Their handlers are left alone if they are not Python's own, and if there
+    are several processes. These would stop at different steps and wait for each other, so a signal ends them at once,
+    and the run goes on from the last checkpoint.
 
     Args:
         folder: folder of the checkpoints, created if it does not exist.
@@ -79,11 +81,11 @@ class Checkpoint(keras.callbacks.Callback):
         if self._pending:
             initial_epoch, earlier_epochs = self._pending["position"][0], self._pending["earlier_epochs"]
             for callback in callbacks:
-                if isinstance(callback, keras.callbacks.CSVLogger):
+                if isinstance(callback, keras.callbacks.CSVLogger) and _replicas.is_chief():
                     _rewind(callback, initial_epoch)
         self._earlier_epochs = earlier_epochs
         handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-        if threading.current_thread() is not threading.main_thread():
+        if threading.current_thread() is not threading.main_thread() or _replicas.several():
             handlers = {}
         self._handlers = {number: own for number, own in handlers.items() if signal.getsignal(number) == own}
         for number in self._handlers:

@@ -88,7 +88,7 @@ class Batches(keras.utils.PyDataset):
         flags = {"shuffle": self.shuffle, "flip": self.flip}
         _checks.require(all(isinstance(flag, bool) for flag in flags.values()), "Expected True or False", **flags)
         _checks.counts(optional=True, steps_per_epoch=self.steps_per_epoch)
-        _checks.require(x.dtype == "uint8" or np.all(np.isfinite(x)), "The data hold NaN or infinite values")
+        _checks.require(x.dtype == "uint8" or _is_finite(x), "The data hold NaN or infinite values")
         _checks.require(not self.flip or x.ndim == 4, "Only images can be flipped", shape=x.shape)
         if self.labels is not None:
             self.labels = np.asarray(self.labels)
@@ -111,6 +111,8 @@ class Batches(keras.utils.PyDataset):
         return (self.steps_per_epoch or full) if self.shuffle else full + (rest > 0)
 
     def __getitem__(self, step: int) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+        if not 0 <= step < len(self):
+            raise IndexError(f"There are {len(self)} batches. Received: {step}")
         batch = self.epoch * len(self) + step if self.shuffle else step
         share = _replicas.data_parts()
         if not self.num_workers:
@@ -119,8 +121,9 @@ class Batches(keras.utils.PyDataset):
         end = batch + 1 + 2 * self.num_workers
         ahead = range(batch, end if self.shuffle else min(end, len(self)))
         # Batches of an earlier place in the data are no longer wanted.
-        self._coming = {n: self._coming.get(n) or self._pool.submit(self._batch, n, *share) for n in ahead}
-        return self._coming.pop(batch).result()
+        wanted = [(n, *share) for n in ahead]
+        self._coming = {which: self._coming.get(which) or self._pool.submit(self._batch, *which) for which in wanted}
+        return self._coming.pop((batch, *share)).result()
 
     def _batch(self, batch, parts, process, num_processes):
         """Makes a batch, given how batches are divided, as in `_replicas.data_parts`."""
@@ -160,6 +163,16 @@ class Batches(keras.utils.PyDataset):
         """Moves on to the next epoch. Keras calls this before the first epoch, too, and then starts its workers."""
         self.epoch += self._begun
         self._begun = False
+
+
+def _is_finite(x, at_once=2**22):
+    """Whether all numbers are finite. A part of a file is in memory at once."""
+    size = max(1, at_once // max(1, x[0].size))
+    for start in range(0, len(x), size):
+        if not np.all(np.isfinite(x[start : start + size])):
+            return False
+        _cache.forget(x)
+    return True
 
 
 @functools.lru_cache(maxsize=4)
@@ -225,7 +238,8 @@ def from_folder(
         strict: whether a file that cannot be read is an error. Otherwise it is skipped with a warning.
         max_pixels: largest number of pixels of a file. Larger files cannot be read.
         cache: name of an `.npy` file. The images are decoded into it once, and read from it without filling the memory.
-            If that is interrupted, the same call goes on. An index lies next to it, in JSON.
+            If that is interrupted, the same call continues where it was. An index lies next to it, in JSON. Names and
+            sizes of the image files tell whether they are the same: delete both files after other changes.
         **kwargs: arguments of `Batches`.
 
     Returns:
@@ -253,7 +267,10 @@ def from_folder(
         try:
             return images.load(file, image_size, channels, max_pixels), file.relative_to(path).parts[0]
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises
-            return f"{file} {UNREADABLE}: {error}"
+            reason = f"{file} {UNREADABLE}: {error}"
+            if strict:
+                raise ValueError(f"{reason}.") from error
+            return reason
 
     key = [image_size, channels, max_pixels, len(files)]
     if cache:

@@ -32,6 +32,7 @@ class StoredModel(keras.Model):
 
     _compiled_with: dict | None = None
 
+    @_replicas.in_scope
     @_replicas.by_chief
     def save(self, filepath: Any, overwrite: bool = True, zipped: bool | None = None, **kwargs) -> None:
         """`keras.Model.save` to a `.keras` file. A file of this name stays whole until the new one is.
@@ -49,11 +50,13 @@ class StoredModel(keras.Model):
         with replacing(path, path.with_name(f"{path.stem}.saving.keras")) as temporary:
             super().save(temporary, **kwargs)
 
+    @_replicas.in_scope
     @_replicas.by_chief
     def save_weights(self, *args, **kwargs) -> None:
         """`keras.Model.save_weights`. Of several processes, the first one writes."""
         return super().save_weights(*args, **kwargs)
 
+    @_replicas.in_scope
     @_replicas.by_chief
     def save_compact(self, filepath: str | pathlib.Path) -> None:
         """Saves what samples: the averaged weights, in half precision, and no optimizer.

@@ -39,6 +39,11 @@ def _arguments(function, *args, **kwargs):
     return {**arguments.pop("kwargs", {}), **{name: value for name, value in arguments.items() if name != "self"}}
 
 
+def _labels_for(x, y=None, weight=None):
+    """The labels `y` of arrays. Keras drops weights of examples without labels, so these get some that nobody reads."""
+    return np.zeros(len(x)) if y is None and weight is not None and hasattr(x, "shape") else y
+
+
 def _in_tuple(function, *args):
     return (function(*args),)
 
@@ -82,7 +87,7 @@ class NoisyRegression(saving.StoredModel):
         """`keras.Model.fit` on clean data. It checks the data first.
 
         Arrays are checked completely. Of other sources, the first batch is checked. Labels in the data are ignored if
-        the network takes none.
+        the network takes none. Weights of examples and of classes multiply the loss.
 
         Raises:
             ValueError: if the data do not have the shape of the network's input, lie outside `clip_range`, contain NaN,
@@ -90,11 +95,17 @@ class NoisyRegression(saving.StoredModel):
         """
         given = _arguments(keras.Model.fit, self, *args, **kwargs)
         _checks.require(self.compiled, "Call `compile` before `fit`")
-        given["x"], first = self._checked(given.get("x"), given.get("y"))
+        given["x"], first, weight = self._checked(given.get("x"), given.get("y"))
+        given["y"] = _labels_for(given["x"], given.get("y"), given.get("sample_weight"))
+        weights = (weight, given.get("sample_weight"), given.get("class_weight"))
+        watch = LossWatch(first, weighted=any(entry is not None for entry in weights))
         if len(self.data_shape) == 3 and self.diffusion.clip_range == (-1, 1) and 0 <= first.min() < first.max():
             warnings.warn("The images lie in [0, 1]. Expected [-1, 1]: scale them with 2 * x - 1", stacklevel=2)
         if given.get("validation_data") is not None:
-            given["validation_data"], _ = self._checked(given["validation_data"])
+            validation, _, weight = self._checked(given["validation_data"])
+            if isinstance(validation, (list, tuple)):
+                validation = (validation[0], _labels_for(*validation), weight)
+            given["validation_data"] = validation
         if self.condition:
             self.condition = self.condition.named(getattr(given["x"], "class_names", None))
         callbacks = given.get("callbacks") or []
@@ -110,7 +121,7 @@ class NoisyRegression(saving.StoredModel):
             given["verbose"] = 0
         silent = () if _replicas.is_chief() else WRITERS
         writers = [callback for callback in others if not isinstance(callback, silent)]
-        given["callbacks"] = [turns, LossWatch(first), *checkpoints, *writers]
+        given["callbacks"] = [turns, watch, *checkpoints, *writers]
         self._checked_validation_data = given.get("validation_data")
         with contextlib.ExitStack() as stack:
             stack.callback(setattr, self, "_checked_validation_data", None)
@@ -133,7 +144,10 @@ class NoisyRegression(saving.StoredModel):
         known = self._checked_validation_data  # `fit` has checked it, and a generator can be read only once
         x = given.get("x")
         if known is None or x is not (known[0] if isinstance(known, (list, tuple)) else known):
-            given["x"], _ = self._checked(x, given.get("y"))
+            given["x"], _, _ = self._checked(x, given.get("y"))
+        given["y"] = _labels_for(given["x"], given.get("y"), given.get("sample_weight"))
+        if not _replicas.is_chief():
+            given["verbose"] = 0
         callbacks = given.get("callbacks") or []
         if not isinstance(callbacks, keras.callbacks.CallbackList):  # `fit` gives one
             callbacks = callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]
@@ -242,7 +256,10 @@ class NoisyRegression(saving.StoredModel):
         return ops.reshape(weight, (-1,) + (1,) * (len(self.data_shape) - 1))
 
     def _checked(self, data, labels=None):
-        """Checks data. Returns them and the x_0 that were checked. A generator gets its first batch back."""
+        """Checks data. Returns them, and the x_0 that were checked with their weights or `None`.
+
+        A generator gets its first batch back.
+        """
         if isinstance(data, types.GeneratorType):
             first = next(data, None)
             batches = itertools.chain([first], data)
@@ -261,7 +278,7 @@ class NoisyRegression(saving.StoredModel):
                 data = copy.copy(data)
                 data.collate_fn = functools.partial(_in_tuple, data.collate_fn)
         _checks.require(first is not None, "The data hold no batch", data=data)
-        x_0, condition, _ = keras.utils.unpack_x_y_sample_weight(first)
+        x_0, condition, weight = keras.utils.unpack_x_y_sample_weight(first)
         x_0 = _checks.data(ops.convert_to_numpy(x_0), self.data_shape, self.diffusion.clip_range)
         if self.condition:
             _checks.require(
@@ -272,7 +289,7 @@ class NoisyRegression(saving.StoredModel):
             condition = ops.convert_to_numpy(condition) if every is None else every
             _checks.require(condition.dtype.kind in "biuf", "Labels in data are integers", labels=condition[:3])
             self.condition.array(condition, len(condition))
-        return data, x_0
+        return data, x_0, weight
 
 
 class _Stateless(keras.StatelessScope):

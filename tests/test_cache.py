@@ -69,6 +69,32 @@ def test_decoding_goes_on_where_it_was(folder, tmp_path, monkeypatch, capsys):
     assert f"from number {done['read']} on" in capsys.readouterr().out
 
 
+def test_a_whole_index_comes_after_the_header(folder, tmp_path, monkeypatch):
+    """So another process never sees an index of all images next to a header that counts skipped ones."""
+    monkeypatch.setattr(_cache, "BLOCK", 4)
+    monkeypatch.setattr(_cache, "SECONDS", 0.0)
+    write, cache, whole = _cache._write_index, tmp_path / "pictures.npy", []
+
+    def watched(path, index, *file):
+        write(path, index, *file)
+        if index["read"] == 20:
+            whole.append(len(np.load(path, mmap_mode="r")))
+
+    monkeypatch.setattr(_cache, "_write_index", watched)
+    read(folder, cache=cache)
+    assert whole == [19]
+
+
+def test_strict(folder, tmp_path, monkeypatch):
+    """The first file that cannot be read ends the reading, and its error is told."""
+    monkeypatch.setattr(_cache, "BLOCK", 4)
+    load, loaded = kd.images.load, []
+    monkeypatch.setattr(kd.images, "load", lambda path, *args: loaded.append(path.name) or load(path, *args))
+    with pytest.raises(ValueError, match="06.png cannot be read") as caught:
+        datasets.from_folder(folder, 8, strict=True, cache=tmp_path / "pictures.npy")
+    assert isinstance(caught.value.__cause__, OSError) and len(loaded) == 4
+
+
 def test_a_file_is_checked_when_it_is_opened(folder, tmp_path):
     cache = tmp_path / "pictures.npy"
     with pytest.raises(ValueError, match="must end in .npy"):
@@ -112,6 +138,16 @@ def test_another_process_waits_for_the_chief(folder, tmp_path, monkeypatch):
     assert read(folder, cache=cache).num_examples == 19 and waited == [1]
 
 
+def test_the_wait_for_the_chief_ends(folder, tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(kd._replicas, "_process", lambda: (1, 2))
+    monkeypatch.setattr(_cache.time, "sleep", lambda seconds: clock.append(clock.pop() + 100))
+    monkeypatch.setattr(_cache.time, "monotonic", lambda: clock[-1])
+    with pytest.raises(TimeoutError, match="added nothing to .*pictures.npy for 600 seconds"):
+        datasets.from_folder(folder, 8, cache=tmp_path / "pictures.npy")
+    assert clock == [700.0]
+
+
 def test_a_data_set_of_tensorflow(data_dir, tmp_path, monkeypatch):
     options = {"data_dir": data_dir, "labels": True, "batch_size": 10, "shuffle": False}
     name, cache = "fashion_mnist", tmp_path / "x.npy"
@@ -151,6 +187,15 @@ def test_workers_change_nothing(points, monkeypatch, initial_epoch):
     assert seen[0] == seen[1] and len(set(seen[0])) == 8 * (4 - initial_epoch)
 
 
+@pytest.mark.parametrize("options", [{}, {"shuffle": False}, {"num_workers": 2}, {"shuffle": False, "num_workers": 2}])
+def test_no_batch_after_the_last(points, options):
+    data = datasets.Batches(points, batch_size=32, **options)
+    assert data[len(data) - 1].shape == (32, 2)
+    for step in (len(data), -1):
+        with pytest.raises(IndexError, match=f"There are {len(data)} batches. Received: {step}"):
+            data[step]
+
+
 def test_workers_that_fail(points):
     data = datasets.Batches(points, np.arange(len(points)), batch_size=32, num_workers=2)
     data.labels = data.labels[:3]
@@ -158,16 +203,31 @@ def test_workers_that_fail(points):
         data[0]
 
 
+def resident():
+    """The bytes of files in the memory of this process."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssFile"))
+
+
 def test_the_pages_of_a_file_leave_the_memory(tmp_path):
     """After they were read: the resident memory of the file falls."""
     np.save(tmp_path / "x.npy", np.zeros((2**12, 128, 128, 1), "uint8"))
     x = np.load(tmp_path / "x.npy", mmap_mode="r")
-
-    def resident():
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssFile"))
-
     before = resident()
     assert int(x.sum()) == 0 and resident() - before > 0.9 * x.nbytes
     _cache.forget(x)
     assert resident() - before < 0.1 * x.nbytes and int(x[5, 5, 5, 0]) == 0
+
+
+def test_a_file_of_floats_is_checked_in_parts(tmp_path, monkeypatch):
+    values = np.zeros((2**10, 128, 128, 1), "float32")
+    np.save(tmp_path / "x.npy", values)
+    before, most, forget = resident(), [], _cache.forget
+    monkeypatch.setattr(_cache, "forget", lambda x: most.append(resident() - before) or forget(x))
+    data = datasets.from_arrays(tmp_path / "x.npy", batch_size=4)
+    assert len(most) == 4 and max(most) < 0.5 * values.nbytes and resident() - before < 0.1 * values.nbytes
+    assert data[0].shape == (4, 128, 128, 1)
+    values[-1, -1, -1] = np.inf
+    np.save(tmp_path / "y.npy", values)
+    with pytest.raises(ValueError, match="hold NaN or infinite"):
+        datasets.from_arrays(tmp_path / "y.npy", batch_size=4)

@@ -271,12 +271,13 @@ def test_a_late_batch_that_is_wrong_stops_the_run(points, kind):
 
 def test_a_model_that_learns_nothing_says_so(points):
     data = kd.datasets.from_arrays(points, batch_size=32, steps_per_epoch=320)
-    for learning_rate, warns in [(0.0, True), (1e-2, False)]:
+    streams = {"batches": data, "weights": ((x, None, np.full(32, 3.0)) for x in data)}
+    for learning_rate, stream, warns in [(0.0, "batches", True), (1e-2, "batches", False), (0.0, "weights", False)]:
         model = kd.DiffusionModel(kd.networks.mlp(2, 16, 1), seed=0)
         model.compile(loss="mae", optimizer=keras.optimizers.Adam(learning_rate))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            model.fit(data, epochs=1, verbose=0)
+            model.fit(streams[stream], epochs=1, steps_per_epoch=320, verbose=0)
         texts = [str(w.message) for w in caught if "learned next to nothing" in str(w.message)]
         assert len(texts) == warns
         assert not warns or "always predicting zero gives 0.7" in texts[0] or "gives 0.8" in texts[0]

@@ -1,11 +1,14 @@
 """Several devices and several processes do what one device does."""
 
+import contextlib
 import json
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
+import types
 
 import keras
 import numpy as np
@@ -132,13 +135,16 @@ def test_a_last_batch_is_filled_up_without_a_change_of_the_mean(monkeypatch):
 
 def test_weights_of_examples(model, points):
     """They multiply the loss. So examples of weight 0 do not count."""
-    labels = np.zeros(len(points))  # Keras drops weights without labels; the model ignores them
     whole = model.evaluate(points, verbose=0)
-    tripled = model.evaluate(points, labels, sample_weight=np.full(len(points), 3.0), verbose=0)
+    tripled = model.evaluate(points, sample_weight=np.full(len(points), 3.0), verbose=0)  # Keras would drop them
     assert tripled == pytest.approx(3 * whole, rel=1e-5)
+    three = np.full(len(points), 3.0)
+    model.optimizer.learning_rate = 1e-9
+    ends = model.fit(points, sample_weight=three, validation_data=(points, None, three), epochs=1, verbose=0).history
+    assert ends["val_loss"][0] == pytest.approx(tripled, rel=1e-4) and ends["loss"][0] == pytest.approx(tripled, rel=0.2)
     weight = (np.arange(len(points)) % 2).astype("float32")
     spoiled = np.where(weight[:, None] > 0, points, np.float32(-1))
-    losses = [model.evaluate(x, labels, sample_weight=weight, verbose=0) for x in (points, spoiled)]
+    losses = [model.evaluate(x, sample_weight=weight, verbose=0) for x in (points, spoiled)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6) and losses[0] < whole
 
 
@@ -158,15 +164,57 @@ def test_a_process_that_is_not_the_chief_writes_nothing(monkeypatch, tmp_path, c
         ]
         model.fit(images, epochs=1, verbose=2, callbacks=callbacks)
         model.sample(1, seed=0, verbose=1)
+        model.evaluate(images, verbose=2)
         model.save(folder / "model.keras")
         model.save_compact(folder / "compact.keras")
         model.save_weights(folder / "model.weights.h5")
         written[number] = {path.name for path in folder.iterdir()} if folder.exists() else set()
         assert kd.is_chief() == (number == 0)
-        assert ("step - loss" in capsys.readouterr().out) == (number == 0)
+        printed = capsys.readouterr().out
+        assert ("step - loss" in printed) == (number == 0) and (number == 0 or not printed)
     names = {"grid.png", "checkpoints", "best.keras", "model.keras", "compact.keras", "model.weights.h5"}
     assert written == {1: set(), 0: names}
     assert not (tmp_path / "1.csv").exists() and (tmp_path / "0.csv").exists()
+
+
+def test_a_process_that_is_not_the_chief_reads_the_checkpoint(model, points, monkeypatch, tmp_path):
+    """It goes on from it, leaves the chief's table as it is, and leaves signals to Python."""
+    logger, handlers = keras.callbacks.CSVLogger(tmp_path / "history.csv"), []
+    seen = keras.callbacks.LambdaCallback(
+        on_train_batch_begin=lambda batch, logs: handlers.append(signal.getsignal(signal.SIGTERM))
+    )
+    options = {"callbacks": [kd.callbacks.Checkpoint(tmp_path / "checkpoints"), logger, seen], "verbose": 0}
+    model.fit(points, epochs=1, **options)
+    assert signal.SIG_DFL not in handlers
+    table = (tmp_path / "history.csv").read_bytes() + b"1,0.5\n"  # of the chief's next epoch
+    (tmp_path / "history.csv").write_bytes(table)
+    handlers.clear()
+    monkeypatch.setattr(_replicas, "_process", lambda: (1, 2))
+    assert model.fit(points, epochs=2, **options).epoch == [0, 1]
+    assert (tmp_path / "history.csv").read_bytes() == table and set(handlers) == {signal.SIG_DFL}
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's strategy")
+def test_a_strategy_that_has_its_own_cluster(model, monkeypatch, tmp_path):
+    """Files are written in the scope of the model, where its strategy tells which process this is."""
+    import tensorflow as tf
+
+    class Strategy:
+        cluster_resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
+            tf.train.ClusterSpec({"worker": ["a:1", "b:1"]}), task_type="worker", task_id=1
+        )
+        num_replicas_in_sync = 1
+
+    @contextlib.contextmanager
+    def scope():
+        with monkeypatch.context() as patch:
+            patch.setattr(tf.distribute, "get_strategy", Strategy)
+            yield
+
+    monkeypatch.setattr(type(model), "distribute_strategy", types.SimpleNamespace(scope=scope), raising=False)
+    for write, name in [(model.save, "a.keras"), (model.save_compact, "b.keras"), (model.save_weights, "c.weights.h5")]:
+        write(tmp_path / name)
+    assert kd.is_chief() and not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's variable")
