@@ -358,6 +358,11 @@ def make_metric(train, test, num_samples, classifier_epochs, seed, path=None):
     return classifier, lambda images: 1000 * metric.compare(images), (mean, std)
 
 
+def all_labels(model, num):
+    """The argument of `model.sample` with which all classes take turns. Empty for a model without labels."""
+    return {"labels": np.arange(num) % model.condition.num_classes} if model.condition else {}
+
+
 def draw_denoising(path, model, sampler, seed, num=5):
     """Draws how samples emerge from noise: x_t above, the prediction of x_0 below."""
     steps = [int(rows["t"][0]) for rows in sampler.steps(model.diffusion.schedule)]

@@ -10,7 +10,7 @@ package, and would take days on two cores. `full` has a larger one. The `cpu` pr
 
 Output files in --output:
 
-    samples/0001.png ...  samples from the same 16 noises during training, with 20 steps
+    samples/0001.png ...  samples from the same 16 noises during training, with 10 steps
     history.csv loss.png  the losses. The validation loss is that of the averaged weights.
     samples.png           64 samples at the end
     denoising.gif         how 16 of them emerge from noise: x_t on the left, the prediction of x_0 on the right
@@ -216,7 +216,9 @@ def train(
     )
     kd.plots.loss(out / "loss.png", history)
 
-    samples, x_t, x_0 = model.sample(64, seed=seed, return_trajectory=20, verbose=1, **asked(64))
+    steps = min(20, model.diffusion.timesteps)
+    sampler = kd.samplers.DPMSolver(steps)
+    samples, x_t, x_0 = model.sample(64, sampler, seed, return_trajectory=steps, verbose=1, **asked(64))
     kd.images.save(out / "samples.png", samples, scale)
     common.save_denoising(out / "denoising.gif", x_t[:, :16], x_0[:, :16], scale)
     images_seen = epochs * len(data) * batch_size

@@ -2,6 +2,7 @@
 
     python examples/guidance.py                                                   # trains on Fashion-MNIST first
     python examples/guidance.py --model runs/guidance/model.keras --scales 1 1.5  # uses the trained model again
+    python examples/guidance.py --model runs/samplers/model.keras --guide runs/samplers/guide.keras --scales 1 1.5 2
 
 The network receives labels, except for one image in ten. So it learns to predict with a label and without.
 Classifier-free guidance (Ho and Salimans, 2022) extrapolates from the output without a label toward the output with
@@ -11,12 +12,17 @@ A classifier of the same images judges the samples. Its accuracy on held-out pho
 would be in the requested class equally often. The kernel distance, as in examples/samplers.py, shows how far guidance
 moves the samples away from the photographs.
 
+With --guide, a worse version of the model takes the place of the model without a label (autoguidance, Karras et al.,
+2024). The model may be one without labels. examples/samplers.py trains such a model, and keeps it as it was after a
+tenth of the training.
+
 Output files in --output:
 
     samples/0001.png ...  two samples of each class after each epoch
     model.keras           the trained model
     checkpoints/          from which --resume goes on after Ctrl-C or a crash
     guidance.csv          guidance scale, share of samples in the requested class, and distance
+    classifier.keras      the classifier, which the next run uses again
     guidance.png          samples from the same noises, by guidance scale
 """
 
@@ -40,6 +46,7 @@ def main(
     dataset="fashion_mnist",
     image_size=28,
     model: str | None = None,
+    guide: str | None = None,
     epochs=4,
     steps_per_epoch: int | None = None,
     classifier_epochs=5,
@@ -57,6 +64,7 @@ def main(
         dataset: labeled data set with splits "train" and "test".
         image_size: side of the images in pixels.
         model: trained .keras file or a preset of the package. By default a model is trained.
+        guide: .keras file of a worse version of the model, which guides it.
         epochs: number of training epochs.
         steps_per_epoch: number of batches of 32 images per epoch. By default all.
         classifier_epochs: number of training epochs of the classifier.
@@ -70,9 +78,11 @@ def main(
     options = {"data_dir": data_dir, "seed": seed, "steps_per_epoch": steps_per_epoch}
     data, test = common.load(dataset, image_size, channels=1, labels=True, **options)
     num_classes = int(data.labels.max()) + 1
+    options = {"batch_size": min(250, num_samples)} | ({"guide": common.load_model(guide)} if guide else {})
     if num_samples < 2 * num_classes:
         raise common.UsageError(f"--num-samples must be at least {2 * num_classes}, which is two of each class.")
-    classifier, distance_of, _ = common.make_metric(data, test, num_samples, classifier_epochs, seed)
+    kept = out / "classifier.keras"
+    classifier, distance_of, _ = common.make_metric(data, test, num_samples, classifier_epochs, seed, kept)
     if model:
         trained = common.load_model(model)
     else:
@@ -83,16 +93,18 @@ def main(
         trained.save(out / "model.keras")
 
     print("guidance_scale   in the requested class   kernel distance x 1000", flush=True)
-    labels = np.arange(num_samples) % num_classes
     rows, samples = [], {}
+    options |= common.all_labels(trained, num_samples)
+    sampler = kd.samplers.DPMSolver(20)  # without noise, so the same pictures change from scale to scale
     for scale in scales:
-        batch_size = min(250, num_samples)
-        x = trained.sample(num_samples, seed=seed, labels=labels, guidance_scale=scale, batch_size=batch_size)
-        share = np.mean(np.argmax(classifier.predict(x, batch_size=250, verbose=0), axis=1) == labels)
-        error = np.sqrt(share * (1 - share) / num_samples)
+        x = trained.sample(num_samples, sampler, seed, guidance_scale=scale, **options)
+        share, shown = np.nan, "-"  # without labels, nothing was asked for
+        if trained.condition:
+            share = np.mean(np.argmax(classifier.predict(x, batch_size=250, verbose=0), axis=1) == options["labels"])
+            shown = f"{share:.1%} ± {np.sqrt(share * (1 - share) / num_samples):.1%}"
         rows.append([scale, share, distance_of(x)])
         samples[f"w = {scale:g}"] = {"": x[: min(20, 2 * num_classes)]}
-        print(f"{scale:14g}   {share:14.1%} ± {error:.1%}   {rows[-1][2]:17.1f}", flush=True)
+        print(f"{scale:14g}   {shown:>22}   {rows[-1][2]:22.1f}", flush=True)
     with open(out / "guidance.csv", "w", newline="") as file:
         csv.writer(file).writerows([["guidance scale", "share in class", "distance"], *rows])
     kd.plots.table(out / "guidance.png", samples, columns=min(20, 2 * num_classes))

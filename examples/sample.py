@@ -75,12 +75,12 @@ def main(
         return
     asked = labels_of(trained, labels, num)
     options = lambda part: {} if asked is None else {"labels": asked[part], "guidance_scale": guidance}  # noqa: E731
-    sampler = kd.samplers.DPMSolver(steps)
+    sampler = kd.samplers.DPMSolver(steps, eta=1.0)
     sampler.steps(trained.diffusion.schedule)  # raises an error for a wrong number
 
     out = pathlib.Path(output)
     out.mkdir(parents=True, exist_ok=True)
-    settings = {"model": str(model), "labels": [*labels], "guidance": guidance, "steps": steps, "seed": seed}
+    settings = {"model": str(model), "labels": [*labels], "guidance": guidance, "sampler": str(sampler), "seed": seed}
     before = out / "settings.json"
     if before.exists() and json.loads(before.read_text()) != settings:
         raise common.UsageError(f"{out} holds images with other settings. Choose another --output.")

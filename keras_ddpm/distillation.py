@@ -17,7 +17,11 @@ class ConsistencyModel(DiffusionModel):
 
     It starts as a trained `DiffusionModel`, whose predictions are means over many ends. At x_t, it is trained to
     predict what it predicts itself at an earlier x_s with the same noise. At s = 0 this is the data. In the first
-    stage, s is far from t. Each further stage divides the distance of their noise scales sigma/alpha by 4.
+    stage, s is far from t. Each further stage divides the distance of their noise scales sigma/alpha by 4. `evaluate`
+    uses the last stage, so that its losses can be compared.
+
+    `sample` and `editing.variations` take `samplers.Consistency`. Other samplers solve the equation whose solution the
+    model predicts already, so they do not suit it.
 
     Example:
 
@@ -45,22 +49,44 @@ class ConsistencyModel(DiffusionModel):
         self.num_stages = num_stages
         tables = [earlier_times(self.diffusion.schedule, stage) for stage in range(num_stages)]
         self._earlier = np.stack(tables).astype("int32")
-        # Of the squared error of v, which is that of x_0 by sigma^2: all times depend on those with little noise. An
-        # error of the noise is unbounded as one of v, so there is a limit.
+        self._in_last_stage = False
+        # Those of the squared error of v, which is that of x_0 by sigma^2: all times depend on those with little noise.
+        # The paper's weights are 1 / (r_t - r_s), which left these untrained on points. An error of the noise is
+        # unbounded as one of v, so there is a limit.
         variance = np.maximum(self.diffusion.schedule.sigma, 1e-12) ** 2
         self._weights = np.minimum(self.diffusion.x0_weight() / variance, 100.0).astype("float32")
 
     @property
     def default_sampler(self) -> samplers.Sampler:
-        """The default sampler of `sample`: `Consistency(1)`."""
-        return samplers.Consistency(1)
+        """`sampler`, or else `Consistency(1)`."""
+        return self.sampler or samplers.Consistency(1)
+
+    @classmethod
+    def from_model(cls, model: DiffusionModel, **kwargs: Any) -> "ConsistencyModel":
+        """Makes a consistency model that starts as the average of a trained model.
+
+        Args:
+            model: a `DiffusionModel`. It is not changed.
+            **kwargs: arguments of this class. The others are those of `model`, without `loss_weight` and `sampler`.
+
+        Raises:
+            ValueError: if an argument is invalid.
+        """
+        return super().from_model(model, **{"loss_weight": None, "sampler": None, **kwargs})
+
+    def test_step(self, *args):
+        self._in_last_stage = True  # while the step is traced
+        try:
+            return super().test_step(*args)
+        finally:
+            self._in_last_stage = False
 
     def target(self, x_0, noise, x_t, t, condition=None):
         """What the network should predict at `x_t`, so that it predicts the same x_0 as at an earlier time."""
         s = ops.take(ops.convert_to_tensor(self._earlier), self._stage(), axis=0)
         s = ops.take(s, t)
         x_s = self.diffusion.q_sample(x_0, s, noise)
-        y = self.network([x_s, s] if condition is None else [x_s, s, condition], training=False)
+        y = self.call([x_s, s] if condition is None else [x_s, s, condition], training=False)
         # At s = 0, x_s is the data, and so is its prediction, whatever y is.
         end = ops.stop_gradient(self.diffusion.predict_x0(x_s, s, y))
         return self.diffusion.target(end, t, self.diffusion.predict_noise(x_t, t, end))
@@ -73,6 +99,8 @@ class ConsistencyModel(DiffusionModel):
 
     def _stage(self):
         """The number of the stage, a scalar tensor."""
+        if self._in_last_stage:
+            return ops.convert_to_tensor(self.num_stages - 1, "int32")
         return ops.minimum(ops.cast(self.optimizer.iterations, "int32") // self.updates_per_stage, self.num_stages - 1)
 
     def get_config(self):

@@ -56,11 +56,12 @@ class DiffusionModel(training.NoisyRegression):
         seed: integer seed of the t and the noise drawn in training. A saved model continues its random sequence.
         class_names: the name of each label, with which `sample` can be asked for it. With `None`, the model takes them
             from the first data with names that `fit` gets, such as `datasets.Batches.class_names`.
+        sampler: the default sampler of `sample`, which is saved with the model; `None` for `DPMSolver(10, eta=1.0)`.
 
     Raises:
         ValueError: if the network's output is not shaped like its input, `diffusion` is not a `GaussianDiffusion`, a
-            decay or share is outside [0, 1), the seed is not an integer of 32 bits, a weight is not positive at some t
-            in 1..T, `timestep_sampling` is unknown, or `dtype` is not float32.
+            decay or share is outside [0, 1), the seed is not an integer of 32 bits, `sampler` is no sampler, a weight
+            is not positive at some t in 1..T, `timestep_sampling` is unknown, or `dtype` is not float32.
 
     Reference: Ho et al., 2020, algorithm 1.
     """
@@ -76,6 +77,7 @@ class DiffusionModel(training.NoisyRegression):
         *,
         seed: int | None = None,
         class_names: Sequence[str] | None = None,
+        sampler: samplers.Sampler | None = None,
         **kwargs,
     ):
         dtype = kwargs.pop("dtype", "float32")
@@ -104,6 +106,9 @@ class DiffusionModel(training.NoisyRegression):
         self.timestep_sampling = timestep_sampling
         self.label_dropout = label_dropout
         self.seed = seed if seed is None else _checks.seed(seed)
+        valid = isinstance(sampler, (samplers.Sampler, type(None)))
+        _checks.require(valid, "`sampler` must be a sampler, such as `samplers.DDIM(50)`", sampler=sampler)
+        self.sampler = sampler
         self.average = Average(network, ema_decay, self.add_weight)
         training.arrange([*network.weights, *self.average.weights])
         self._fit_random = _replicas.Seeds(self.seed)
@@ -144,8 +149,8 @@ class DiffusionModel(training.NoisyRegression):
 
     @property
     def default_sampler(self) -> samplers.Sampler:
-        """The default sampler of `sample`: `DPMSolver(20)`, with fewer steps if the schedule has fewer."""
-        return samplers.DPMSolver(min(20, self.diffusion.timesteps))
+        """`sampler`, or else `DPMSolver(10, eta=1.0)`, with fewer steps if the schedule has fewer."""
+        return self.sampler or samplers.DPMSolver(min(10, self.diffusion.timesteps), eta=1.0)
 
     def sample(
         self,
@@ -280,12 +285,13 @@ class DiffusionModel(training.NoisyRegression):
             "label_dropout": self.label_dropout,
             "seed": self.seed,
             "class_names": self.condition and self.condition.class_names,
+            "sampler": keras.saving.serialize_keras_object(self.sampler),
         }
 
     @classmethod
     def from_config(cls, config):
-        objects = {name: keras.saving.deserialize_keras_object(config[name]) for name in ("network", "diffusion")}
-        return cls(**{**config, **objects})
+        names = {"network", "diffusion", "sampler"} & set(config)  # files of version 0.1 have no sampler
+        return cls(**{**config, **{name: keras.saving.deserialize_keras_object(config[name]) for name in names}})
 
     def save_own_variables(self, store):
         super().save_own_variables(store)

@@ -21,6 +21,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import keras
 import numpy as np
 
 from keras_ddpm import _checks
@@ -113,6 +114,8 @@ class Sampler:
             Times are rounded to integers. If two of them coincide, one moves to the next free time. A tuple holds the
             times at which the steps start, from T down, such as `samplers.optimized` finds.
 
+    `keras.saving.serialize_keras_object` turns a sampler into JSON, as models do that carry one.
+
     Raises:
         ValueError: if `num_steps` or `spacing` is invalid.
     """
@@ -120,15 +123,27 @@ class Sampler:
     num_steps: int | None = None
     spacing: str | tuple[int, ...] = dataclasses.field(default="uniform", kw_only=True)
 
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        keras.saving.register_keras_serializable(cls.__module__.partition(".")[0])(cls)
+
     def __post_init__(self) -> None:
         _checks.counts(optional=True, num_steps=self.num_steps)
         known, times = ["uniform", *SPACINGS], self.spacing
-        if isinstance(times, tuple):
+        if isinstance(times, (list, tuple)):  # JSON has lists
             valid = all(map(_checks.is_count, times)) and len(times) == self.num_steps
             valid = valid and all(t > s for t, s in itertools.pairwise(times))
+            object.__setattr__(self, "spacing", tuple(map(int, times)) if valid else times)
         else:
             valid = times in known
         _checks.require(valid, f"`spacing` must be one of {known}, or `num_steps` falling times", spacing=times)
+
+    def get_config(self) -> dict:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @classmethod
+    def from_config(cls, config: dict) -> "Sampler":
+        return cls(**{name: keras.saving.deserialize_keras_object(value) for name, value in config.items()})
 
     @property
     def evaluations(self) -> int | None:

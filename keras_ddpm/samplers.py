@@ -20,7 +20,6 @@ from keras_ddpm import _checks
 from keras_ddpm.diffusion import posterior_coefficients
 from keras_ddpm.rows import NUM_PREVIOUS as NUM_PREVIOUS
 from keras_ddpm.rows import ROW as ROW
-from keras_ddpm.rows import SPACINGS as SPACINGS
 from keras_ddpm.rows import Array
 from keras_ddpm.rows import Columns
 from keras_ddpm.rows import Sampler as Sampler
@@ -117,7 +116,9 @@ class DPMSolver(DDIM):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _checks.require(self.order in (2, 3), "`order` must be 2 or 3", order=self.order)
+        _checks.require(
+            _checks.is_count(self.order) and self.order in (2, 3), "`order` must be 2 or 3", order=self.order
+        )
 
     def coefficients(self, alpha_t: Array, sigma_t: Array, alpha_s: Array, sigma_s: Array) -> Columns:
         columns = super().coefficients(alpha_t, sigma_t, alpha_s, sigma_s)
@@ -171,7 +172,7 @@ class UniPC(Sampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _checks.require(self.order in (1, 2, 3), "`order` must be 1, 2 or 3", order=self.order)
+        _checks.require(_checks.is_count(self.order) and self.order <= 3, "`order` must be 1, 2 or 3", order=self.order)
 
     def coefficients(self, alpha_t: Array, sigma_t: Array, alpha_s: Array, sigma_s: Array) -> Columns:
         columns = DDIM().coefficients(alpha_t, sigma_t, alpha_s, sigma_s)
@@ -256,6 +257,8 @@ def optimized(model: Any, sampler: Sampler, num_samples: int = 64, seed: int = 0
     The paths of a model's samples from noise to data have nearly the same shape. Here DDIM makes them with up to 60
     steps. Among their times, those are chosen whose straight steps deviate least from the paths, in sum.
 
+    >>> model.sampler = optimized(model, UniPC(6))  # now the default of `sample`, and saved with the model
+
     Args:
         model: a `DiffusionModel`.
         sampler: a sampler whose steps call the network once, with `num_steps` of at most 60.
@@ -267,10 +270,12 @@ def optimized(model: Any, sampler: Sampler, num_samples: int = 64, seed: int = 0
         The sampler with another `spacing`, a tuple of times.
 
     Raises:
-        ValueError: if the sampler has no `num_steps` or more than the paths, or an option is invalid.
+        ValueError: if `num_steps` is not in 1..60, steps make several network calls, or an option is invalid.
 
     Reference: Chen et al., 2024 ("On the trajectory regularity of ODE-based diffusion sampling"), section 4.
     """
+    once = isinstance(sampler, Sampler) and sampler.evaluations == sampler.num_steps
+    _checks.require(once, "`sampler` must be a sampler whose steps call the network once", sampler=sampler)
     schedule = model.diffusion.schedule
     num, wanted = min(60, schedule.timesteps), sampler.num_steps or 0
     _checks.require(0 < wanted <= num, f"`num_steps` must be in 1..{num}", num_steps=sampler.num_steps)
@@ -292,7 +297,7 @@ def shortest_path(lengths: Array, num_steps: int) -> list[int]:
 
     Args:
         lengths: array `(nodes, nodes)`: the length of each step, infinite where there is none.
-        num_steps: number of steps.
+        num_steps: number of steps, of which there must be a path.
     """
     total, origins = np.full(len(lengths), np.inf), []
     total[0] = 0.0
@@ -403,9 +408,8 @@ class Langevin(Sampler):
         if self.predictor is not None:
             valid = isinstance(self.predictor, Sampler) and not isinstance(self.predictor, Langevin)
             valid = valid and (self.num_steps, self.spacing) == (None, "uniform")
-            _checks.require(
-                valid, "`predictor` must be another sampler, with its own `num_steps` and `spacing`", sampler=self
-            )
+            message = "`predictor` must be another sampler, with its own `num_steps` and `spacing`"
+            _checks.require(valid, message, sampler=self)
 
     @property
     def evaluations(self) -> int | None:

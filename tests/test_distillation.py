@@ -66,6 +66,35 @@ def test_stages_follow_the_updates(points):
     assert stages == [0, 1, 2, 2] and np.isfinite(losses).all()
 
 
+def test_evaluation_is_in_the_last_stage(points):
+    """Whatever the stage of the training, so that losses can be compared. Its target is by the averaged weights."""
+    fast = distillation.ConsistencyModel(kd.networks.mlp(2, 16, 1), updates_per_stage=1000, num_stages=3, seed=0)
+    randomize(fast.network)
+    fast.compile(loss="mse", optimizer="sgd")
+    losses = [fast.evaluate(points, verbose=0)]
+    fast.optimizer.iterations.assign(5000)
+    losses.append(fast.evaluate(points, verbose=0))
+    first = distillation.ConsistencyModel.from_model(fast, num_stages=1)
+    first.network.set_weights(fast.network.get_weights())
+    first.compile(loss="mse", optimizer="sgd")
+    other = first.evaluate(points, verbose=0)
+    assert losses[0] == losses[1] and abs(other - losses[0]) > 1e-3 * losses[0]
+    for v in fast.network.weights:
+        v.assign(np.full(v.shape, np.nan))
+    averaged = fast.evaluate(points, verbose=0, callbacks=[kd.callbacks.EMAWeights()])
+    assert np.isfinite(averaged) and np.isnan(fast.evaluate(points, verbose=0))
+
+
+def test_what_a_consistency_model_takes_over(model):
+    """The average and the process, and neither the weights of the loss nor the sampler."""
+    model = kd.DiffusionModel(
+        model.network, model.diffusion, loss_weight=model.diffusion.min_snr_weight(), sampler=kd.samplers.DDIM(3)
+    )
+    fast = distillation.ConsistencyModel.from_model(model, ema_decay=0.5)
+    assert (fast.loss_weight, fast.sampler, fast.ema_decay) == (None, None, 0.5)
+    assert [*kd.export.default_tables(fast)] == ["Consistency, 1 steps", "Consistency, 2 steps"]
+
+
 def test_one_call_gives_the_distribution(tmp_path):
     """Two groups of numbers, which one call of the model that is tuned puts between the groups."""
     x = TWO.quantile((np.arange(4096) + 0.5) / 4096).clip(-1, 1)[:, None].astype("float32")

@@ -369,14 +369,28 @@ def test_the_readmes_code_learns(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_samplers(tmp_path, data_dir, capsys, command_line):
     options = {"data_dir": data_dir, "output": tmp_path, "epochs": 1, "steps_per_epoch": 2, "classifier_epochs": 1}
-    call("samplers", evaluations=(6,), num_samples=8, **options)
+    call("samplers", evaluations=(6, 24), num_samples=8, **options)
     check_metric(capsys.readouterr().out, 8)
     header, *rows = (tmp_path / "distances.csv").read_text().splitlines()
-    assert header == "sampler,spacing,network calls,distance" and len(rows) == 8 * 3
-    assert {int(row.split(",")[-2]) for row in rows} == {5, 6}  # Heun calls an odd number
+    assert header == "sampler,spacing,network calls,distance" and len(rows) == 9 * 4 - 1 + 1
+    assert {int(row.split(",")[-2]) for row in rows} == {5, 6, 24}  # Heun calls an odd number
     for name in ("distances.png", "samples.png"):
         with Image.open(tmp_path / name) as picture:
             picture.load()
+    # The other examples take the models, without labels, and the classifier.
+    options |= {"model": str(tmp_path / "model.keras"), "num_samples": 20}
+    call("guidance", guide=str(tmp_path / "guide.keras"), scales=(1.0, 2.0), **options)
+    assert len(re.findall(r"^ +[12] +- +[0-9.]+$", capsys.readouterr().out, re.M)) == 2
+    del options["epochs"], options["steps_per_epoch"]
+    call("distill", teacher_steps=4, point_updates=8, num_points=20, num_pairs=2, updates=4, num_stages=2, **options)
+    text = capsys.readouterr().out
+    assert text.count("tuned, one call: ") == text.count("teacher, one call: ") == 2, text
+    for name in ("map.png", "images.png"):
+        with Image.open(tmp_path / name) as picture:
+            picture.load()
+    assert kd.saving.load_model(tmp_path / "images.keras").sample(1, seed=0).shape == (1, 28, 28, 1)
+    check_error(command_line("distill.py", "--updates", 3), 2, "must be 4 or more")
+    check_error(command_line("samplers.py", "--spacings", "even"), 2, "takes uniform, .* Received: even$")
     check_error(command_line("samplers.py", "--evaluations", 1, 9), 2, r"between 2 and 1000. Received: \(1, 9\)$")
 
 
@@ -592,7 +606,7 @@ def test_sample(tmp_path, monkeypatch, command_line):
     made = {path.name: path.stat().st_mtime_ns for path in sorted(pathlib.Path("few").glob("0*.png"))}
     assert [*made] == [f"{index:05d}.png" for index in range(5)]
     expected = kd.saving.load_model("model.keras").sample(
-        5, kd.samplers.DPMSolver(2), seed=0, labels=[1, 2, 1, 2, 1], guidance_scale=2.0
+        5, kd.samplers.DPMSolver(2, eta=1.0), seed=0, labels=[1, 2, 1, 2, 1], guidance_scale=2.0
     )
     for index, image in enumerate(kd.images.to_uint8(expected)):
         assert np.max(np.abs(read(f"few/{index:05d}.png").astype("int32") - image)) <= 1

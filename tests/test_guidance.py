@@ -150,6 +150,27 @@ def test_a_guide_joins_labels_and_rescaling(mixture):
     assert sizes == {6} and np.array_equal(x, calls_of(mixture, labels=1)[1])
 
 
+def test_scale_1_does_not_call_the_guide(points):
+    """Which predicts NaN. Its schedule may differ in the last bits, as those of another machine do."""
+    schedule = kd.schedules.linear(25)
+    near = kd.schedules.Schedule(schedule.alpha, schedule.sigma * (1 - 1e-15))
+    model, guide, other = (
+        kd.DiffusionModel(kd.networks.mlp(2, 8, 1), kd.GaussianDiffusion(kind, clip_range=None))
+        for kind in (schedule, near, kd.schedules.cosine(25))
+    )
+    randomize(model.network)
+    for v in guide.ema_weights:
+        v.assign(np.full(v.shape, np.nan))
+    sample = lambda **options: model.sample(3, kd.samplers.DDIM(4), seed=0, **options)  # noqa: E731
+    expected = sample()
+    assert np.array_equal(sample(guide=guide, guidance_scale=1.0), expected)
+    assert np.isnan(sample(guide=guide, guidance_scale=1.5)).all()
+    never = {"guidance_scale": 1.5, "guidance_interval": (24, 24)}  # DDIM(4) does not visit 24
+    assert np.array_equal(sample(guide=guide, **never), expected)
+    with pytest.raises(ValueError, match="must have the data shape and the process"):
+        sample(guide=other, guidance_scale=1.5)
+
+
 def test_a_guide_may_learn_between_samples(points):
     """Its average is read in each call, and the guided model's own choice of weights remains."""
     diffusion = kd.GaussianDiffusion(kd.schedules.linear(25), clip_range=None)

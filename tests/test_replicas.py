@@ -141,7 +141,8 @@ def test_weights_of_examples(model, points):
     three = np.full(len(points), 3.0)
     model.optimizer.learning_rate = 1e-9
     ends = model.fit(points, sample_weight=three, validation_data=(points, None, three), epochs=1, verbose=0).history
-    assert ends["val_loss"][0] == pytest.approx(tripled, rel=1e-4) and ends["loss"][0] == pytest.approx(tripled, rel=0.2)
+    assert ends["val_loss"][0] == pytest.approx(tripled, rel=1e-4)
+    assert ends["loss"][0] == pytest.approx(tripled, rel=0.2)
     weight = (np.arange(len(points)) % 2).astype("float32")
     spoiled = np.where(weight[:, None] > 0, points, np.float32(-1))
     losses = [model.evaluate(x, sample_weight=weight, verbose=0) for x in (points, spoiled)]

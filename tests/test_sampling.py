@@ -153,7 +153,7 @@ def test_progress_bar(model, capsys):
         ({"num_samples": True}, "num_samples=True"),
         ({"num_samples": 2, "sampler": "ddim"}, "sampler='ddim'"),
         ({"num_samples": 2, "sampler": kd.samplers.DDIM(51)}, "num_steps=51"),
-        ({"num_samples": 2, "return_trajectory": 51}, r"in 1..20, the number of steps. Received: return_trajectory=51"),
+        ({"num_samples": 2, "return_trajectory": 51}, r"in 1..10, the number of steps. Received: return_trajectory=51"),
     ],
 )
 def test_bad_sampling(model, arguments, message):
