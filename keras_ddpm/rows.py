@@ -123,7 +123,7 @@ class Sampler:
     num_steps: int | None = None
     spacing: str | tuple[int, ...] = dataclasses.field(default="uniform", kw_only=True)
 
-    def __init_subclass__(cls, **kwargs) -> None:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         keras.saving.register_keras_serializable(cls.__module__.partition(".")[0])(cls)
 

@@ -381,15 +381,6 @@ def test_samplers(tmp_path, data_dir, capsys, command_line):
     options |= {"model": str(tmp_path / "model.keras"), "num_samples": 20}
     call("guidance", guide=str(tmp_path / "guide.keras"), scales=(1.0, 2.0), **options)
     assert len(re.findall(r"^ +[12] +- +[0-9.]+$", capsys.readouterr().out, re.M)) == 2
-    del options["epochs"], options["steps_per_epoch"]
-    call("distill", teacher_steps=4, point_updates=8, num_points=20, num_pairs=2, updates=4, num_stages=2, **options)
-    text = capsys.readouterr().out
-    assert text.count("tuned, one call: ") == text.count("teacher, one call: ") == 2, text
-    for name in ("map.png", "images.png"):
-        with Image.open(tmp_path / name) as picture:
-            picture.load()
-    assert kd.saving.load_model(tmp_path / "images.keras").sample(1, seed=0).shape == (1, 28, 28, 1)
-    check_error(command_line("distill.py", "--updates", 3), 2, "must be 4 or more")
     check_error(command_line("samplers.py", "--spacings", "even"), 2, "takes uniform, .* Received: even$")
     check_error(command_line("samplers.py", "--evaluations", 1, 9), 2, r"between 2 and 1000. Received: \(1, 9\)$")
 
