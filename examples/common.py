@@ -258,11 +258,9 @@ def load_model(path):
     return model
 
 
-def every_class(model, num, guidance_scale=2.0):
-    """Options of `sample` for `num` samples, in the order of the model's classes if it has any."""
-    if model.condition is None:
-        return {}
-    return {"labels": np.arange(num) % model.condition.num_classes, "guidance_scale": guidance_scale}
+def every_class(model, num, **options):
+    """Options of `sample` for all classes in turn, and these options. Empty for a model without classes."""
+    return {"labels": np.arange(num) % model.condition.num_classes, **options} if model.condition else {}
 
 
 def train(
@@ -356,11 +354,6 @@ def make_metric(train, test, num_samples, classifier_epochs, seed, path=None):
     mean, std = (1000 * value for value in metric.floor(images, num, seed=seed))
     print(f"Kernel distance x 1000 of {num} training images: {mean:.1f} ± {std:.1f} (10 draws).")
     return classifier, lambda images: 1000 * metric.compare(images), (mean, std)
-
-
-def all_labels(model, num):
-    """The argument of `model.sample` with which all classes take turns. Empty for a model without labels."""
-    return {"labels": np.arange(num) % model.condition.num_classes} if model.condition else {}
 
 
 def draw_denoising(path, model, sampler, seed, num=5):

@@ -196,7 +196,7 @@ def train(
     )
 
     scale = max(1, 128 // size)
-    asked = lambda num: common.every_class(model, num)  # noqa: E731
+    asked = lambda num: common.every_class(model, num, guidance_scale=2.0)  # noqa: E731
     history = common.train(
         model,
         data,

@@ -94,7 +94,7 @@ def main(
 
     print("guidance_scale   in the requested class   kernel distance x 1000", flush=True)
     rows, samples = [], {}
-    options |= common.all_labels(trained, num_samples)
+    options |= common.every_class(trained, num_samples)
     sampler = kd.samplers.DPMSolver(20)  # without noise, so the same pictures change from scale to scale
     for scale in scales:
         x = trained.sample(num_samples, sampler, seed, guidance_scale=scale, **options)

@@ -80,7 +80,7 @@ def make_sampler(model, name, spacing, calls, seed):
     if spacing != "optimized":
         return SAMPLERS[name](calls, spacing=spacing)
     return S.optimized(
-        model, SAMPLERS[name](calls, spacing="uniform"), seed=seed + 1000, **common.all_labels(model, 64)
+        model, SAMPLERS[name](calls, spacing="uniform"), seed=seed + 1000, **common.every_class(model, 64)
     )
 
 
@@ -151,7 +151,7 @@ def main(
         trained.save(out / "model.keras")
 
     rows, samples = [], {}
-    asked = {"batch_size": min(250, num_samples), **common.all_labels(trained, num_samples)}
+    asked = {"batch_size": min(250, num_samples), **common.every_class(trained, num_samples)}
     for calls in evaluations:
         few = calls <= 20
         for name, spacing in itertools.product(SAMPLERS if few else ("DDIM",), spacings if few else ("uniform",)):

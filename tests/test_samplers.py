@@ -255,7 +255,12 @@ def test_ipndm_is_the_papers(schedule, num_steps):
     ("make", "spacing", "few"),
     [(DPM, "uniform", 8), (functools.partial(DPM, order=3), "uniform", 8), (UniPC, "uniform", 8)]
     + [(functools.partial(UniPC, order=3), "uniform", 8), (samplers.IPNDM, "karras", 8)]
-    + [(DPM, "logsnr", 8), (functools.partial(DPM, order=3), "logsnr", 16), (UniPC, "logsnr", 8)],
+    + [
+        (DPM, "logsnr", 8),
+        (functools.partial(DPM, order=3), "logsnr", 16),
+        (UniPC, "logsnr", 8),
+        (samplers.IPNDM, "logsnr", 8),
+    ],
 )
 def test_every_number_of_steps_beats_ddim(make, spacing, few, schedule):
     """On correlated Gaussian data, whose components are independent in some directions. From `few` calls on.
