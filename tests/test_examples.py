@@ -206,7 +206,6 @@ def test_names_of_a_folder_reach_the_model(tmp_path):
         assert data.class_names == ["lily", "rose"]
 
 
-@pytest.mark.skipif(keras.backend.backend() == "jax", reason="takes longest to compile on JAX")
 def test_flowers_without_network_and_data(tmp_path):
     """The main job on drawn flowers."""
     offline = {"https_proxy": "http://127.0.0.1:9", "TFDS_DATA_DIR": str(tmp_path / "nothing")}
@@ -336,7 +335,6 @@ def test_labels_of_flowers(tmp_path):
     assert flowers.load("procedural", labels="no", **options)[0].class_names is None
 
 
-@pytest.mark.skipif(keras.backend.backend() == "jax", reason="takes longest to compile on JAX")
 def test_the_readmes_code(tmp_path, monkeypatch):
     """As printed, but for the size of the job."""
     preset, fifteen_lines, own_data = README_CODE
