@@ -143,15 +143,18 @@ class Batches(keras.utils.PyDataset):
         mirrored = np.random.default_rng([self.seed, 1, batch]).random(len(chosen)) < 0.5
         mine = slice(len(chosen) * process // num_processes, len(chosen) * (process + 1) // num_processes)
         chosen, mirrored = chosen[mine], mirrored[mine]
-        x = self.x[chosen]
-        _cache.forget(self.x)
-        if self.flip:
-            x[mirrored] = x[mirrored, :, ::-1]
-        x = images.from_uint8(x) if x.dtype == "uint8" else x.astype("float32")
+        x = self._examples(chosen, mirrored)
         labels = None if self.labels is None else self.labels[chosen]
         if weight is not None:
             return x, labels, weight[mine]
         return x if labels is None else (x, labels)
+
+    def _examples(self, chosen, mirrored):
+        x = self.x[chosen]
+        _cache.forget(self.x)
+        if self.flip:
+            x[mirrored] = x[mirrored, :, ::-1]
+        return images.from_uint8(x) if x.dtype == "uint8" else x.astype("float32")
 
     def __getstate__(self):
         return self.__dict__ | {"_pool": None, "_coming": {}}

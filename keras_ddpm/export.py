@@ -113,11 +113,13 @@ def safetensors(model: DiffusionModel, path: str | pathlib.Path) -> None:
 
 def default_tables(model: DiffusionModel) -> dict[str, samplers.Sampler]:
     """Samplers of the model with few and with many steps, by name. The default of `model.sample` comes first."""
-    some = [model.default_sampler]
-    if isinstance(model.default_sampler, samplers.Consistency):
-        some += [samplers.Consistency(1), samplers.Consistency(2)]
-    else:
-        some += [samplers.DPMSolver(20, eta=1.0), samplers.UniPC(6), samplers.DDIM(50), samplers.DDPM(100)]
+    some = [
+        model.default_sampler,
+        samplers.DPMSolver(20, eta=1.0),
+        samplers.UniPC(6),
+        samplers.DDIM(50),
+        samplers.DDPM(100),
+    ]
     name = lambda sampler: f"{type(sampler).__name__}, {sampler.evaluations} steps"  # noqa: E731
     return {name(sampler): sampler for sampler in some if (sampler.num_steps or 0) <= model.diffusion.timesteps}
 

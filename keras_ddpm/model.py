@@ -50,7 +50,8 @@ class DiffusionModel(training.NoisyRegression):
             `diffusion.p2_weight()` return; `None` for 1.
         timestep_sampling: how t is drawn from 1..T. Each t is uniformly distributed. "uniform" draws one t for each
             example, "batch" one t for each batch. "stratified" spreads the times evenly in each batch, so that the loss
-            varies less from batch to batch.
+            varies less from batch to batch. "half_at_T" gives half of the examples t = T, for `distillation`, and
+            spreads the others.
         label_dropout: the share of training examples that lose their condition, in [0, 1). Guidance needs a network
             that was also trained without its condition. A network without a condition ignores this argument.
         seed: integer seed of the t and the noise drawn in training. A saved model continues its random sequence.

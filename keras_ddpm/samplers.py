@@ -130,28 +130,6 @@ class DPMSolver(DDIM):
 
 
 @dataclasses.dataclass(frozen=True)
-class Consistency(Sampler):
-    """Predicts the data in each step, and adds new noise. It is meant for a `distillation.ConsistencyModel`.
-
-    Args:
-        num_steps: number of steps.
-        spacing: "uniform", "logsnr" or "karras", as in `Sampler`.
-
-    Raises:
-        ValueError: if `num_steps` or `spacing` is invalid.
-
-    Reference: Song et al., 2023 ("Consistency Models"), algorithm 1.
-    """
-
-    num_steps: int | None = 1
-
-    def steps(self, schedule: Schedule) -> list[Array]:
-        times = self.timesteps(schedule)
-        rows = row(times[:-1], from_x_0=schedule.alpha[times[1:]], std=schedule.sigma[times[1:]])
-        return np.split(rows, len(rows))
-
-
-@dataclasses.dataclass(frozen=True)
 class UniPC(Sampler):
     """UniPC: the steps of `DPMSolver`, of which each is corrected by the network call at its end, for free.
 

@@ -22,11 +22,12 @@ from keras_ddpm.callbacks import EMAWeights
 from keras_ddpm.callbacks import LossWatch
 from keras_ddpm.callbacks import Turns
 
-# Functions to times in [0, 1). They get a number u in [0, 1) and an index 0..n − 1 for each of n examples.
+# Functions to times in [0, 1]. They get a number u in [0, 1) and an index 0..n − 1 for each of n examples.
 TIMESTEP_SAMPLINGS = {
     "uniform": lambda u, index, n: u,
     "batch": lambda u, index, n: ops.broadcast_to(u[:1], ops.shape(u)),
     "stratified": lambda u, index, n: (index / n + u[:1]) % 1.0,  # Kingma et al., 2021, appendix I.1
+    "half_at_T": lambda u, index, n: ops.minimum(2 * ((index / n + u[:1]) % 1.0), 1.0),
 }
 
 # Keras' callbacks that write files. Of several processes, one has them.
@@ -42,6 +43,15 @@ def _arguments(function, *args, **kwargs):
 def _labels_for(x, y=None, weight=None):
     """The labels `y` of arrays. Keras drops weights of examples without labels, so these get some that nobody reads."""
     return np.zeros(len(x)) if y is None and weight is not None and hasattr(x, "shape") else y
+
+
+def _parts(x):
+    """The x_0 and the noise of a batch `{"x_0": x_0, "noise": noise}`, or x_0 and `None`."""
+    if not isinstance(x, dict):
+        return x, None
+    valid = set(x) == {"x_0", "noise"}
+    _checks.require(valid, "A batch that is a dict has the entries 'x_0' and 'noise'", entries=sorted(x))
+    return x["x_0"], x["noise"]
 
 
 def _in_tuple(function, *args):
@@ -88,6 +98,9 @@ class NoisyRegression(saving.StoredModel):
 
         Arrays are checked completely. Of other sources, the first batch is checked. Labels in the data are ignored if
         the network takes none. Weights of examples and of classes multiply the loss.
+
+        In place of x_0, the data can hold a dict `{"x_0": x_0, "noise": noise}`, as those of `distillation.pairs` do.
+        Then x_0 is mixed with this noise.
 
         Raises:
             ValueError: if the data do not have the shape of the network's input, lie outside `clip_range`, contain NaN,
@@ -204,10 +217,11 @@ class NoisyRegression(saving.StoredModel):
     def _corrupt(self, data, generator, label_dropout=0.0):
         """Turns clean data into Keras' `(x, y, sample_weight)`: inputs and target of the network, and loss weights."""
         x_0, condition, given_weight = keras.utils.unpack_x_y_sample_weight(data)
+        x_0, noise = _parts(x_0)
         x_0 = self._poisoned(ops.cast(x_0, "float32"), condition)
         shape = ops.shape(x_0)
         t = self._draw_timesteps(shape[0], generator)
-        noise = self.draw_noise(x_0, generator)
+        noise = self.draw_noise(x_0, generator) if noise is None else ops.cast(noise, "float32")
         inputs = (self.diffusion.q_sample(x_0, t, noise), t)
         if self.condition:
             kept = keras.random.uniform((shape[0],), seed=generator) >= label_dropout
@@ -216,15 +230,11 @@ class NoisyRegression(saving.StoredModel):
         if given_weight is not None:  # of `fit`, or of examples that fill up a batch
             given_weight = ops.reshape(ops.cast(given_weight, "float32"), (-1,) + (1,) * (len(self.data_shape) - 1))
             weight = given_weight if weight is None else weight * given_weight
-        return inputs, self.target(x_0, noise, *inputs), weight
+        return inputs, self.diffusion.target(x_0, t, noise), weight
 
     def draw_noise(self, x_0, generator):
         """Draws the noise that is mixed with `x_0`. A subclass may choose it to suit the data."""
         return keras.random.normal(ops.shape(x_0), seed=generator)
-
-    def target(self, x_0, noise, x_t, t, condition=None):
-        """What the network should predict at `x_t`. A subclass may train it on something else."""
-        return self.diffusion.target(x_0, t, noise)
 
     def _poisoned(self, x_0, condition):
         """Replaces data that `_checked` would refuse by NaN, as a compiled step cannot raise an error.
@@ -269,7 +279,7 @@ class NoisyRegression(saving.StoredModel):
             first = None
         elif isinstance(data, keras.utils.PyDataset):
             first = data[0]
-        elif isinstance(data, (list, tuple)) or hasattr(data, "shape"):
+        elif isinstance(data, (list, tuple, dict)) or hasattr(data, "shape"):
             first = data if labels is None else (data, labels)
         else:
             first = next(iter(data), None)
@@ -279,7 +289,11 @@ class NoisyRegression(saving.StoredModel):
                 data.collate_fn = functools.partial(_in_tuple, data.collate_fn)
         _checks.require(first is not None, "The data hold no batch", data=data)
         x_0, condition, weight = keras.utils.unpack_x_y_sample_weight(first)
+        x_0, noise = _parts(x_0)
         x_0 = _checks.data(ops.convert_to_numpy(x_0), self.data_shape, self.diffusion.clip_range)
+        if noise is not None:
+            noise = _checks.data(ops.convert_to_numpy(noise), self.data_shape, name="noise")
+            _checks.require(len(noise) == len(x_0), f"Expected noise of {len(x_0)} examples", shape=noise.shape)
         if self.condition:
             _checks.require(
                 condition is not None,

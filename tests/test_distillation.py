@@ -1,127 +1,117 @@
-"""Consistency models: the earlier times, the target, and samples in one call."""
+"""Distillation: samples with the noise they were made from, and a model that learns to make them in one call."""
 
 import keras
 import numpy as np
 import pytest
+from closed_form import GAUSSIAN
 from closed_form import TWO
+from conftest import image_network
 from conftest import randomize
-from conftest import weights
 from keras import ops
 
 import keras_ddpm as kd
 from keras_ddpm import distillation
 
+COSINE = kd.schedules.cosine(200)
 SCHEDULES = {
     "linear": kd.schedules.linear(50),
-    "cosine": kd.schedules.cosine(50),
+    "cosine": COSINE,
     "without signal at T": kd.schedules.zero_terminal_snr(kd.schedules.linear(50)),
 }
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
-def test_earlier_times(schedule):
-    """Earlier than t, later in each further stage, and in the end the time before."""
-    stages = [distillation.earlier_times(schedule, stage) for stage in range(16)]
-    t = np.arange(51)
-    for times, later in zip(stages, stages[1:]):
-        assert times.shape == (51,) and times[0] == 0 and np.all(times[1:] < t[1:])
-        assert np.all(later >= times)
-    assert np.array_equal(stages[-1][1:], t[:-1])
-    r = schedule.sigma[:50] / schedule.alpha[:50]
-    assert r[stages[0][25]] <= r[25] * (1 - (1 + 8 / (1 + np.exp(r[25]))) / 4) or stages[0][25] == 0
+def test_a_pair_is_a_sample_and_its_start(schedule):
+    """Whatever the order: x_0 is the sample of an index, and x_T made of x_0 and the noise is where it started."""
+    teacher = GAUSSIAN.model(schedule)
+    data = distillation.pairs(teacher, 50, kd.samplers.DDIM(10), seed=3, batch_size=25)
+    x = teacher.sample(50, kd.samplers.DDIM(10), seed=3)
+    start = kd.sampling.prior(teacher.diffusion, (1,), 3, np.arange(50))
+    seen = []
+    for batch in data:
+        index = [int(np.flatnonzero(x == value)[0]) for value in batch["x_0"]]
+        x_T = teacher.diffusion.q_sample(batch["x_0"], np.full(25, schedule.timesteps), batch["noise"])
+        np.testing.assert_allclose(ops.convert_to_numpy(x_T), start[index], atol=1e-5)
+        seen += index
+    assert sorted(seen) == [*range(50)] != seen
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "x0", "v", "flow"])
-def test_the_target_is_the_models_own_earlier_prediction(prediction):
-    """Turned into an x_0, it is the x_0 that the model predicts at s; and the data if s is 0."""
-    model = kd.DiffusionModel(kd.networks.mlp(2, 16, 1), kd.GaussianDiffusion(SCHEDULES["cosine"], prediction))
-    randomize(model.network)
-    fast = distillation.ConsistencyModel.from_model(model, num_stages=3)
-    for got, expected in zip(weights(fast.network.weights), weights(model.ema_weights), strict=True):
-        assert np.array_equal(got, expected)
-    randomize(fast.network)
-    fast.compile(loss="mse", optimizer="adam")
-    random = np.random.default_rng(0)
-    x_0 = random.uniform(-0.9, 0.9, (50, 2)).astype("float32")
-    noise = random.standard_normal((50, 2)).astype("float32")
-    t = np.arange(1, 51, dtype="int32")
-    x_t = fast.diffusion.q_sample(x_0, t, noise)
-    y = fast.target(x_0, noise, x_t, t)
-    got = ops.convert_to_numpy(fast.diffusion.predict_x0(x_t, t, y, clip=False))
-    s = distillation.earlier_times(SCHEDULES["cosine"], 0)[t]
-    x_s = fast.diffusion.q_sample(x_0, s, noise)
-    expected = ops.convert_to_numpy(fast.diffusion.predict_x0(x_s, s, fast.network([x_s, ops.convert_to_tensor(s)])))
-    np.testing.assert_allclose(got, expected, atol=1e-3)
-    assert 5 < np.sum(s == 0) < 45
-    np.testing.assert_allclose(got[s == 0], x_0[s == 0], atol=1e-3)
+def test_pairs_of_a_gaussian():
+    """The flow is linear, and turns x_T of quantile u into x_0 of quantile u."""
+    teacher = GAUSSIAN.model(COSINE)
+    data = distillation.pairs(teacher, 200, kd.samplers.DPMSolver(100), shuffle=False, batch_size=200)
+    x_T = COSINE.alpha[-1] * data[0]["x_0"] + COSINE.sigma[-1] * data[0]["noise"]
+    mean, std = COSINE.alpha[-1] * 0.3, np.hypot(COSINE.alpha[-1] * 0.2, COSINE.sigma[-1])
+    np.testing.assert_allclose(data[0]["x_0"], 0.3 + 0.2 * (x_T - mean) / std, atol=2e-3)
 
 
-def test_stages_follow_the_updates(points):
-    fast = distillation.ConsistencyModel(kd.networks.mlp(2, 16, 1), updates_per_stage=2, num_stages=3)
-    fast.compile(loss="mse", optimizer="adam")
-    stages, losses = [], []
-    for _ in range(4):
-        stages.append(int(fast._stage()))
-        losses += fast.fit(points[:64], batch_size=32, verbose=0).history["loss"]  # two updates
-    assert stages == [0, 1, 2, 2] and np.isfinite(losses).all()
+def test_training_takes_the_noise_of_the_data(points):
+    """A fresh network predicts 0, so the loss is the mean square of the noise. New noise would not be 0.5."""
+    model = kd.DiffusionModel(kd.networks.mlp(2, 8, 1), kd.GaussianDiffusion(COSINE))
+    model.compile(loss="mse", optimizer=keras.optimizers.SGD(0.0))
+    data = {"x_0": points, "noise": np.full_like(points, 0.5)}
+    for labels in (None, np.zeros(256)):
+        assert model.fit(data, labels, batch_size=64, verbose=0).history["loss"][0] == pytest.approx(0.25, rel=1e-5)
+        assert model.evaluate(data, labels, batch_size=64, verbose=0) == pytest.approx(0.25, rel=1e-5)
+    pairs = distillation.Pairs(points, batch_size=64, noise_seed=5)
+    loss = model.fit(pairs, validation_data=pairs, verbose=0).history["val_loss"][0]
+    assert loss == pytest.approx(np.mean(np.square([batch["noise"] for batch in pairs])), rel=1e-5)
 
 
-def test_evaluation_is_in_the_last_stage(points):
-    """Whatever the stage of the training, so that losses can be compared. Its target is by the averaged weights."""
-    fast = distillation.ConsistencyModel(kd.networks.mlp(2, 16, 1), updates_per_stage=1000, num_stages=3, seed=0)
-    randomize(fast.network)
-    fast.compile(loss="mse", optimizer="sgd")
-    losses = [fast.evaluate(points, verbose=0)]
-    fast.optimizer.iterations.assign(5000)
-    losses.append(fast.evaluate(points, verbose=0))
-    first = distillation.ConsistencyModel.from_model(fast, num_stages=1)
-    first.network.set_weights(fast.network.get_weights())
-    first.compile(loss="mse", optimizer="sgd")
-    other = first.evaluate(points, verbose=0)
-    assert losses[0] == losses[1] and abs(other - losses[0]) > 1e-3 * losses[0]
-    for v in fast.network.weights:
-        v.assign(np.full(v.shape, np.nan))
-    averaged = fast.evaluate(points, verbose=0, callbacks=[kd.callbacks.EMAWeights()])
-    assert np.isfinite(averaged) and np.isnan(fast.evaluate(points, verbose=0))
-
-
-def test_what_a_consistency_model_takes_over(model):
-    """The average and the process, and neither the weights of the loss nor the sampler."""
-    model = kd.DiffusionModel(
-        model.network, model.diffusion, loss_weight=model.diffusion.min_snr_weight(), sampler=kd.samplers.DDIM(3)
+def test_one_call_gives_the_samples_of_many(tmp_path):
+    """Of two groups of numbers, between which one call of the teacher ends."""
+    teacher = TWO.model(COSINE)
+    data = distillation.pairs(teacher, 4096, kd.samplers.DPMSolver(50), batch_size=128)
+    fast = kd.DiffusionModel(
+        kd.networks.mlp(1, 64, 2),
+        kd.GaussianDiffusion(COSINE, "v", clip_range=None),
+        timestep_sampling="half_at_T",
+        seed=0,
+        sampler=kd.samplers.DDIM(1),
     )
-    fast = distillation.ConsistencyModel.from_model(model, ema_decay=0.5)
-    assert (fast.loss_weight, fast.sampler, fast.ema_decay) == (None, None, 0.5)
-    assert [*kd.export.default_tables(fast)] == ["Consistency, 1 steps", "Consistency, 2 steps"]
-
-
-def test_one_call_gives_the_distribution(tmp_path):
-    """Two groups of numbers, which one call of the model that is tuned puts between the groups."""
-    x = TWO.quantile((np.arange(4096) + 0.5) / 4096).clip(-1, 1)[:, None].astype("float32")
-    model = kd.DiffusionModel(kd.networks.mlp(1, 64, 2), kd.GaussianDiffusion(kd.schedules.cosine(200), "v"), seed=0)
-
-    def fit(model, epochs):
-        rate = keras.optimizers.schedules.CosineDecay(2e-3, epochs * 32)
-        model.compile(loss="mse", optimizer=kd.optimizers.Adam(rate))
-        model.fit(x, batch_size=128, epochs=epochs, verbose=0)
-
-    def distance(model):
-        samples = model.sample(2000, kd.samplers.Consistency(1), seed=0)[:, 0]
-        return np.mean(np.abs(np.sort(samples) - TWO.quantile((np.arange(2000) + 0.5) / 2000)))
-
-    fit(model, 20)
-    fast = distillation.ConsistencyModel.from_model(model, updates_per_stage=120, num_stages=6)
-    before = distance(model)
-    fit(fast, 30)
-    assert distance(fast) < 0.3 * before
+    fast.compile(loss="mae", optimizer=kd.optimizers.Adam(keras.optimizers.schedules.CosineDecay(3e-3, 960)))
+    fast.fit(data, epochs=30, verbose=0)
+    expected = teacher.sample(1000, kd.samplers.DPMSolver(50), seed=9)
+    before = np.mean(np.abs(teacher.sample(1000, kd.samplers.DDIM(1), seed=9) - expected))
     fast.save(tmp_path / "fast.keras")
-    loaded = kd.saving.load_model(tmp_path / "fast.keras")
-    assert isinstance(loaded, distillation.ConsistencyModel) and loaded.default_sampler == kd.samplers.Consistency(1)
-    assert (loaded.updates_per_stage, loaded.num_stages) == (120, 6)
-    np.testing.assert_allclose(loaded.sample(4, seed=1), fast.sample(4, seed=1), atol=1e-6)
+    fast = kd.saving.load_model(tmp_path / "fast.keras")
+    for num_calls in (1, 2):
+        error = np.mean(np.abs(fast.sample(1000, kd.samplers.DDIM(num_calls), seed=9) - expected))
+        assert error < 0.1 * before, num_calls
+    assert np.array_equal(fast.sample(4, seed=1), fast.sample(4, kd.samplers.DDIM(1), seed=1))
 
 
-@pytest.mark.parametrize("arguments", [{"updates_per_stage": 0}, {"num_stages": 1.5}])
-def test_bad_arguments(model, arguments):
-    with pytest.raises(ValueError, match=next(iter(arguments))):
-        distillation.ConsistencyModel.from_model(model, **arguments)
+def test_pairs_of_a_guided_model():
+    """They have its labels, so that the guidance need not be computed again."""
+    teacher = TWO.model(COSINE, conditional=True)
+    labels = np.arange(20) % 2
+    asked = {"labels": labels, "guidance_scale": 3.0}
+    data = distillation.pairs(teacher, 20, kd.samplers.DDIM(10), batch_size=20, shuffle=False, **asked)
+    x, got = data[0]
+    assert np.array_equal(got, labels)
+    assert np.array_equal(x["x_0"], teacher.sample(20, kd.samplers.DDIM(10), seed=0, **asked))
+
+
+def test_pairs_of_stored_images():
+    """Samples can be kept as 8-bit images, and be read again with their noise."""
+    model = kd.DiffusionModel(image_network((8, 8, 1)), kd.GaussianDiffusion(COSINE))
+    randomize(model.network)
+    data = distillation.pairs(model, 6, kd.samplers.DDIM(2), seed=4, batch_size=6)
+    stored = distillation.Pairs(kd.images.to_uint8(data.x), None, 6, seed=4, diffusion=model.diffusion, noise_seed=4)
+    np.testing.assert_allclose(stored[0]["x_0"], data[0]["x_0"], atol=1 / 255 + 1e-6)
+    np.testing.assert_allclose(stored[0]["noise"], data[0]["noise"], atol=1e-2)
+
+
+def test_bad_pairs(model, points):
+    with pytest.raises(ValueError, match="with noise do not depend on x_T alone.*DDPM"):
+        distillation.pairs(model, 4, kd.samplers.DDPM(4))
+    with pytest.raises(ValueError, match="has classes: choose `labels`"):
+        distillation.pairs(TWO.model(COSINE, conditional=True), 4)
+    with pytest.raises(ValueError, match="cannot be flipped.*True"):
+        distillation.Pairs(np.zeros((4, 8, 8, 1), "uint8"), batch_size=2, flip=True)
+    with pytest.raises(ValueError, match="'x_0' and 'noise'.*'x'"):
+        model.fit({"x_0": points, "x": points}, verbose=0)
+    with pytest.raises(ValueError, match=r"`noise` of shape \('batch', 2\)"):
+        model.fit({"x_0": points, "noise": points[:, :1]}, verbose=0)
+    with pytest.raises(ValueError, match="NaN"):
+        model.fit({"x_0": points, "noise": np.full_like(points, np.nan)}, verbose=0)

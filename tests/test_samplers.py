@@ -630,7 +630,7 @@ def test_times_given_as_numbers():
         DPM(3, spacing=(1000, 400, 2), order=3),
         UniPC(order=3),
     ]
-    + [samplers.Heun(4, churn=2.0), samplers.Langevin(predictor=samplers.DDIM(5)), samplers.Consistency(2)],
+    + [samplers.Heun(4, churn=2.0), samplers.Langevin(predictor=samplers.DDIM(5))],
     ids=str,
 )
 def test_samplers_are_saved_with_a_model(sampler, tmp_path):

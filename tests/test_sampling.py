@@ -23,7 +23,6 @@ def test_samples_depend_on_seed_and_index_alone(model):
         kd.samplers.IPNDM(10),
         kd.samplers.DPMSolver(10, order=3),
         kd.samplers.DPMSolver(4, spacing=(50, 30, 11, 2)),
-        kd.samplers.Consistency(3),
         kd.samplers.DDPM(10),
         kd.samplers.DPMSolver(10, eta=1.0),
         kd.samplers.Heun(10, churn=5),

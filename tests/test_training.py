@@ -87,6 +87,14 @@ def test_timesteps_of_a_batch():
     assert np.any(np.diff(np.sort(draw_timesteps("uniform", 20, 10), axis=1), axis=1) == 0)
 
 
+def test_half_of_the_timesteps_are_the_last():
+    """The others are spread evenly, at any place in the batch."""
+    t = draw_timesteps("half_at_T", 200, 40)
+    assert np.array_equal(np.sort(t, axis=1)[:, :20], np.tile(np.repeat(np.arange(1, 11), 2), (200, 1)))
+    assert np.all(t.max(axis=0) == 10) and np.all(t.min(axis=0) <= 5)
+    assert np.all(np.sum(t == 10, axis=1) == 22)
+
+
 def test_stratified_timesteps_lower_the_variance_of_a_mean_over_t():
     """Without bias: of the mean of (t/T)² over a batch, more than tenfold here."""
     means = {
