@@ -72,11 +72,35 @@ def sliced_wasserstein(a, b, num_directions=64):
     return np.mean(np.abs(np.sort(a @ directions, axis=0) - np.sort(b @ directions, axis=0)))
 
 
-def scatter(path, panels, colors="tab:blue"):
+def measure(rows, fresh, num_samples, num_pairs, seed):
+    """Prints distances of samples to fresh points, divided by the distance of two sets of fresh points.
+
+    Args:
+        rows: tuples of a name, a model, a sampler and a number of sets of samples.
+        fresh: function from an index to fresh points.
+        num_samples: number of samples in a set.
+        num_pairs: number of pairs of sets of fresh points.
+        seed: seed of the first set of samples.
+
+    Returns:
+        The first set of samples of each row.
+    """
+    floor = np.mean([sliced_wasserstein(fresh(2 * i), fresh(2 * i + 1)) for i in range(1, num_pairs + 1)])
+    print(f"Sliced Wasserstein distance of {num_samples} samples, divided by that of fresh points, {floor:.4f}:")
+    first = []
+    for name, model, sampler, num in rows:
+        sets = [model.sample(num_samples, sampler, seed=seed + i, batch_size=num_samples) for i in range(num)]
+        ratios = [sliced_wasserstein(points, fresh(100 + i)) / floor for i, points in enumerate(sets)]
+        print(f"    {name}: {np.mean(ratios):.2f} ± {np.std(ratios) / num**0.5:.2f}", flush=True)
+        first.append(sets[0])
+    return first
+
+
+def scatter(path, panels, colors="tab:blue", cmap=None):
     """Draws panels of points side by side, from a dict of titles and arrays `(num, 2)`."""
     with kd.plots.figure(path, 1, len(panels), (2.2 * len(panels), 2.5)) as row:
         for axes, (title, x) in zip(row, panels.items()):
-            axes.scatter(*x.T, s=1, c=colors)
+            axes.scatter(*x.T, s=1, c=colors, cmap=cmap)
             axes.set(title=title, xlim=(-1.6, 1.6), ylim=(-1.6, 1.6), aspect="equal", xticks=[], yticks=[])
 
 
@@ -126,20 +150,15 @@ def main(*, output="runs/moons", seed=0, steps=10_000, num_samples=10_000, num_p
     scatter(out / "reverse.png", {f"t = {t}": states[99 - t] for t in times[::-1]})
     draw_score(out / "score.png", model, x[:2000], seed)
 
-    floor = np.mean([sliced_wasserstein(fresh(2 * i)[0], fresh(2 * i + 1)[0]) for i in range(1, num_pairs + 1)])
-    print(f"Sliced Wasserstein distance of {num_samples} samples, divided by that of fresh points, {floor:.4f}:")
     best, few = best_model(schedule), max(2, num_pairs // 4)
-    for name, sampled, sampler, num in [
+    rows = [
         ("trained network, large variance", model, large, num_pairs),
         ("trained network, small variance", model, small, few),
         ("exact denoiser, large variance", best, large, few),
         ("exact denoiser, small variance", best, small, few),
-    ]:
-        sets = [sampled.sample(num_samples, sampler, seed=seed + i, batch_size=num_samples) for i in range(num)]
-        ratios = [sliced_wasserstein(points, fresh(100 + i)[0]) / floor for i, points in enumerate(sets)]
-        print(f"    {name}: {np.mean(ratios):.2f} ± {np.std(ratios) / num**0.5:.2f}", flush=True)
-        if (sampled, sampler) == (model, large):
-            np.save(out / "samples.npy", sets[0])
+    ]
+    samples = measure(rows, lambda index: fresh(index)[0], num_samples, num_pairs, seed)
+    np.save(out / "samples.npy", samples[0])
 
     conditional = train(steps // 4, seed, x, labels)
     moons = np.arange(2000) % 2

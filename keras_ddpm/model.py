@@ -260,7 +260,8 @@ class DiffusionModel(training.NoisyRegression):
         options |= {"inputs": inputs, "columns": columns, "dynamic_threshold": threshold, "clip": clip}
         guide = None if guided_calls == "none" else asked.guide
         with contextlib.ExitStack() as stack:
-            for model in [self] if guide is None else [self, guide]:
+            # In one order, as two models may guide each other in two threads.
+            for model in sorted([self] if guide is None else [self, guide], key=id):
                 stack.enter_context(model.turn)
                 # In a callback after a step, Keras on JAX holds the weights elsewhere.
                 getattr(model, "jax_state_sync", lambda: None)()

@@ -193,18 +193,21 @@ def test_order_of_convergence_to_the_probability_flow(data, make, low, high):
     ids=str,
 )
 def test_order_of_convergence(sampler, order):
-    """On Gaussian data, from nearly no signal to as much signal as noise, at times that are not rounded."""
-    steps, errors, variance = np.array([10, 20, 40, 80]), [], 0.2**2
+    """On correlated Gaussian data, from nearly no signal to as much as noise, at times that are not rounded."""
+    steps, errors = np.array([10, 20, 40, 80]), []
+    variances, axes = np.linalg.eigh([[0.05, 0.02], [0.02, 0.03]])
+    along = lambda values: (axes * values) @ axes.T  # noqa: E731
     for num in steps:
         signal = -6 + 6.3 / num * np.arange(num + 4)  # the last steps, of lower orders, are not made
         alpha, sigma = 1 / np.sqrt(1 + np.exp(-2 * signal)), 1 / np.sqrt(1 + np.exp(2 * signal))
         rows = samplers.row(signal[:-1], **sampler.coefficients(alpha[:-1], sigma[:-1], alpha[1:], sigma[1:]))
-        of_x_t = alpha**2 * variance + sigma**2
-        x, previous = 1.0, (0.0, 0.0, 0.0)
+        of_x_t = alpha[:, None] ** 2 * variances + sigma[:, None] ** 2
+        x = start = np.array([1.0, -0.5])
+        previous = (np.zeros(2),) * samplers.NUM_PREVIOUS
         for index, row in enumerate(rows[:num]):
-            gain = alpha[index] * variance / of_x_t[index]
-            x, previous = samplers.step(row, lambda x, t, gain=gain: gain * x, x, None, previous)
-        errors.append(abs(x - np.sqrt(of_x_t[num] / of_x_t[0])))
+            gain = along(alpha[index] * variances / of_x_t[index])
+            x, previous = samplers.step(row, lambda x, t, gain=gain: gain @ x, x, None, previous)
+        errors.append(np.linalg.norm(x - along(np.sqrt(of_x_t[num] / of_x_t[0])) @ start))
     assert abs(-np.polyfit(np.log(steps), np.log(errors), 1)[0] - order) < 0.3, errors
 
 
@@ -422,6 +425,20 @@ def run(sampler, x, denoise, schedule=LINEAR):
     for row in sampler.table(schedule):
         x, previous = samplers.step(row, denoise, x, 0, previous)
     return x
+
+
+def test_predictions_are_clipped_before_they_are_used_and_remembered():
+    """As if the network had clipped them. They lie far outside for noise of three standard deviations."""
+    inputs = keras.Input((3,)), keras.Input((), dtype="int32")
+    start = np.array([[3.0, -0.4, 1.5]], "float32")
+    for sampler in (DPM(8), DPM(8, order=3), UniPC(8), UniPC(8, order=3), samplers.IPNDM(8), samplers.Heun(8)):
+        found = []
+        for y, clip_range in [(inputs[0], (-1, 1)), (keras.ops.clip(inputs[0], -1, 1), None), (inputs[0], None)]:
+            diffusion = kd.GaussianDiffusion(schedules.cosine(50), "x0", clip_range)
+            model = kd.DiffusionModel(keras.Model(inputs, y), diffusion)
+            found.append(model.run(sampler.steps(diffusion.schedule), lambda indices: start, 1))
+        np.testing.assert_allclose(found[0], found[1], atol=1e-5)
+        assert np.abs(found[0] - found[2]).max() > 0.1, sampler
 
 
 def test_heun_is_the_papers():

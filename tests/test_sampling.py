@@ -20,11 +20,15 @@ def test_samples_depend_on_seed_and_index_alone(model):
     for sampler in (
         kd.samplers.DDIM(10),
         kd.samplers.UniPC(10),
+        kd.samplers.UniPC(10, order=3),
         kd.samplers.IPNDM(10),
         kd.samplers.DPMSolver(10, order=3),
         kd.samplers.DPMSolver(4, spacing=(50, 30, 11, 2)),
+        kd.samplers.DDIM(10, eta=0.5),
         kd.samplers.DDPM(10),
+        kd.samplers.DDPM(10, variance="large"),
         kd.samplers.DPMSolver(10, eta=1.0),
+        kd.samplers.Heun(10),
         kd.samplers.Heun(10, churn=5),
         kd.samplers.Langevin(predictor=kd.samplers.DPMSolver(5)),
     ):

@@ -1,5 +1,6 @@
 """Threads that sample at once, or while a model trains, as in a web page: they wait for each other."""
 
+import contextlib
 import threading
 
 import keras
@@ -48,6 +49,21 @@ def test_several_models_in_several_threads():
     models = [kd.DiffusionModel(kd.networks.unet((8, 8, 1), 8, (1, 2), 1, (4,), 4), diffusion) for _ in range(3)]
     sampler = kd.samplers.DDIM(25)
     assert not run_threads(*(lambda model=model: model.sample(2, sampler, seed=0) for model in models))
+
+
+def test_models_that_guide_each_other(model, monkeypatch):
+    """Sampling holds both, in the same order whichever guides, or two threads could wait for each other."""
+    other, held = kd.DiffusionModel.from_model(model), []
+
+    class Turn(contextlib.nullcontext):
+        def __enter__(self):
+            held.append(self.enter_result)
+
+    for each in (model, other):
+        monkeypatch.setattr(each, "turn", Turn(each))
+    model.sample(2, DDIM, seed=0, guide=other, guidance_scale=2.0)
+    other.sample(2, DDIM, seed=0, guide=model, guidance_scale=2.0)
+    assert len(held) == 4 and held[:2] == held[2:] and held[0] is not held[1]
 
 
 @pytest.mark.parametrize("steps_per_execution", [1] + [2] * (keras.backend.backend() != "torch"))
