@@ -62,7 +62,7 @@ def main(
         seed: random seed.
         data_dir: folder of prepared data sets. By default the folder of TensorFlow Datasets.
         dataset: labeled data set with splits "train" and "test".
-        image_size: side of the images in pixels.
+        image_size: side of the images in pixels, if a model is trained.
         model: trained .keras file or a preset of the package. By default a model is trained.
         guide: .keras file of a worse version of the model, which guides it.
         epochs: number of training epochs.
@@ -75,17 +75,17 @@ def main(
         raise common.UsageError(f"--scales must be 0 or more. Received: {scales}")
     out = common.open_output(output, resume or model, overwrite)
     keras.utils.set_random_seed(seed)
+    trained = model and common.load_model(model)
+    image_size, _, channels = trained.data_shape if trained else (image_size, None, 1)
     options = {"data_dir": data_dir, "seed": seed, "steps_per_epoch": steps_per_epoch}
-    data, test = common.load(dataset, image_size, channels=1, labels=True, **options)
+    data, test = common.load(dataset, image_size, channels=channels, labels=True, **options)
     num_classes = int(data.labels.max()) + 1
     options = {"batch_size": min(250, num_samples)} | ({"guide": common.load_model(guide)} if guide else {})
     if num_samples < 2 * num_classes:
         raise common.UsageError(f"--num-samples must be at least {2 * num_classes}, which is two of each class.")
     kept = out / "classifier.keras"
     classifier, distance_of, _ = common.make_metric(data, test, num_samples, classifier_epochs, seed, kept)
-    if model:
-        trained = common.load_model(model)
-    else:
+    if not trained:
         labels = np.arange(2 * num_classes) % num_classes
         grid = kd.callbacks.SampleGrid(out / "samples/{epoch:04d}.png", num_samples=len(labels), labels=labels)
         trained = make_model(data, seed, num_classes)

@@ -8,7 +8,7 @@ behind x_t. So one call from x_T is enough, and a second call makes the sample s
 >>> fast = DiffusionModel.from_model(model, sampler=samplers.DDIM(1), timestep_sampling="half_at_T")
 >>> fast.compile(loss="mae", optimizer=optimizers.Adam(1e-3))
 >>> fast.fit(data, epochs=10)
->>> fast.sample(16)  # one network call; `samplers.DDIM(2)` makes two
+>>> fast.sample(16)  # one network call; `samplers.DDIM(2, spacing=(1000, 700))` makes two
 
 The samples can be guided. The model that learns from them then needs no guidance. It suits samplers that add no noise.
 
@@ -89,8 +89,10 @@ def pairs(
         `Pairs`, for `fit` of a `DiffusionModel` with the same process. `x` are the samples.
 
     Raises:
-        ValueError: if the sampler adds noise, or `sample` or `Pairs` raises it.
+        ValueError: if the sampler adds noise, labels are missing, or `sample` or `Pairs` raises it.
     """
+    refused = {"first", "return_trajectory"} & set(options)
+    _checks.require(not refused, "Pairs are all of the samples, from index 0 on", **options)
     sampler = sampler or samplers.DPMSolver(min(20, model.diffusion.timesteps))
     noisy = np.any(sampler.table(model.diffusion.schedule)["std"])
     _checks.require(not noisy, "The samples of a sampler with noise do not depend on x_T alone", sampler=sampler)

@@ -48,10 +48,10 @@ class DiffusionModel(training.NoisyRegression):
         ema_decay: the largest decay of the average, in [0, 1).
         loss_weight: array `(T + 1,)` of weights of the loss at t = 0..T, as `diffusion.min_snr_weight()` and
             `diffusion.p2_weight()` return; `None` for 1.
-        timestep_sampling: how t is drawn from 1..T. Each t is uniformly distributed. "uniform" draws one t for each
-            example, "batch" one t for each batch. "stratified" spreads the times evenly in each batch, so that the loss
-            varies less from batch to batch. "half_at_T" gives half of the examples t = T, for `distillation`, and
-            spreads the others.
+        timestep_sampling: how t is drawn from 1..T. "uniform" draws one t for each example, "batch" one t for each
+            batch. "stratified" spreads the times evenly in each batch, so that the loss varies less from batch to
+            batch. In these three, each t is uniformly distributed. "half_at_T" gives half of the examples t = T, and
+            spreads the others; it is for `distillation`.
         label_dropout: the share of training examples that lose their condition, in [0, 1). Guidance needs a network
             that was also trained without its condition. A network without a condition ignores this argument.
         seed: integer seed of the t and the noise drawn in training. A saved model continues its random sequence.
@@ -292,8 +292,10 @@ class DiffusionModel(training.NoisyRegression):
 
     @classmethod
     def from_config(cls, config):
-        names = {"network", "diffusion", "sampler"} & set(config)  # files of version 0.1 have no sampler
-        return cls(**{**config, **{name: keras.saving.deserialize_keras_object(config[name]) for name in names}})
+        # `from_model` may give objects in place of their configurations, and files of version 0.1 have no sampler.
+        stored = {name: config.get(name) for name in ("network", "diffusion", "sampler")}
+        made = {name: keras.saving.deserialize_keras_object(of) for name, of in stored.items() if isinstance(of, dict)}
+        return cls(**config | made)
 
     def save_own_variables(self, store):
         super().save_own_variables(store)

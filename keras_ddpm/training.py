@@ -42,7 +42,8 @@ def _arguments(function, *args, **kwargs):
 
 def _labels_for(x, y=None, weight=None):
     """The labels `y` of arrays. Keras drops weights of examples without labels, so these get some that nobody reads."""
-    return np.zeros(len(x)) if y is None and weight is not None and hasattr(x, "shape") else y
+    x_0, _ = _parts(x)
+    return np.zeros(len(x_0)) if y is None and weight is not None and hasattr(x_0, "shape") else y
 
 
 def _parts(x):

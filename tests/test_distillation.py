@@ -7,6 +7,7 @@ from closed_form import GAUSSIAN
 from closed_form import TWO
 from conftest import image_network
 from conftest import randomize
+from conftest import weights
 from keras import ops
 
 import keras_ddpm as kd
@@ -53,6 +54,8 @@ def test_training_takes_the_noise_of_the_data(points):
     for labels in (None, np.zeros(256)):
         assert model.fit(data, labels, batch_size=64, verbose=0).history["loss"][0] == pytest.approx(0.25, rel=1e-5)
         assert model.evaluate(data, labels, batch_size=64, verbose=0) == pytest.approx(0.25, rel=1e-5)
+    weighted = model.fit(data, sample_weight=np.full(256, 3.0), batch_size=64, verbose=0).history["loss"][0]
+    assert weighted == pytest.approx(0.75, rel=1e-5)
     pairs = distillation.Pairs(points, batch_size=64, noise_seed=5)
     loss = model.fit(pairs, validation_data=pairs, verbose=0).history["val_loss"][0]
     assert loss == pytest.approx(np.mean(np.square([batch["noise"] for batch in pairs])), rel=1e-5)
@@ -92,6 +95,15 @@ def test_pairs_of_a_guided_model():
     assert np.array_equal(x["x_0"], teacher.sample(20, kd.samplers.DDIM(10), seed=0, **asked))
 
 
+def test_a_distilled_model_starts_as_its_teacher(model):
+    """But for what it is told."""
+    told = {"sampler": kd.samplers.DDIM(1), "diffusion": kd.GaussianDiffusion(COSINE), "timestep_sampling": "half_at_T"}
+    fast = kd.DiffusionModel.from_model(model, **told)
+    assert (fast.sampler, fast.diffusion.timesteps, fast.timestep_sampling) == (kd.samplers.DDIM(1), 200, "half_at_T")
+    for got, expected in zip(weights(fast.network.weights), weights(model.ema_weights), strict=True):
+        assert np.array_equal(got, expected)
+
+
 def test_pairs_of_stored_images():
     """Samples can be kept as 8-bit images, and be read again with their noise."""
     model = kd.DiffusionModel(image_network((8, 8, 1)), kd.GaussianDiffusion(COSINE))
@@ -105,6 +117,8 @@ def test_pairs_of_stored_images():
 def test_bad_pairs(model, points):
     with pytest.raises(ValueError, match="with noise do not depend on x_T alone.*DDPM"):
         distillation.pairs(model, 4, kd.samplers.DDPM(4))
+    with pytest.raises(ValueError, match="from index 0 on. Received: first=5"):
+        distillation.pairs(model, 4, first=5)
     with pytest.raises(ValueError, match="has classes: choose `labels`"):
         distillation.pairs(TWO.model(COSINE, conditional=True), 4)
     with pytest.raises(ValueError, match="cannot be flipped.*True"):

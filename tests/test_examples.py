@@ -381,6 +381,23 @@ def test_samplers(tmp_path, data_dir, capsys, command_line):
     options |= {"model": str(tmp_path / "model.keras"), "num_samples": 20}
     call("guidance", guide=str(tmp_path / "guide.keras"), scales=(1.0, 2.0), **options)
     assert len(re.findall(r"^ +[12] +- +[0-9.]+$", capsys.readouterr().out, re.M)) == 2
+    distilled = tmp_path / "distilled"
+    options |= {"output": distilled, "num_pairs": 16, "batch_size": 8, "num_seeds": 1}
+    options |= {"num_point_pairs": 64, "point_epochs": 1, "num_points": 20, "num_sets": 2}
+    del options["steps_per_epoch"]
+    call("distill", guide=str(tmp_path / "guide.keras"), guidance_scale=2.0, **options)
+    text = capsys.readouterr().out
+    assert text.count("distilled, one call: ") == text.count("distilled, two calls: ") == 2, text
+    assert "Made 16 pairs" in text and np.load(distilled / "pairs.npy").shape == (16, 28, 28, 1)
+    call("distill", resume=True, **options)  # reads the pairs
+    assert "Made" not in capsys.readouterr().out
+    for name in ("map.png", "images.png"):
+        with Image.open(distilled / name) as picture:
+            picture.load()
+    fast = kd.saving.load_model(distilled / "model.keras")
+    assert fast.sampler == kd.samplers.DDIM(1) and fast.sample(1, seed=0).shape == (1, 28, 28, 1)
+    check_error(command_line("distill.py", "--num-sets", 1), 2, "All numbers must be 2 or more")
+    check_error(command_line("distill.py", "--guidance-scale", 2), 2, "Without --model, nothing is guided")
     check_error(command_line("samplers.py", "--spacings", "even"), 2, "takes uniform, .* Received: even$")
     check_error(command_line("samplers.py", "--evaluations", 1, 9), 2, r"between 2 and 1000. Received: \(1, 9\)$")
 

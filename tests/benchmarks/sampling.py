@@ -1,6 +1,7 @@
 """What `sample` costs beside the network that it calls.
 
     KERAS_BACKEND=jax python tests/benchmarks/sampling.py           # the 64x64 U-Net of base 64
+    KERAS_BACKEND=jax python tests/benchmarks/sampling.py --small   # a 32x32 U-Net of 1.5 M parameters
     KERAS_BACKEND=jax python tests/benchmarks/sampling.py --mlp     # the MLP of points
     KERAS_BACKEND=jax python tests/benchmarks/sampling.py --memory  # memory over 50 calls
 
@@ -89,18 +90,23 @@ def memory(model):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="a small network of images")
     parser.add_argument("--mlp", action="store_true", help="points instead of images")
     parser.add_argument("--memory", action="store_true", help="memory instead of time")
     args = parser.parse_args()
     kd.keep_memory()
     if args.mlp:
         model = kd.DiffusionModel(kd.networks.mlp(2, 128, 3))
+    elif args.small:
+        model = kd.DiffusionModel(kd.networks.unet((32, 32, 3), 24, (1, 2, 4), 1, (16,)))
     elif args.memory:
         model = kd.DiffusionModel(kd.networks.unet((32, 32, 3), 32, (1, 2), 1, ()))
     else:
         model = kd.DiffusionModel(kd.networks.unet((64, 64, 3)))
     if args.memory:
         memory(model)
+    elif args.small:
+        times(model, batch_size=64, calls=10, rounds=9)
     elif args.mlp:
         times(model, batch_size=256, calls=200, rounds=9)
     else:
