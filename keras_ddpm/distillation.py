@@ -41,8 +41,8 @@ class Pairs(datasets.Batches):
         labels: array `(num,)` or `None`.
         diffusion: the process of the model that made them; `None` for one with its default arguments.
         noise_seed: the seed with which it made them.
-
-    The other arguments are those of `datasets.Batches`. Samples with noise cannot be flipped.
+        batch_size, shuffle, steps_per_epoch, seed, class_names, num_workers: as in `datasets.Batches`.
+        flip: must be false, as the noise is that of the samples as they are.
 
     Raises:
         ValueError: if `flip` is set, or `datasets.Batches` raises it.
