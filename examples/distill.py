@@ -16,13 +16,14 @@ examples/samplers.py, which also trains suitable models.
 Output files in --output:
 
     map.png           where one call takes points of noise: with the exact denoiser, and after the distillation
-    pairs.npy         samples of the teacher
+    pairs.npy         samples of the teacher; pairs.json says how they were made
     model.keras       the distilled model of images
     checkpoints/      from which --resume goes on after Ctrl-C or a crash
-    classifier.keras  the classifier, which --resume uses again
+    classifier.keras  the classifier, which the next run uses again
     images.png        images of the teacher and of the distilled model, from the same noises
 """
 
+import json
 import time
 
 import common
@@ -36,7 +37,7 @@ ONE, TEN = kd.samplers.DDIM(1), kd.samplers.UniPC(10)
 
 
 def two(model):
-    """Two calls. The second is closer to the first than to the end, as it corrects what the first got wrong."""
+    """Two calls, at T and at 0.7 T."""
     end = model.diffusion.timesteps
     return kd.samplers.DDIM(2, spacing=(end, round(0.7 * end)))
 
@@ -55,31 +56,36 @@ def distill_points(out, seed, num_pairs, epochs, num_points, num_sets):
     diffusion = kd.GaussianDiffusion(teacher.diffusion.schedule, "v")
     fast = kd.DiffusionModel(kd.networks.mlp(2, 128, 3), diffusion, timestep_sampling="half_at_T", seed=seed)
     common.train(fast, data, epochs, loss="mae", verbose=0)
+    seed += 1  # other noises than those of the pairs
     draw_map(
         out / "map.png",
         {"exact, one call": (teacher, ONE), "exact, 50 calls": (teacher, fifty), "distilled, one call": (fast, ONE)},
         seed,
     )
+    few = max(2, num_sets // 4)
     rows = [
-        ("exact denoiser, 50 calls", teacher, fifty, num_sets),
-        ("exact denoiser, one call", teacher, ONE, num_sets),
-        ("distilled, one call", fast, ONE, num_sets),
-        ("distilled, two calls", fast, two(fast), num_sets),
+        ("exact denoiser, 50 calls", teacher, fifty, few),
+        ("exact denoiser, one call", teacher, ONE, few),
+        ("distilled, one call", fast, ONE, few),
+        ("distilled, two calls", fast, two(fast), few),
     ]
     fresh = lambda index: kd.datasets.moons(num_points, [seed, index], moons.NOISE)[0]  # noqa: E731
     moons.measure(rows, fresh, num_points, num_sets, seed)
 
 
-def make_pairs(file, resume, model, num_pairs, seed, batch_size, **options):
-    """Makes pairs, or reads those of the run that goes on."""
+def make_pairs(out, how, model, num_pairs, seed, batch_size, **options):
+    """Makes pairs, or reads those that were made in the same way."""
+    file, note = out / "pairs.npy", out / "pairs.json"
     options |= common.every_class(model, num_pairs)
-    if not (resume and file.exists()):
+    if not note.exists() or json.loads(note.read_text()) != how:
+        note.unlink(missing_ok=True)
         start = time.time()
-        data = kd.distillation.pairs(model, num_pairs, TEN, seed, batch_size=256, verbose=1, **options)
+        np.save(file, kd.distillation.pairs(model, num_pairs, TEN, seed, batch_size=1, verbose=1, **options).x)
+        note.write_text(json.dumps(how) + "\n")
         print(f"Made {num_pairs} pairs in {(time.time() - start) / 60:.1f} minutes.", flush=True)
-        np.save(file, data.x)
+    x = np.load(file, mmap_mode="r")
     return kd.distillation.Pairs(
-        np.load(file), options.get("labels"), batch_size, seed=seed, diffusion=model.diffusion, noise_seed=seed
+        x, options.get("labels"), batch_size, seed=seed, diffusion=model.diffusion, noise_seed=seed
     )
 
 
@@ -87,21 +93,23 @@ def distill_images(out, seed, model, guided, data, epochs, learning_rate, metric
     _, distance_of, _ = metric
     fast = kd.DiffusionModel.from_model(model, timestep_sampling="half_at_T", loss_weight=None, sampler=ONE, seed=seed)
     start = time.time()
-    common.train(fast, data, epochs, learning_rate, loss="mae", checkpoints=out / "checkpoints")
-    print(f"Trained on {epochs * len(data)} batches in {(time.time() - start) / 60:.1f} minutes.", flush=True)
+    trained = common.train(fast, data, epochs, learning_rate, loss="mae", checkpoints=out / "checkpoints")
+    batches = len(trained.get("loss", ())) * len(data)
+    print(f"Trained on {batches} batches in {(time.time() - start) / 60:.1f} minutes.", flush=True)
     fast.save(out / "model.keras")
     pictures = {}
     asked = common.every_class(model, num_samples)
     print(f"Kernel distance x 1000 of {num_samples} samples, mean of {num_seeds} seeds:")
     for name, by, sampler, options in [
         ("teacher, 10 calls", model, TEN, {}),
+        ("teacher, 10 calls with noise", model, kd.samplers.DPMSolver(10, eta=1.0), {}),
         ("teacher, 9 calls of Heun", model, kd.samplers.Heun(5), {}),  # the best on Fashion-MNIST without guidance
         *([("teacher, 10 guided calls", model, TEN, guided)] if guided else []),
         ("teacher, one call", model, ONE, {}),
         ("distilled, one call", fast, ONE, {}),
         ("distilled, two calls", fast, two(fast), {}),
     ]:
-        # Other seeds than that of the pairs.
+        # Other noises than those of the pairs.
         sets = [by.sample(num_samples, sampler, seed + 1 + i, **asked, **options) for i in range(num_seeds)]
         pictures[name] = {"": sets[0][:20]}
         print(f"    {name}: {np.mean([distance_of(x) for x in sets]):.1f}", flush=True)
@@ -129,7 +137,7 @@ def main(
     num_point_pairs=50_000,
     point_epochs=30,
     num_points=10_000,
-    num_sets=5,
+    num_sets=20,
 ):
     """Distills the exact denoiser of points, and a trained model of images.
 
@@ -153,26 +161,42 @@ def main(
         num_point_pairs: number of pairs of points.
         point_epochs: number of training epochs on points.
         num_points: number of points in a set.
-        num_sets: number of sets to measure.
+        num_sets: number of pairs of sets of fresh points. A quarter as many sets of samples are measured.
     """
-    counts = num_pairs, num_samples, num_point_pairs, num_points, num_sets, batch_size
-    if min(counts) < 2 or min(epochs, point_epochs, num_seeds) < 1 or batch_size > num_pairs:
-        raise common.UsageError("All numbers must be 2 or more, those of epochs and seeds 1, and a batch at most all.")
-    if not model and (guide or guidance_scale != 1):
-        raise common.UsageError("Without --model, nothing is guided.")
+    counts = {"num-pairs": num_pairs, "num-point-pairs": num_point_pairs, "num-samples": num_samples}
+    counts |= {"num-points": num_points, "num-sets": num_sets, "batch-size": batch_size}
+    counts |= {"epochs": epochs, "point-epochs": point_epochs, "num-seeds": num_seeds}
+    for name, count in counts.items():
+        low = 1 if name in ("epochs", "point-epochs", "num-seeds", "batch-size") else 2
+        if count < low:
+            raise common.UsageError(f"--{name} must be at least {low}. Received: {count}")
+    if batch_size > num_pairs:
+        raise common.UsageError(f"--batch-size must be at most --num-pairs, {num_pairs}. Received: {batch_size}")
+    if not 0 < learning_rate <= 1:
+        raise common.UsageError(f"--learning-rate must be in (0, 1]. Received: {learning_rate}")
+    if guide and guidance_scale == 1:
+        raise common.UsageError("--guide needs a --guidance-scale other than 1.")
+    if not model and guidance_scale != 1:
+        raise common.UsageError("--guidance-scale needs a --model.")
     out = common.open_output(output, resume, overwrite)
     keras.utils.set_random_seed(seed)
     if model:
         trained = common.load_model(model)
+        if trained.diffusion.prediction == "epsilon":
+            raise common.UsageError(f"{model} predicts the noise, which says nearly nothing about x_0 at T.")
         size, _, channels = trained.data_shape
         options = {"channels": channels, "labels": True, "data_dir": data_dir, "seed": seed}
         train, test = common.load(dataset, size, **options)
+        if train.x.shape[1:] != trained.data_shape:
+            raise common.UsageError(f"{model} makes images {trained.data_shape}. --dataset has {train.x.shape[1:]}.")
         guided = {"guide": common.load_model(guide)} if guide else {}
         guided |= {"guidance_scale": guidance_scale} if guidance_scale != 1 else {}
+        trained.sample(1, ONE, seed, **common.every_class(trained, 1), **guided)  # says what does not fit
     distill_points(out, seed, num_point_pairs, point_epochs, num_points, num_sets)
     if model:
         metric = common.make_metric(train, test, num_samples, classifier_epochs, seed, out / "classifier.keras")
-        data = make_pairs(out / "pairs.npy", resume, trained, num_pairs, seed, batch_size, **guided)
+        how = {"model": model, "guide": guide, "guidance_scale": guidance_scale, "num_pairs": num_pairs, "seed": seed}
+        data = make_pairs(out, how, trained, num_pairs, seed, batch_size, **guided)
         distill_images(out, seed, trained, guided, data, epochs, learning_rate, metric, num_samples, num_seeds)
     print(f"Wrote {out}.")
 

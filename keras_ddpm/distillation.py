@@ -11,6 +11,7 @@ behind x_t. So one call from x_T is enough, and a second call makes the sample s
 >>> fast.sample(16)  # one network call; `samplers.DDIM(2, spacing=(1000, 700))` makes two
 
 The samples can be guided. The model that learns from them then needs no guidance. It suits samplers that add no noise.
+Its prediction must be "x0", "v" or "flow". At T, "epsilon" says nearly nothing about x_0.
 
 Reference: Luhman and Luhman, 2021 ("Knowledge Distillation in Iterative Generative Models"), for one call; Liu et al.,
 2022 ("Flow Straight and Fast"), for all x_t.
@@ -39,7 +40,7 @@ class Pairs(datasets.Batches):
     Args:
         x: samples with the indices 0, 1, ..., `(num, ...)`: floats, or uint8 images.
         labels: array `(num,)` or `None`.
-        diffusion: the process of the model that made them; `None` for one with its default arguments.
+        diffusion: the process of the model that made them.
         noise_seed: the seed with which it made them.
         batch_size, shuffle, steps_per_epoch, seed, class_names, num_workers: as in `datasets.Batches`.
         flip: must be false, as the noise is that of the samples as they are.
@@ -48,14 +49,13 @@ class Pairs(datasets.Batches):
         ValueError: if `flip` is set, or `datasets.Batches` raises it.
     """
 
-    diffusion: GaussianDiffusion | None = None
-    noise_seed: int = 0
+    diffusion: GaussianDiffusion = dataclasses.field(kw_only=True)
+    noise_seed: int = dataclasses.field(kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _checks.require(not self.flip, "Samples with noise cannot be flipped", flip=self.flip)
-        self.diffusion = self.diffusion or GaussianDiffusion()
-        self.noise_seed = _checks.seed(self.noise_seed)
+        _checks.counts(low=0, noise_seed=self.noise_seed)
 
     def _examples(self, chosen, mirrored):
         x_0 = super()._examples(chosen, mirrored)
@@ -93,6 +93,9 @@ def pairs(
     """
     refused = {"first", "return_trajectory"} & set(options)
     _checks.require(not refused, "Pairs are all of the samples, from index 0 on", **options)
+    _checks.counts(num_pairs=num_pairs, batch_size=batch_size)
+    _checks.require(batch_size <= num_pairs, f"Expected a batch of 1..{num_pairs}", batch_size=batch_size)
+    _checks.counts(low=0, seed=seed)
     sampler = sampler or samplers.DPMSolver(min(20, model.diffusion.timesteps))
     noisy = np.any(sampler.table(model.diffusion.schedule)["std"])
     _checks.require(not noisy, "The samples of a sampler with noise do not depend on x_T alone", sampler=sampler)

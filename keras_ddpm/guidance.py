@@ -207,10 +207,8 @@ def check_guide(guide: Any, model: Any) -> None:
     if guide is None:
         return
     _checks.require(hasattr(guide, "diffusion"), "`guide` must be a `DiffusionModel`", guide=guide)
-    # Not those of the schedule in bits, which differ from machine to machine.
-    kind, kind_of_guide = ((of.data_shape, of.diffusion.prediction, of.diffusion.timesteps) for of in (model, guide))
-    same = kind == kind_of_guide and np.allclose(guide.diffusion.schedule.alpha, model.diffusion.schedule.alpha)
-    same = same and np.allclose(guide.diffusion.schedule.sigma, model.diffusion.schedule.sigma)
+    kind, kind_of_guide = ((of.data_shape, of.diffusion.prediction) for of in (model, guide))
+    same = kind == kind_of_guide and guide.diffusion.schedule.is_close(model.diffusion.schedule)
     _checks.require(same, "`guide` must have the data shape and the process of the model", guide=guide.diffusion)
     condition, condition_of_guide = (c and (c.shape, c.num_classes) for c in (model.condition, guide.condition))
     fits = condition_of_guide in (None, condition)

@@ -153,7 +153,7 @@ class NoisyRegression(saving.StoredModel):
 
     @_replicas.in_scope
     def evaluate(self, *args, **kwargs) -> Any:
-        """`keras.Model.evaluate` on clean data, with the same t and noise at each call."""
+        """`keras.Model.evaluate` on clean data as of `fit`, with the same t and noise at each call."""
         given = _arguments(keras.Model.evaluate, self, *args, **kwargs)
         known = self._checked_validation_data  # `fit` has checked it, and a generator can be read only once
         x = given.get("x")
@@ -284,12 +284,15 @@ class NoisyRegression(saving.StoredModel):
             first = data if labels is None else (data, labels)
         else:
             first = next(iter(data), None)
-            if hasattr(data, "collate_fn") and hasattr(first, "shape"):
-                # Keras takes a tensor of PyTorch's `DataLoader` apart on other backends.
+            if hasattr(data, "collate_fn") and (hasattr(first, "shape") or isinstance(first, dict)):
+                # Keras takes a tensor or dict of PyTorch's `DataLoader` apart on other backends.
                 data = copy.copy(data)
                 data.collate_fn = functools.partial(_in_tuple, data.collate_fn)
         _checks.require(first is not None, "The data hold no batch", data=data)
         x_0, condition, weight = keras.utils.unpack_x_y_sample_weight(first)
+        process = getattr(data, "diffusion", None)  # of `distillation.Pairs`
+        fits = process is None or process.schedule.is_close(self.diffusion.schedule)
+        _checks.require(fits, "These are pairs of another schedule than that of the model", diffusion=process)
         x_0, noise = _parts(x_0)
         x_0 = _checks.data(ops.convert_to_numpy(x_0), self.data_shape, self.diffusion.clip_range)
         if noise is not None:

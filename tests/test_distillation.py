@@ -56,9 +56,25 @@ def test_training_takes_the_noise_of_the_data(points):
         assert model.evaluate(data, labels, batch_size=64, verbose=0) == pytest.approx(0.25, rel=1e-5)
     weighted = model.fit(data, sample_weight=np.full(256, 3.0), batch_size=64, verbose=0).history["loss"][0]
     assert weighted == pytest.approx(0.75, rel=1e-5)
-    pairs = distillation.Pairs(points, batch_size=64, noise_seed=5)
+    pairs = distillation.Pairs(points, batch_size=64, diffusion=model.diffusion, noise_seed=5)
     loss = model.fit(pairs, validation_data=pairs, verbose=0).history["val_loss"][0]
     assert loss == pytest.approx(np.mean(np.square([batch["noise"] for batch in pairs])), rel=1e-5)
+
+
+def test_noise_in_streams(points):
+    """Of generators, TensorFlow's data sets and PyTorch's loaders."""
+    tf, torch = pytest.importorskip("tensorflow"), pytest.importorskip("torch")
+    data = {"x_0": points, "noise": np.full_like(points, 0.5)}
+    examples = [{"x_0": x, "noise": noise} for x, noise in zip(points, data["noise"])]
+    model = kd.DiffusionModel(kd.networks.mlp(2, 8, 1), kd.GaussianDiffusion(COSINE))
+    model.compile(loss="mse", optimizer=keras.optimizers.SGD(0.0))
+    for stream in (
+        (data for _ in range(2)),
+        tf.data.Dataset.from_tensor_slices(data).batch(64),
+        torch.utils.data.DataLoader(examples, batch_size=64),
+    ):
+        loss = model.fit(stream, steps_per_epoch=2, shuffle=False, verbose=0).history["loss"][0]
+        assert loss == pytest.approx(0.25, rel=1e-5)
 
 
 def test_one_call_gives_the_samples_of_many(tmp_path):
@@ -114,15 +130,22 @@ def test_pairs_of_stored_images():
     np.testing.assert_allclose(stored[0]["noise"], data[0]["noise"], atol=1e-2)
 
 
-def test_bad_pairs(model, points):
+def test_bad_pairs(model, points, monkeypatch):
     with pytest.raises(ValueError, match="with noise do not depend on x_T alone.*DDPM"):
-        distillation.pairs(model, 4, kd.samplers.DDPM(4))
+        distillation.pairs(model, 4, kd.samplers.DDPM(4), batch_size=2)
     with pytest.raises(ValueError, match="from index 0 on. Received: first=5"):
         distillation.pairs(model, 4, first=5)
     with pytest.raises(ValueError, match="has classes: choose `labels`"):
-        distillation.pairs(TWO.model(COSINE, conditional=True), 4)
+        distillation.pairs(TWO.model(COSINE, conditional=True), 4, batch_size=2)
+    of = {"diffusion": kd.GaussianDiffusion(COSINE), "noise_seed": 0}
     with pytest.raises(ValueError, match="cannot be flipped.*True"):
-        distillation.Pairs(np.zeros((4, 8, 8, 1), "uint8"), batch_size=2, flip=True)
+        distillation.Pairs(np.zeros((4, 8, 8, 1), "uint8"), batch_size=2, flip=True, **of)
+    with pytest.raises(ValueError, match="another schedule than that of the model"):
+        model.fit(distillation.Pairs(points, **of), verbose=0)
+    for wrong in ({"batch_size": 5}, {"seed": None}, {"seed": -1}):  # before it samples
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match=next(iter(wrong))):
+            patch.setattr(model, "run", None)
+            distillation.pairs(model, 4, **{"batch_size": 2, **wrong})
     with pytest.raises(ValueError, match="'x_0' and 'noise'.*'x'"):
         model.fit({"x_0": points, "x": points}, verbose=0)
     with pytest.raises(ValueError, match=r"`noise` of shape \('batch', 2\)"):

@@ -369,10 +369,10 @@ def test_the_readmes_code_learns(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_samplers(tmp_path, data_dir, capsys, command_line):
     options = {"data_dir": data_dir, "output": tmp_path, "epochs": 1, "steps_per_epoch": 2, "classifier_epochs": 1}
-    call("samplers", evaluations=(6, 24), num_samples=8, **options)
+    call("samplers", evaluations=(6, 24), spacings=("uniform", "optimized"), num_samples=8, **options)
     check_metric(capsys.readouterr().out, 8)
     header, *rows = (tmp_path / "distances.csv").read_text().splitlines()
-    assert header == "sampler,spacing,network calls,distance" and len(rows) == 9 * 4 - 1 + 1
+    assert header == "sampler,spacing,network calls,distance" and len(rows) == 9 * 2 - 1 + 1
     assert {int(row.split(",")[-2]) for row in rows} == {5, 6, 24}  # Heun calls an odd number
     for name in ("distances.png", "samples.png"):
         with Image.open(tmp_path / name) as picture:
@@ -382,6 +382,8 @@ def test_samplers(tmp_path, data_dir, capsys, command_line):
     call("guidance", guide=str(tmp_path / "guide.keras"), scales=(1.0, 2.0), **options)
     assert len(re.findall(r"^ +[12] +- +[0-9.]+$", capsys.readouterr().out, re.M)) == 2
     distilled = tmp_path / "distilled"
+    distilled.mkdir()
+    (tmp_path / "classifier.keras").rename(distilled / "classifier.keras")
     options |= {"output": distilled, "num_pairs": 16, "batch_size": 8, "num_seeds": 1}
     options |= {"num_point_pairs": 64, "point_epochs": 1, "num_points": 20, "num_sets": 2}
     del options["steps_per_epoch"]
@@ -389,15 +391,23 @@ def test_samplers(tmp_path, data_dir, capsys, command_line):
     text = capsys.readouterr().out
     assert text.count("distilled, one call: ") == text.count("distilled, two calls: ") == 2, text
     assert "Made 16 pairs" in text and np.load(distilled / "pairs.npy").shape == (16, 28, 28, 1)
-    call("distill", resume=True, **options)  # reads the pairs
-    assert "Made" not in capsys.readouterr().out
+    same = {"guide": str(tmp_path / "guide.keras"), "guidance_scale": 2.0, "resume": True}
+    call("distill", **options, **same)  # reads the pairs
+    text = capsys.readouterr().out
+    assert "Made" not in text and "Trained on 0 batches" in text
     for name in ("map.png", "images.png"):
         with Image.open(distilled / name) as picture:
             picture.load()
     fast = kd.saving.load_model(distilled / "model.keras")
     assert fast.sampler == kd.samplers.DDIM(1) and fast.sample(1, seed=0).shape == (1, 28, 28, 1)
-    check_error(command_line("distill.py", "--num-sets", 1), 2, "All numbers must be 2 or more")
-    check_error(command_line("distill.py", "--guidance-scale", 2), 2, "Without --model, nothing is guided")
+    for arguments, message in [
+        (("--num-sets", 1), "--num-sets must be at least 2. Received: 1$"),
+        (("--num-pairs", 8), "--batch-size must be at most --num-pairs, 8. Received: 64$"),
+        (("--learning-rate", 0), r"--learning-rate must be in \(0, 1\]. Received: 0.0$"),
+        (("--guide", "guide.keras"), "--guide needs a --guidance-scale other than 1"),
+        (("--guidance-scale", 2), "--guidance-scale needs a --model"),
+    ]:
+        check_error(command_line("distill.py", *arguments), 2, message)
     check_error(command_line("samplers.py", "--spacings", "even"), 2, "takes uniform, .* Received: even$")
     check_error(command_line("samplers.py", "--evaluations", 1, 9), 2, r"between 2 and 1000. Received: \(1, 9\)$")
 

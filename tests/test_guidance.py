@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from closed_form import TWO
 from closed_form import Mixture
+from conftest import TORCH
 from conftest import randomize
 from keras import ops
 
@@ -171,12 +172,13 @@ def test_scale_1_does_not_call_the_guide(points):
         sample(guide=other, guidance_scale=1.5)
 
 
-def test_a_guide_may_learn_between_samples(points):
+@pytest.mark.parametrize("num_steps", [4] + [20] * TORCH)  # PyTorch records the networks from 20 calls on
+def test_a_guide_may_learn_between_samples(num_steps):
     """Its average is read in each call, and the guided model's own choice of weights remains."""
     diffusion = kd.GaussianDiffusion(kd.schedules.linear(25), clip_range=None)
     model, guide = (kd.DiffusionModel(kd.networks.mlp(2, 8, 1), diffusion) for _ in range(2))
     randomize(model.network)
-    sample = lambda **options: model.sample(3, kd.samplers.DDIM(4), seed=0, **options)  # noqa: E731
+    sample = lambda **options: model.sample(3, kd.samplers.DDIM(num_steps), seed=0, **options)  # noqa: E731
     first = sample(guide=guide, guidance_scale=3.0)
     for v in guide.ema_weights:
         v.assign(v + 0.3)

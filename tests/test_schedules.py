@@ -154,3 +154,10 @@ def test_config_keeps_every_digit():
 def test_bad_input(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_schedules_are_close_up_to_rounding():
+    schedule = schedules.cosine(50)
+    rounded = schedules.Schedule(schedule.alpha * (1 - 1e-12 * (np.arange(51) > 0)), schedule.sigma)
+    assert schedule.is_close(rounded) and not schedule.is_close(schedules.linear(50))
+    assert not schedule.is_close(schedule.until(49))
