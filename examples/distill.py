@@ -93,9 +93,8 @@ def distill_images(out, seed, model, guided, data, epochs, learning_rate, metric
     _, distance_of, _ = metric
     fast = kd.DiffusionModel.from_model(model, timestep_sampling="half_at_T", loss_weight=None, sampler=ONE, seed=seed)
     start = time.time()
-    trained = common.train(fast, data, epochs, learning_rate, loss="mae", checkpoints=out / "checkpoints")
-    batches = len(trained.get("loss", ())) * len(data)
-    print(f"Trained on {batches} batches in {(time.time() - start) / 60:.1f} minutes.", flush=True)
+    common.train(fast, data, epochs, learning_rate, loss="mae", checkpoints=out / "checkpoints")
+    print(f"Trained for {(time.time() - start) / 60:.1f} minutes in this run.", flush=True)
     fast.save(out / "model.keras")
     pictures = {}
     asked = common.every_class(model, num_samples)
