@@ -38,6 +38,8 @@ def quiet_import():
         with quiet():
             yield
     except (ImportError, ValueError) as error:
+        if getattr(error, "name", None) == "keras_ddpm":
+            sys.exit("The package is not installed. Run `pip install .` in the folder of README.md.")
         backend = os.environ.get("KERAS_BACKEND", "tensorflow")
         print(f"Keras cannot use the backend {backend}: {error}", file=sys.stderr)
         print('Choose KERAS_BACKEND=tensorflow, jax or torch. `pip install ".[jax]"` adds one.', file=sys.stderr)
@@ -263,6 +265,11 @@ def every_class(model, num, **options):
     return {"labels": np.arange(num) % model.condition.num_classes, **options} if model.condition else {}
 
 
+def check_learning_rate(value):
+    if not 0 < value <= 1:
+        raise UsageError(f"The learning rate must be in (0, 1]. Received: {value}")
+
+
 def train(
     model, data, epochs, learning_rate=2e-3, warmup_steps=200, loss="mse", *, checkpoints=None, callbacks=(), **options
 ):
@@ -281,8 +288,7 @@ def train(
     """
     if epochs < 1 or warmup_steps < 0:
         raise UsageError(f"At least 1 epoch and 0 warm-up steps are needed. Received: {epochs} and {warmup_steps}")
-    if not 0 < learning_rate <= 1:
-        raise UsageError(f"The learning rate must be in (0, 1]. Received: {learning_rate}")
+    check_learning_rate(learning_rate)
     rate = keras.optimizers.schedules.CosineDecay(
         0.0, max(1, epochs * len(data) - warmup_steps), warmup_target=learning_rate, warmup_steps=warmup_steps
     )

@@ -171,8 +171,7 @@ def main(
             raise common.UsageError(f"--{name} must be at least {low}. Received: {count}")
     if batch_size > num_pairs:
         raise common.UsageError(f"--batch-size must be at most --num-pairs, {num_pairs}. Received: {batch_size}")
-    if not 0 < learning_rate <= 1:
-        raise common.UsageError(f"--learning-rate must be in (0, 1]. Received: {learning_rate}")
+    common.check_learning_rate(learning_rate)
     if guide and guidance_scale == 1:
         raise common.UsageError("--guide needs a --guidance-scale other than 1.")
     if not model and guidance_scale != 1:

@@ -75,15 +75,6 @@ class Early(keras.callbacks.Callback):
             self.model.save(self.path)
 
 
-def make_sampler(model, name, spacing, calls, seed):
-    """A sampler of that name and spacing."""
-    if spacing != "optimized":
-        return SAMPLERS[name](calls, spacing=spacing)
-    return S.optimized(
-        model, SAMPLERS[name](calls, spacing="uniform"), seed=seed + 1000, **common.every_class(model, 64)
-    )
-
-
 def plot(path, rows, best, floor):
     with kd.plots.figure(path, size=(8, 6)) as axes:
         lines = {
@@ -150,6 +141,8 @@ def main(
         common.train(trained, data, epochs, callbacks=[Early(out / "guide.keras")])
         trained.save(out / "model.keras")
 
+    if "optimized" in spacings and min(evaluations) <= 20:
+        paths = S.trajectories(trained, 64, seed + 1000, **common.every_class(trained, 64))
     rows, samples = [], {}
     asked = {"batch_size": min(250, num_samples), **common.every_class(trained, num_samples)}
     for calls in evaluations:
@@ -158,7 +151,9 @@ def main(
             if (name, spacing) == ("Heun", "optimized"):  # which is for steps of one call
                 continue
             start = time.time()
-            sampler = make_sampler(trained, name, spacing, calls, seed)
+            sampler = SAMPLERS[name](calls, spacing=spacing if spacing != "optimized" else "uniform")
+            if spacing == "optimized":
+                sampler = S.optimized(paths, sampler)
             sets = [trained.sample(num_samples, sampler, seed + i, **asked) for i in range(num_seeds)]
             distance = np.mean([distance_of(x) for x in sets])
             rows.append([name, spacing, len(sampler.table(trained.diffusion.schedule)), distance])

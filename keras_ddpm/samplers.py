@@ -13,6 +13,7 @@ To add a sampler, subclass `Sampler` as a frozen dataclass. If each step calls t
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
@@ -229,45 +230,64 @@ def _shares(nodes: list, decay: float) -> Array:
     return np.linalg.solve(powers, [1.0, 0.5] if len(nodes) == 2 else moments)
 
 
-def optimized(model: Any, sampler: Sampler, num_samples: int = 64, seed: int = 0, **options: Any) -> Sampler:
+class Trajectories(NamedTuple):
+    """Samples on their way from noise to data.
+
+    Attributes:
+        schedule: the schedule.
+        times: array `(N + 1,)` of times t, from T down to 0.
+        x: array `(N + 1, num_samples, ...)` of x_t at these times.
+        x_0: array `(N, num_samples, ...)` of the x_0 predicted at these times.
+    """
+
+    schedule: Schedule
+    times: Array
+    x: Array
+    x_0: Array
+
+
+def trajectories(model: Any, num_samples: int = 64, seed: int = 0, **options: Any) -> Trajectories:
+    """Samples of a `DiffusionModel` on their way in up to 60 steps of DDIM. `options` are those of its `sample`."""
+    schedule = model.diffusion.schedule
+    num = min(60, schedule.timesteps)
+    sampler = DDIM(num, spacing="logsnr")
+    _, x, x_0 = model.sample(num_samples, sampler, seed, return_trajectory=num, **options)
+    first = sampler.table(schedule)[0]
+    x = np.concatenate([(x[:1] - first["from_x_0"] * x_0[:1]) / first["from_x"], x])
+    return Trajectories(schedule, sampler.timesteps(schedule), x, x_0)
+
+
+def optimized(paths: Trajectories, sampler: Sampler) -> Sampler:
     """Returns the sampler with the times at which its steps start searched for a model.
 
-    The paths of a model's samples from noise to data have nearly the same shape. Here DDIM makes them with up to 60
-    steps. Among their times, those are chosen whose straight steps deviate least from the paths, in sum.
+    The trajectories of a model's samples have nearly the same shape. Among their times, those are chosen whose straight
+    steps deviate least from the trajectories, in sum.
 
-    >>> model.sampler = optimized(model, UniPC(6))  # now the default of `sample`, and saved with the model
+    >>> model.sampler = optimized(trajectories(model), UniPC(6))  # the default of `sample`, and saved with the model
 
     Args:
-        model: a `DiffusionModel`.
-        sampler: a sampler whose steps call the network once, with `num_steps` of at most 60.
-        num_samples: number of paths.
-        seed: seed of the paths.
-        **options: what to sample, as in `DiffusionModel.sample`.
+        paths: `trajectories` of the model. They serve any number of searches.
+        sampler: a sampler whose steps call the network once, with at most as many steps as the trajectories.
 
     Returns:
         The sampler with another `spacing`, a tuple of times.
 
     Raises:
-        ValueError: if `num_steps` is not in 1..60, steps make several network calls, or an option is invalid.
+        ValueError: if the sampler has too many steps, or steps of several network calls.
 
     Reference: Chen et al., 2024 ("On the trajectory regularity of ODE-based diffusion sampling"), section 4.
     """
     once = isinstance(sampler, Sampler) and sampler.evaluations == sampler.num_steps
     _checks.require(once, "`sampler` must be a sampler whose steps call the network once", sampler=sampler)
-    schedule = model.diffusion.schedule
-    num, wanted = min(60, schedule.timesteps), sampler.num_steps or 0
+    num, wanted = len(paths.x_0), sampler.num_steps or 0
     _checks.require(0 < wanted <= num, f"`num_steps` must be in 1..{num}", num_steps=sampler.num_steps)
-    paths = DDIM(num, spacing="logsnr")
-    _, x, x_0 = model.sample(num_samples, paths, seed, return_trajectory=num, **options)
-    times, first = paths.timesteps(schedule), paths.table(schedule)[0]
-    x = np.concatenate([(x[:1] - first["from_x_0"] * x_0[:1]) / first["from_x"], x])
-    alpha, sigma = schedule.alpha[times], schedule.sigma[times]
-    deviation = np.full((num + 1, num + 1), np.inf)  # of a step from one time of the paths to a later one
-    for i in range(num):
+    alpha, sigma = paths.schedule.alpha[paths.times], paths.schedule.sigma[paths.times]
+    deviation = np.full((num + 1, num + 1), np.inf)  # of a step from one time to a later one
+    for i, (x, x_0) in enumerate(zip(paths.x, paths.x_0)):
         columns = DDIM().coefficients(alpha[i], sigma[i], alpha[i + 1 :], sigma[i + 1 :])
         for j, from_x, from_x_0 in zip(range(i + 1, num + 1), columns["from_x"], columns["from_x_0"]):
-            deviation[i, j] = np.sqrt(np.mean((from_x * x[i] + from_x_0 * x_0[i] - x[j]) ** 2))
-    return dataclasses.replace(sampler, spacing=tuple(int(times[i]) for i in shortest_path(deviation, wanted)))
+            deviation[i, j] = np.sqrt(np.mean((from_x * x + from_x_0 * x_0 - paths.x[j]) ** 2))
+    return dataclasses.replace(sampler, spacing=tuple(map(int, paths.times[shortest_path(deviation, wanted)])))
 
 
 def shortest_path(lengths: Array, num_steps: int) -> list[int]:

@@ -403,7 +403,7 @@ def test_samplers(tmp_path, data_dir, capsys, command_line):
     for arguments, message in [
         (("--num-sets", 1), "--num-sets must be at least 2. Received: 1$"),
         (("--num-pairs", 8), "--batch-size must be at most --num-pairs, 8. Received: 64$"),
-        (("--learning-rate", 0), r"--learning-rate must be in \(0, 1\]. Received: 0.0$"),
+        (("--learning-rate", 0), r"The learning rate must be in \(0, 1\]. Received: 0.0$"),
         (("--guide", "guide.keras"), "--guide needs a --guidance-scale other than 1"),
         (("--guidance-scale", 2), "--guidance-scale needs a --model"),
     ]:
@@ -721,6 +721,12 @@ def test_edit_says_in_one_line_what_is_wrong(edit, command_line):
 def test_a_backend_that_does_not_exist():
     status, printed = run_script("flowers.py", "--help", KERAS_BACKEND="pytorch")
     assert status == 1 and "Keras cannot use the backend pytorch" in printed and "Traceback" not in printed
+
+
+def test_the_package_is_not_installed():
+    common = importlib.import_module("common")
+    with pytest.raises(SystemExit, match="pip install"), common.quiet_import():
+        raise ModuleNotFoundError("No module named 'keras_ddpm'", name="keras_ddpm")
 
 
 def test_more_devices_than_there_are(command_line, tmp_path):

@@ -615,17 +615,18 @@ def test_optimized_times_are_closer_to_the_probability_flow(schedule):
     noise = sampling.prior(model.diffusion, (1,), 0, range(num))[:, 0].astype("float64")
     expected = TWO.quantile(TWO.cdf(noise, *ends))
     error = lambda sampler: np.sqrt(np.mean((model.sample(num, sampler, seed=0)[:, 0] - expected) ** 2))  # noqa: E731
-    found = samplers.optimized(model, samplers.DDIM(7), seed=1)
+    paths = samplers.trajectories(model, seed=1)
+    found = samplers.optimized(paths, samplers.DDIM(7))
     assert error(found) < 0.9 * min(error(samplers.DDIM(7, spacing=s)) for s in ("uniform", "logsnr", "karras"))
     again = json.loads(json.dumps(dataclasses.asdict(found)))
     assert samplers.DDIM(**again) == found and hash(samplers.DDIM(**again)) == hash(found)
     with pytest.raises(ValueError, match="whose steps call the network once. Received: sampler='ddim'"):
-        samplers.optimized(model, "ddim")
+        samplers.optimized(paths, "ddim")
     with pytest.raises(ValueError, match="whose steps call the network once"):
-        samplers.optimized(model, samplers.Heun(7))
+        samplers.optimized(paths, samplers.Heun(7))
     assert found.shortened(0.5, 1000).timesteps(SCHEDULES[schedule].until(500))[0] == 500
     with pytest.raises(ValueError, match="`num_steps` must be in 1..60. Received: num_steps=61"):
-        samplers.optimized(model, samplers.DDIM(61))
+        samplers.optimized(paths, samplers.DDIM(61))
 
 
 def test_times_given_as_numbers():
