@@ -46,8 +46,8 @@ def main(
     labels: tuple[str, ...] = (),
     num=64,
     output="runs/sample",
-    guidance=2.0,
-    steps=20,
+    guidance=1.5,
+    steps=10,
     seed=0,
     grid=8,
     gif=False,
@@ -61,7 +61,7 @@ def main(
         num: number of images.
         output: folder for the output files.
         guidance: guidance scale for models with labels. 1 is no guidance.
-        steps: number of steps of DPMSolver.
+        steps: number of steps of UniPC, which are even in the log-SNR.
         seed: random seed.
         grid: number of columns of the grid.
         gif: also write denoising.gif.
@@ -75,7 +75,7 @@ def main(
         return
     asked = labels_of(trained, labels, num)
     options = lambda part: {} if asked is None else {"labels": asked[part], "guidance_scale": guidance}  # noqa: E731
-    sampler = kd.samplers.DPMSolver(steps, eta=1.0)
+    sampler = kd.samplers.UniPC(steps, spacing="logsnr")
     sampler.steps(trained.diffusion.schedule)  # raises an error for a wrong number
 
     out = pathlib.Path(output)
