@@ -247,7 +247,7 @@ class Trajectories(NamedTuple):
 
 
 def trajectories(model: Any, num_samples: int = 64, seed: int = 0, **options: Any) -> Trajectories:
-    """Samples of a `DiffusionModel` on their way in up to 60 steps of DDIM. `options` are those of its `sample`."""
+    """`num_samples` samples of a `DiffusionModel`, in up to 60 steps of DDIM. `seed`, `options`: as in its `sample`."""
     schedule = model.diffusion.schedule
     num = min(60, schedule.timesteps)
     sampler = DDIM(num, spacing="logsnr")

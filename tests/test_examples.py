@@ -617,20 +617,20 @@ def test_sample(tmp_path, monkeypatch, command_line):
     randomize(network)
     model.save(tmp_path / "model.keras")
     monkeypatch.chdir(tmp_path)
-    arguments = ["--model", "model.keras", "--steps", 2]
+    arguments = ["--model", "model.keras", "--steps", 4]
     assert command_line("sample.py", *arguments, "--list") == (0, "lily\nred rose\ntulip\n")
     few = [*arguments, "--output", "few", "--labels", "red rose", "tulip"]
     assert command_line("sample.py", *few, "--num", 5, "--gif", "--grid", 3)[0] == 0
     made = {path.name: path.stat().st_mtime_ns for path in sorted(pathlib.Path("few").glob("0*.png"))}
     assert [*made] == [f"{index:05d}.png" for index in range(5)]
     expected = kd.saving.load_model("model.keras").sample(
-        5, kd.samplers.DPMSolver(2, eta=1.0), seed=0, labels=[1, 2, 1, 2, 1], guidance_scale=2.0
+        5, kd.samplers.UniPC(4, spacing="logsnr"), seed=0, labels=[1, 2, 1, 2, 1], guidance_scale=1.5
     )
     for index, image in enumerate(kd.images.to_uint8(expected)):
         assert np.max(np.abs(read(f"few/{index:05d}.png").astype("int32") - image)) <= 1
     assert read("few/grid.png").shape == (16 * (2 * 10 + 2), 16 * (3 * 10 + 2), 3)
     with Image.open("few/denoising.gif") as animation:
-        assert animation.n_frames == 2
+        assert animation.n_frames in (3, 4)  # the last two may be equal, and are then one
 
     status, _ = command_line("sample.py", *few, "--num", 40)
     assert status == 0 and len([*pathlib.Path("few").glob("0*.png")]) == 40
