@@ -314,8 +314,8 @@ class Heun(Sampler):
     """Heun's second-order method in sigma/alpha: a step of DDIM, corrected with the x_0 predicted at its end.
 
     Each step calls the network twice. The last step calls it once. So does the first step if the schedule has no signal
-    at T. Use "logsnr" for few steps on a schedule like `cosine`. Its sigma/alpha at T is in the thousands, so with
-    "uniform" the first steps are too long.
+    at T. Use "logsnr" and some 20 steps on a schedule like `cosine`. Its sigma/alpha at T is in the thousands, so with
+    "uniform" or fewer steps, the first ones are too long.
 
     Args:
         num_steps: number of steps; `None` for all T.
