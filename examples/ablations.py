@@ -16,6 +16,7 @@ guidance. A row that is in the output folder is not computed again, so several p
 Output files in --output:
 
     classifier.keras           the classifier
+    settings.json              what the rows have in common. Other settings need another folder.
     NAME-SEED.json             the result of a row
     ablations-NAMES-SEED.png   samples of each row from the same noises
 """
@@ -138,7 +139,7 @@ def main(
     only: tuple[str, ...] = (),
     image_size=64,
     images_seen=100_000,
-    classifier_epochs=20,
+    classifier_epochs=5,
     num_samples=819,
 ):
     """Trains a model by each recipe and measures its samples.
@@ -158,6 +159,9 @@ def main(
         raise common.UsageError(f"--only takes {', '.join(recipes)}. Received: {', '.join(unknown)}")
     out = pathlib.Path(output)
     out.mkdir(parents=True, exist_ok=True)
+    common.check_settings(
+        out, {"image_size": image_size, "images_seen": images_seen, "classifier_epochs": classifier_epochs}
+    )
     options = {"data_dir": data_dir, "labels": True, "require_real_data": True}
     data, test = common.load("oxford_flowers102", image_size, **options)
     num = min(num_samples, len(test.x))
@@ -176,7 +180,7 @@ def main(
         labels = {"labels": np.resize(test.labels, num)} if recipe.labels else {}
         samples = model.sample(num, recipe.sampler, seed, batch_size=num, **labels)
         distance = distance_of(samples)
-        file.write_text(json.dumps({"images_seen": images_seen, "num_samples": num, "distance": distance}) + "\n")
+        file.write_text(json.dumps({"num_samples": num, "distance": distance}) + "\n")
         print(f"{name}: {distance:.1f}", flush=True)
         grid[name] = {"": samples[:16]}
     if grid:

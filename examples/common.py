@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import inspect
+import json
 import os
 import pathlib
 import re
@@ -10,7 +11,9 @@ import shutil
 import sys
 import tempfile
 import time
+import types
 import typing
+import zlib
 
 import numpy as np
 
@@ -307,26 +310,55 @@ def train(
 
 
 class Estimate(keras.callbacks.Callback):
-    """Says once how long the rest of the training will take, after so many seconds of it."""
+    """Says once in a run how long the rest of the training will take, after so many seconds of it."""
 
     def __init__(self, seconds=10):
         super().__init__()
-        self.seconds, self.times = seconds, []
+        self.seconds = seconds
+        self.run = types.SimpleNamespace(times=[], epochs_left=0)  # which is in no checkpoint, as plain lists are
 
     def on_epoch_begin(self, epoch, logs=None):
-        self.epochs_left = self.params["epochs"] - epoch
+        self.run.epochs_left = self.params["epochs"] - epoch
 
     def on_train_batch_end(self, batch, logs=None):
-        if self.times is None:
+        if self.run.times is None:
             return
-        self.times.append(time.monotonic())
-        recent = np.diff(self.times[-4:])
+        self.run.times.append(time.monotonic())
+        recent = np.diff(self.run.times[-4:])
         steady = len(recent) == 3 and max(recent) < 3 * min(recent)  # neither compiled nor skipped
-        if steady and self.times[-1] - self.times[0] > self.seconds:
+        if steady and self.run.times[-1] - self.run.times[0] > self.seconds:
             step = np.median(recent)
-            minutes = max(1, round(step * (self.epochs_left * self.params["steps"] - batch - 1) / 60))
+            minutes = max(1, round(step * (self.run.epochs_left * self.params["steps"] - batch - 1) / 60))
             print(f"\nThe training will take about {minutes} min, at {step:.2f} s per batch.", flush=True)
-            self.times = None
+            self.run.times = None
+
+
+def checksum(*arrays):
+    """A number that tells arrays from others."""
+    found = 0
+    for array in arrays:
+        found = zlib.crc32(np.ascontiguousarray(keras.ops.convert_to_numpy(array)), found)
+    return found
+
+
+def is_noted(note, how):
+    """Whether a note says that files were made in this way. Any other note is removed."""
+    if note.exists() and json.loads(note.read_text()) == how:
+        return True
+    note.unlink(missing_ok=True)
+    return False
+
+
+def write_note(note, how):
+    note.write_text(json.dumps(how) + "\n")
+
+
+def check_settings(out, settings):
+    """Raises an error if a folder holds results with other settings."""
+    note = out / "settings.json"
+    if note.exists() and json.loads(note.read_text()) != settings:
+        raise UsageError(f"{out} holds results with other settings. Choose another --output.")
+    write_note(note, settings)
 
 
 def make_metric(train, test, num_samples, classifier_epochs, seed, path=None):
@@ -338,19 +370,21 @@ def make_metric(train, test, num_samples, classifier_epochs, seed, path=None):
         num_samples: number of samples of a comparison.
         classifier_epochs: number of training epochs of the classifier.
         seed: random seed of the floor.
-        path: file of the classifier. If it exists, this classifier is used, and otherwise it is written.
+        path: file of the classifier. One that was trained in the same way is used again. A note in JSON tells how.
 
     Returns:
         The classifier, a function from images to their distance times 1000, and the floor. The floor is the mean and
         the standard deviation of the distance of as many training images.
     """
     images = kd.images.from_uint8(train.x)
-    if path and path.exists():
+    how = {"data": checksum(train.x, train.labels), "epochs": classifier_epochs}
+    if path and is_noted(path.with_suffix(".json"), how):
         classifier = keras.saving.load_model(path, compile=False)
     else:
         classifier = kd.metrics.train_classifier(images, train.labels, classifier_epochs)
         if path:
             classifier.save(path)
+            write_note(path.with_suffix(".json"), how)
     x = kd.images.from_uint8(test.x)
     accuracy = np.mean(np.argmax(classifier.predict(x, verbose=0), axis=1) == test.labels)
     print(f"Accuracy of the classifier: {accuracy:.1%} of {len(x)} held-out images.", flush=True)

@@ -23,7 +23,6 @@ Output files in --output:
     images.png        images of the teacher and of the distilled model, from the same noises
 """
 
-import json
 import time
 
 import common
@@ -77,11 +76,10 @@ def make_pairs(out, how, model, num_pairs, seed, batch_size, **options):
     """Makes pairs, or reads those that were made in the same way."""
     file, note = out / "pairs.npy", out / "pairs.json"
     options |= common.every_class(model, num_pairs)
-    if not note.exists() or json.loads(note.read_text()) != how:
-        note.unlink(missing_ok=True)
+    if not common.is_noted(note, how):
         start = time.time()
         np.save(file, kd.distillation.pairs(model, num_pairs, TEN, seed, batch_size=1, verbose=1, **options).x)
-        note.write_text(json.dumps(how) + "\n")
+        common.write_note(note, how)
         print(f"Made {num_pairs} pairs in {(time.time() - start) / 60:.1f} minutes.", flush=True)
     x = np.load(file, mmap_mode="r")
     return kd.distillation.Pairs(
@@ -193,7 +191,8 @@ def main(
     distill_points(out, seed, num_point_pairs, point_epochs, num_points, num_sets)
     if model:
         metric = common.make_metric(train, test, num_samples, classifier_epochs, seed, out / "classifier.keras")
-        how = {"model": model, "guide": guide, "guidance_scale": guidance_scale, "num_pairs": num_pairs, "seed": seed}
+        models = [common.checksum(*of.ema_weights) for of in (trained, *filter(None, [guided.get("guide")]))]
+        how = {"models": models, "guidance_scale": guidance_scale, "num_pairs": num_pairs, "seed": seed}
         data = make_pairs(out, how, trained, num_pairs, seed, batch_size, **guided)
         distill_images(out, seed, trained, guided, data, epochs, learning_rate, metric, num_samples, num_seeds)
     print(f"Wrote {out}.")

@@ -138,6 +138,8 @@ def main(
         raise ValueError(f"{model} generates images {trained.data_shape}, but {dataset} has {train.x.shape[1:]}.")
     order = np.random.default_rng(seed).permutation(len(test.x))
     num = min(num_samples, len(test.x))
+    if num < 20:
+        raise ValueError(f"{dataset} has {num} held-out images, of which at least 20 are needed.")
     held_out, others = (kd.images.from_uint8(test.x[part]) for part in (order[:num], order[num:]))
     labels = test.labels[order[:num]] if conditional else None
     training = kd.images.from_uint8(train.x)

@@ -136,7 +136,7 @@ def load(
         seed: random seed.
         image_size: side of the images in pixels.
         labels: whether the model learns the kinds of flowers, so that it can be asked for them. The kinds of pictures
-            in a folder are its subfolders. "auto" is "yes" unless the folder has none.
+            in a folder are its subfolders. "auto" is "yes" unless there are pictures outside of them.
         data_dir: folder of prepared data sets. By default the folder of TensorFlow Datasets.
         strict: stop at images in the folder that cannot be read.
         num_images: number of procedural flowers.
@@ -144,7 +144,8 @@ def load(
         steps_per_epoch: number of batches per epoch. By default all.
     """
     if labels == "auto" and dataset not in DATASETS:
-        labels = "yes" if any(entry.is_dir() for entry in pathlib.Path(dataset).iterdir()) else "no"
+        outside = any(file.suffix.lower() in kd.datasets.ENDINGS for file in pathlib.Path(dataset).glob("[!.]*"))
+        labels = "no" if outside else "yes"
     return common.load(
         "oxford_flowers102" if dataset == "auto" else dataset,
         image_size,
@@ -222,7 +223,8 @@ def train(
     kd.images.save(out / "samples.png", samples, scale)
     common.save_denoising(out / "denoising.gif", x_t[:, :16], x_0[:, :16], scale)
     images_seen = epochs * len(data) * batch_size
-    print(f"Saw {images_seen:,} images in {(time.time() - start) / 60:.1f} minutes. Wrote {out}.")
+    minutes = (time.time() - start) / 60
+    print(f"Saw {images_seen:,} images. This run took {minutes:.1f} minutes. Wrote {out}.")
     if images_seen < 20_000:
         print("These are few, so the samples are noise or blobs. The presets see 48,000 images and more.")
 

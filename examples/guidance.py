@@ -27,6 +27,7 @@ Output files in --output:
 """
 
 import csv
+import pathlib
 
 import common
 import keras
@@ -73,7 +74,10 @@ def main(
     """
     if not scales or min(scales) < 0:
         raise common.UsageError(f"--scales must be 0 or more. Received: {scales}")
-    out = common.open_output(output, resume or model, overwrite)
+    if model and (resume or overwrite):
+        raise common.UsageError("--model is trained already, so --resume and --overwrite have no effect.")
+    out = pathlib.Path(output) if model else common.open_output(output, resume, overwrite)
+    out.mkdir(parents=True, exist_ok=True)
     keras.utils.set_random_seed(seed)
     trained = model and common.load_model(model)
     image_size, _, channels = trained.data_shape if trained else (image_size, None, 1)

@@ -14,7 +14,6 @@ Output files in --output:
     settings.json   what was asked for. Other settings need another folder.
 """
 
-import json
 import pathlib
 
 import common
@@ -81,10 +80,7 @@ def main(
     out = pathlib.Path(output)
     out.mkdir(parents=True, exist_ok=True)
     settings = {"model": str(model), "labels": [*labels], "guidance": guidance, "sampler": str(sampler), "seed": seed}
-    before = out / "settings.json"
-    if before.exists() and json.loads(before.read_text()) != settings:
-        raise common.UsageError(f"{out} holds images with other settings. Choose another --output.")
-    before.write_text(json.dumps(settings) + "\n")
+    common.check_settings(out, settings)
     path = lambda index: out / f"{index:05d}.png"  # noqa: E731
     progress = keras.utils.Progbar(num, unit_name="image")
     for first in range(0, num, BATCH):

@@ -41,8 +41,8 @@ class _Sampling(keras.callbacks.Callback):
         start = lambda indices: np.zeros((len(indices), *self.model.data_shape), "float32")  # noqa: E731
         self.model.run(steps, start, self.num_samples, self.seed, **self.options)
 
-    def sample(self, use_ema=True):
-        return self.model.sample(self.num_samples, self.sampler, self.seed, use_ema=use_ema, **self.options)
+    def sample(self, **changes):
+        return self.model.sample(self.num_samples, self.sampler, self.seed, **{**self.options, **changes})
 
 
 class SampleGrid(_Sampling):
@@ -114,7 +114,8 @@ class SampleGrid(_Sampling):
         epoch += 1
         if epoch % self.every:
             return
-        grids = [images.grid(self.sample(use_ema)) for use_ema in ((True, False) if self.compare_raw else (True,))]
+        columns = [{}, {"use_ema": False}] if self.compare_raw else [{}]
+        grids = [images.grid(self.sample(**changes)) for changes in columns]
         if not _replicas.is_chief():  # but on JAX, all processes draw the samples
             return
         grid = np.concatenate(grids, axis=1)

@@ -280,9 +280,15 @@ def _images(model, x, name):
 
 
 def _sampler(model, sampler, num_steps, default):
+    """The sampler that is given, or the default with so many steps."""
     if sampler is None:
-        num_steps = min(default.num_steps, model.diffusion.timesteps) if num_steps is None else num_steps
-        return dataclasses.replace(default, num_steps=num_steps)
+        most = model.diffusion.timesteps
+        if num_steps is None and (default.num_steps or 0) <= most:
+            return default
+        try:
+            return dataclasses.replace(default, num_steps=most if num_steps is None else num_steps)
+        except ValueError as error:
+            raise ValueError(f"{default} cannot make so many steps: {error}") from error
     valid = num_steps is None and isinstance(sampler, samplers.Sampler)
     _checks.require(valid, "Expected either `num_steps` or one of `samplers`", sampler=sampler, num_steps=num_steps)
     return sampler

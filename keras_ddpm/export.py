@@ -120,8 +120,12 @@ def default_tables(model: DiffusionModel) -> dict[str, samplers.Sampler]:
         samplers.DDIM(50),
         samplers.DDPM(100),
     ]
-    name = lambda sampler: f"{type(sampler).__name__}, {sampler.evaluations} steps"  # noqa: E731
-    return {name(sampler): sampler for sampler in some if (sampler.num_steps or 0) <= model.diffusion.timesteps}
+    tables: dict[str, samplers.Sampler] = {}
+    for sampler in some:
+        if (sampler.num_steps or 0) <= model.diffusion.timesteps:
+            calls = len(sampler.table(model.diffusion.schedule))
+            tables.setdefault(f"{type(sampler).__name__}, {calls} steps", sampler)
+    return tables
 
 
 def _described(table: np.ndarray, model: DiffusionModel, asked: guidance.Guidance) -> list[dict]:

@@ -178,9 +178,10 @@ class DiffusionModel(training.NoisyRegression):
             first: index of the first sample: `sample(10, first=20)` makes the last ten samples of `sample(30)`.
             return_trajectory: number k of states to return, at the ends of evenly spaced steps. The last state is the
                 samples.
-            **options: `use_ema` (by default `True`; `False` for the raw weights); `batch_size` (at most 256; the last
-                batch is filled up); `verbose` (1 for a progress bar); and what to sample, as in `guidance.Guidance`:
-                `labels`, `guidance_scale`, `guidance_rescale`, `guidance_interval`, `dynamic_threshold` and `guide`.
+            **options: `use_ema` (by default `True`; `False` for the raw weights); `batch_size` (by default at most
+                256; the last batch is filled up); `verbose` (1 for a progress bar); and what to sample, as in
+                `guidance.Guidance`: `labels`, `guidance_scale`, `guidance_rescale`, `guidance_interval`,
+                `dynamic_threshold` and `guide`.
 
         Returns:
             float32 array `(num_samples, ...)` in the data's range. With `return_trajectory`, a tuple of this array and

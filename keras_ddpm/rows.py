@@ -180,7 +180,7 @@ class Sampler:
         times = np.arange(1, highest + 1)
         num = num_steps - (end - highest)
         position = SPACINGS[self.spacing](schedule.sigma[times] / schedule.alpha[times])
-        nodes = np.interp(np.linspace(position[-1], position[0], num)[::-1], position, times).round()
+        nodes = np.interp(np.linspace(position[0], position[-1], num), position, times).round()
         order = np.arange(num)
         nodes = np.maximum.accumulate(nodes - order) + order  # moves equal times upwards
         nodes = np.minimum(nodes, highest - order[::-1])

@@ -176,6 +176,10 @@ def test_sample_grid_beside_the_raw_weights(tmp_path):
         for use_ema in (True, False)
     )
     assert np.array_equal(picture, np.concatenate([average, raw], axis=1)) and not np.array_equal(average, raw)
+    model.optimizer.learning_rate = 0.0
+    callback = kd.callbacks.SampleGrid(tmp_path / "raw.png", num_samples=4, sampler=kd.samplers.DDIM(2), use_ema=False)
+    model.fit(IMAGES, batch_size=16, callbacks=[callback], verbose=0)
+    assert np.array_equal(read(tmp_path / "raw.png"), raw)
 
 
 def pixels(shape=(8, 8, 1)):

@@ -177,6 +177,13 @@ def test_variations():
     assert editing.variations(model, images[:3], 0.5, seed=1, sampler=corrected).shape == (3, 1, 2, 1)
     assert corrected.shortened(0.5, 1000).predictor == samplers.DDIM(5)
     assert np.array_equal(editing.variations(model, images, 1.0, seed=1), model.sample(300, seed=1))
+    for own in (samplers.DDPM(), corrected, samplers.DDIM(3, spacing=(1000, 500, 1))):  # of a model that carries one
+        model.sampler = own
+        expected = editing.variations(model, images[:3], 0.5, seed=1, sampler=own)
+        assert np.array_equal(editing.variations(model, images[:3], 0.5, seed=1), expected)
+    with pytest.raises(ValueError, match="cannot make so many steps: .*`num_steps` falling times"):
+        editing.variations(model, images[:3], 0.5, num_steps=2)
+    model.sampler = None
     for all_steps in (sampler, samplers.DDPM()):
         full = editing.variations(model, images[:20], 1.0, seed=1, sampler=all_steps)
         assert np.array_equal(full, model.sample(20, all_steps, seed=1))

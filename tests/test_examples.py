@@ -198,6 +198,44 @@ def test_the_estimate_is_of_what_is_left(monkeypatch, capsys):
     assert capsys.readouterr().out == "\nThe training will take about 3 min, at 1.00 s per batch.\n"
 
 
+def test_every_run_says_its_estimate(tmp_path, monkeypatch, capsys, model, points):
+    """A checkpoint does not hold what the first run has said."""
+    common = importlib.import_module("common")
+    monkeypatch.setattr(common.time, "monotonic", itertools.count().__next__)
+    for epochs, minutes in ((1, 1), (20, 2)):  # 4 batches of 32, and 76 with a second each
+        callbacks = [common.Estimate(seconds=2), kd.callbacks.Checkpoint(tmp_path, every=1e9)]
+        model.fit(points, epochs=epochs, batch_size=64, callbacks=callbacks, verbose=0)
+        assert f"about {minutes} min, at " in capsys.readouterr().out
+
+
+def test_a_classifier_serves_its_data_alone(tmp_path, monkeypatch, capsys):
+    """It is trained again for other images, labels and numbers of epochs, and only then."""
+    common = importlib.import_module("common")
+    trained = []
+
+    def train(images, labels, epochs):
+        trained.append(epochs)
+        x = keras.Input(images.shape[1:])
+        return keras.Model(x, keras.layers.Dense(2)(keras.layers.Flatten()(x)))
+
+    monkeypatch.setattr(kd.metrics, "train_classifier", train)
+    x = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 1), dtype="uint8")
+    labels = np.arange(8) % 2
+    other = [(x, labels, 1), (x, labels, 1), (x, 1 - labels, 1), (x[:, :3, :3], labels, 1), (x[:, :3, :3], labels, 2)]
+    for images, kinds, epochs in other:
+        data = kd.datasets.Batches(images, kinds, 4)
+        common.make_metric(data, data, 4, epochs, 0, tmp_path / "classifier.keras")
+    assert trained == [1, 1, 1, 2]
+
+
+def test_results_with_other_settings_are_not_mixed(tmp_path):
+    common = importlib.import_module("common")
+    for _ in range(2):
+        common.check_settings(tmp_path, {"images_seen": 100})
+    with pytest.raises(common.UsageError, match="holds results with other settings. Choose another --output"):
+        common.check_settings(tmp_path, {"images_seen": 200})
+
+
 def test_names_of_a_folder_reach_the_model(tmp_path):
     for index in range(6):
         image = np.full((8, 8, 3), index / 3 - 1)
@@ -215,7 +253,7 @@ def test_flowers_without_network_and_data(tmp_path):
     assert f"Backend: {keras.backend.backend()}. Dtype policy: float32." in text
     assert "NOT TRAINING ON oxford_flowers102: oxford_flowers102 is not in" in text
     assert "Training on drawn flowers instead." in text
-    assert "Preset: cpu." in text and "81 images of 16x16" in text and "Saw 32 images in" in text
+    assert "Preset: cpu." in text and "81 images of 16x16" in text and "Saw 32 images. This run took" in text
     check_output(tmp_path / "a")
 
 
@@ -323,13 +361,16 @@ def test_presets_of_flowers(tmp_path, monkeypatch):
 
 
 def test_labels_of_flowers(tmp_path):
-    """Kinds are learned unless a folder has none."""
+    """Kinds are learned unless pictures in a folder have none. Hidden files do not count."""
     flowers = importlib.import_module("flowers")
     for kind in ("lily", "rose"):
         for index in range(4):
             kd.images.save(tmp_path / f"kinds/{kind}/{index}.png", np.full((8, 8, 3), index / 4))
     options = {"seed": 0, "image_size": 8, "num_images": 20, "batch_size": 2}
     assert flowers.load(str(tmp_path / "kinds"), **options)[0].class_names == ["lily", "rose"]
+    (tmp_path / "kinds/._rose.png").touch()
+    assert flowers.load(str(tmp_path / "kinds"), **options)[0].class_names == ["lily", "rose"]
+    (tmp_path / "kinds/lily/.thumbnails").mkdir()
     assert flowers.load(str(tmp_path / "kinds/lily"), **options)[0].class_names is None
     assert flowers.load("procedural", **options)[0].class_names == [*kd.datasets.FLOWER_KINDS]
     assert flowers.load("procedural", labels="no", **options)[0].class_names is None
@@ -383,7 +424,8 @@ def test_samplers(tmp_path, data_dir, capsys, command_line):
     assert len(re.findall(r"^ +[12] +- +[0-9.]+$", capsys.readouterr().out, re.M)) == 2
     distilled = tmp_path / "distilled"
     distilled.mkdir()
-    (tmp_path / "classifier.keras").rename(distilled / "classifier.keras")
+    for name in ("classifier.keras", "classifier.json"):
+        (tmp_path / name).rename(distilled / name)
     options |= {"output": distilled, "num_pairs": 16, "batch_size": 8, "num_seeds": 1}
     options |= {"num_point_pairs": 64, "point_epochs": 1, "num_points": 20, "num_sets": 2}
     del options["steps_per_epoch"]
@@ -495,6 +537,8 @@ def test_guidance(tmp_path, data_dir, capsys, command_line):
         "guidance.py", "--num-samples", 19, "--data-dir", data_dir, "--output", tmp_path, "--overwrite"
     )
     check_error(result, 2, "--num-samples must be at least 20")
+    result = command_line("guidance.py", "--model", tmp_path / "model.keras", "--resume")
+    check_error(result, 2, "--model is trained already, so --resume and --overwrite have no effect.$")
 
 
 @pytest.fixture
@@ -605,6 +649,7 @@ def test_evaluate(tmp_path, offline, capsys, command_line):
         ([of_vectors], 1, "of_vectors.keras needs vectors as conditions"),
         ([path, "--data-dir", offline["data_dir"]], 1, "oxford_flowers102 is not in"),
         ([path, "--num-samples", 3], 2, "At least 20 --num-samples"),
+        ([path, "--dataset", "procedural", "--num-images", 90], 1, "procedural has 9 held-out images, of which at"),
         ([path, "--extractor", path, "--train-extractor"], 2, "--extractor and --train-extractor exclude each other"),
     ]:
         check_error(command_line("evaluate.py", *arguments, "--output", offline["output"]), status, message)
@@ -636,7 +681,7 @@ def test_sample(tmp_path, monkeypatch, command_line):
     assert status == 0 and len([*pathlib.Path("few").glob("0*.png")]) == 40
     assert command_line("sample.py", *few, "--num", 32)[0] == 0
     for line, status, message in [
-        ([*few, "--seed", 1], 2, "few holds images with other settings"),
+        ([*few, "--seed", 1], 2, "few holds results with other settings"),
         ([*arguments, "--labels", "rose"], 1, "There is no class 'rose'. Similar names: red rose"),
         ([*arguments, "--labels", "3"], 1, "Labels must be integers in 0..2"),
         ([*arguments, "--num", 0], 2, "At least 1 image"),

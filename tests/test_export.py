@@ -121,6 +121,10 @@ def test_the_default_tables_start_with_the_default_sampler(tmp_path):
     model = make_model()
     tables = kd.export.default_tables(model)
     assert next(iter(tables.values())) == model.default_sampler and len(tables) == 4  # T = 50
+    model.sampler = kd.samplers.UniPC(6, spacing="logsnr")
+    assert next(iter(kd.export.default_tables(model).items())) == ("UniPC, 6 steps", model.sampler)
+    model.sampler = kd.samplers.DDPM()
+    assert next(iter(kd.export.default_tables(model))) == "DDPM, 50 steps"
 
 
 def test_safetensors(tmp_path):

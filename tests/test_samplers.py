@@ -525,6 +525,7 @@ def test_visits_start_at_noise_and_end_at_data(schedule, spacing, num_steps):
     times = samplers.DDPM(num_steps, spacing=spacing).timesteps(schedule)
     assert times[0] == 100 and times[-1] == 0 and len(times) == (num_steps or 100) + 1
     assert np.all(np.diff(times) < 0)
+    assert spacing == "uniform" or num_steps == 1 or times[-2] == 1
 
 
 @pytest.mark.parametrize(("spacing", "position"), [("logsnr", np.log), ("karras", lambda ratio: ratio ** (1 / 7))])
