@@ -5,13 +5,13 @@
     python examples/ablations.py --seed 1             # all with another seed
 
 Each row changes one thing in the recipe, which is that of `python examples/flowers.py --preset reference` in smaller
-batches, as only few images are seen. Two rows are the recipes of other packages, with our network: `keras_io` of
-"Denoising Diffusion Probabilistic Model" and `clear` of "Denoising Diffusion Implicit Models" on keras.io, each with
-the sampler that it recommends.
+batches, as only few images are seen. The row `guided` is the recipe, sampled as examples/sample.py does. Two rows are
+the recipes of other packages, with our network: `keras_io` of "Denoising Diffusion Probabilistic Model" and `clear` of
+"Denoising Diffusion Implicit Models" on keras.io, each with the sampler that it recommends.
 
 The distance compares as many samples as there are held-out photographs with these, in the features of a classifier that
-is trained on the other photographs. The samples of networks with labels get the labels of the photographs, without
-guidance. A row that is in the output folder is not computed again, so several processes can share the work.
+is trained on the other photographs. The samples of networks with labels get the labels of the photographs. A row that
+is in the output folder is not computed again, so several processes can share the work.
 
 Output files in --output:
 
@@ -61,6 +61,7 @@ class Recipe:
     learning_rate: float = 8e-4
     ema_decay: float = 0.999
     sampler: Any = None
+    guidance_scale: float = 1.0
 
 
 def clear_schedule(timesteps=1000):
@@ -74,6 +75,7 @@ def rows():
     cosine = kd.schedules.cosine()
     return {
         "recipe": Recipe(),
+        "guided": Recipe(sampler=kd.samplers.UniPC(10, spacing="logsnr"), guidance_scale=1.5),
         "v": Recipe("v"),
         "epsilon": Recipe("epsilon"),
         "flow": Recipe("flow", kd.schedules.straight()),
@@ -177,8 +179,10 @@ def main(
         keras.utils.set_random_seed(seed)
         recipe = recipes[name]
         model = trained(recipe, data, images_seen, seed)
-        labels = {"labels": np.resize(test.labels, num)} if recipe.labels else {}
-        samples = model.sample(num, recipe.sampler, seed, batch_size=num, **labels)
+        asked = {"guidance_scale": recipe.guidance_scale}
+        if recipe.labels:
+            asked["labels"] = np.resize(test.labels, num)
+        samples = model.sample(num, recipe.sampler, seed, batch_size=num, **asked)
         distance = distance_of(samples)
         file.write_text(json.dumps({"num_samples": num, "distance": distance}) + "\n")
         print(f"{name}: {distance:.1f}", flush=True)
