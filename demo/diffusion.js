@@ -65,8 +65,10 @@ export async function* sample({ model, rows, network, seed, indices, labels, sca
   }
   let previous = rows[0].from_previous.map(() => new Float32Array(x.length));
   const [low, high] = model.clip_range ?? [-Infinity, Infinity];
+  const everywhere = rows.every((row) => row.guidance_scale === 1); // exported without guidance, so without an interval
   for (const [number, row] of rows.entries()) {
-    const y = await guided(network, x, row.t, labels, row.guidance_scale === 1 ? 1 : scale, model.null_label);
+    const w = everywhere || row.guidance_scale !== 1 ? scale : 1;
+    const y = await guided(network, x, row.t, labels, w, model.null_label);
     const x_0 = x.map((value, i) => Math.min(high, Math.max(low, row.x_0_from_x * value + row.x_0_from_y * y[i])));
     const remembered = x.map((value, i) => row.remember_x_0 * x_0[i] + row.remember_x * value);
     const added = row.std ? noise(seed, indices, 2 * number, size) : null;

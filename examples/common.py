@@ -135,6 +135,8 @@ def open_output(output, resume=False, overwrite=False):
         raise UsageError("--resume and --overwrite exclude each other.")
     if overwrite:
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    if not resume:
+        (out / "settings.json").unlink(missing_ok=True)
     files = sorted((out / "checkpoints").glob("**/*.npz"))
     if files and not resume:
         raise UsageError(
@@ -354,7 +356,7 @@ def write_note(note, how):
 
 
 def check_settings(out, settings):
-    """Raises an error if a folder holds results with other settings."""
+    """Raises an error if a folder holds results with other settings, which settings.json tells."""
     note = out / "settings.json"
     if note.exists() and json.loads(note.read_text()) != settings:
         raise UsageError(f"{out} holds results with other settings. Choose another --output.")

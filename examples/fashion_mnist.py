@@ -19,6 +19,7 @@ Output files in --output:
     denoising.png    how they emerge from noise: x_t and the prediction of x_0
     model.keras      the full U-Net
     checkpoints/     from which --resume goes on after Ctrl-C or a crash
+    settings.json    the settings with which it goes on
 """
 
 import time
@@ -88,6 +89,7 @@ def main(
         num_samples: number of samples per distance.
     """
     out = common.open_output(output, resume, overwrite)
+    common.check_settings(out, {"seed": seed, "epochs": epochs, "steps_per_epoch": steps_per_epoch})
     keras.utils.set_random_seed(seed)
     options = {"data_dir": data_dir, "seed": seed, "steps_per_epoch": steps_per_epoch}
     data, test = common.load("fashion_mnist", 28, channels=1, labels=True, **options)

@@ -270,7 +270,7 @@ def main(
     keras.utils.set_random_seed(seed)
     with common.distribute(devices):
         if init:
-            model = common.load_model(init)
+            model = kd.DiffusionModel.from_model(common.load_model(init), seed=seed)
             settings |= {"image_size": model.data_shape[0], "labels": "yes" if model.condition else "no"}
         chosen = lambda names: {name: value for name, value in settings.items() if name in names}  # noqa: E731
         data, validation = load(dataset, seed, **chosen(of_data))

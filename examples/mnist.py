@@ -27,6 +27,7 @@ Output files in --output:
     editing.png      digits, inpainting of their lower half, variations, and interpolations to the next digit
     model.keras      the model that was trained for longer
     checkpoints/     from which --resume goes on after Ctrl-C or a crash
+    settings.json    the settings with which it goes on
 """
 
 import common
@@ -121,6 +122,7 @@ def main(
         num_samples: number of samples per distance.
     """
     out = common.open_output(output, resume, overwrite)
+    common.check_settings(out, {"seed": seed, "steps": steps, "more_steps": more_steps})
     keras.utils.set_random_seed(seed)
     draw_schedules(out / "schedules.png")
     draw_embedding(out / "embedding.png")

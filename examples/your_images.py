@@ -18,6 +18,8 @@ Output files in --output:
     checkpoints/          from which --resume goes on after Ctrl-C or a crash
 """
 
+import shutil
+
 import common
 import keras
 import numpy as np
@@ -64,7 +66,9 @@ def main(
     keras.utils.set_random_seed(seed)
     if folder is None:
         folder = out / "pictures"
-        write_flowers(folder, data_dir, seed)
+        if not (resume and folder.exists()):
+            shutil.rmtree(folder, ignore_errors=True)
+            write_flowers(folder, data_dir, seed)
     x = kd.datasets.from_folder(folder, image_size, batch_size=1).x
     kd.images.save(out / "pictures.png", kd.images.from_uint8(x[:16]))
     batch_size = max(1, min(16, len(x) - max(1, len(x) // 10)))

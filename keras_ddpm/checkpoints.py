@@ -34,6 +34,8 @@ class Checkpoint(keras.callbacks.Callback):
     ends with the same bits as one that was not, also on another machine with the same software. The batches of the
     epoch that were seen before are read again, without training on them.
 
+    A learning rate that is a number is part of the state, so a changed one has no effect. A changed schedule has.
+
     A file is written under another name, synchronized with the disk and renamed, so that a kill leaves no partial one.
     Damaged files are set aside with a warning. A checkpoint with NaN or infinite values is not written.
 

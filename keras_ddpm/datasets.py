@@ -79,8 +79,11 @@ class Batches(keras.utils.PyDataset):
     class_names: list[str] | None = None
     num_workers: int = 0
 
+    shuffles_itself = True  # by the number of the epoch, so `fit` sets `epoch` and leaves the order alone
+
     def __post_init__(self) -> None:
         super().__init__()
+        self.class_names = None if self.class_names is None else list(map(str, self.class_names))
         self.x = x = np.asarray(self.x)
         valid = _checks.is_count(self.batch_size) and self.batch_size <= len(x)
         _checks.require(valid, f"Expected a batch of 1..{len(x)}", batch_size=self.batch_size)

@@ -30,6 +30,8 @@ TIMESTEP_SAMPLINGS = {
     "half_at_T": lambda u, index, n: ops.minimum(2 * ((index / n + u[:1]) % 1.0), 1.0),
 }
 
+ONE_BY_ONE = "Several arrays at once are several inputs to Keras. Give them one by one: `fit(x_0, labels)`"
+
 # Keras' callbacks that write files. Of several processes, one has them.
 WRITERS = (keras.callbacks.CSVLogger, keras.callbacks.ModelCheckpoint, keras.callbacks.TensorBoard)
 
@@ -53,6 +55,18 @@ def _parts(x):
     valid = set(x) == {"x_0", "noise"}
     _checks.require(valid, "A batch that is a dict has the entries 'x_0' and 'noise'", entries=sorted(x))
     return x["x_0"], x["noise"]
+
+
+def _layers(model):
+    """The layers of a model and of the models in it."""
+    for layer in model.layers:
+        yield from _layers(layer) if isinstance(layer, keras.Model) else [layer]
+
+
+def _each_loss(loss, zeros):
+    """The values of a loss before Keras takes their mean."""
+    loss = keras.losses.get(loss)
+    return ops.convert_to_tensor((loss.call if isinstance(loss, keras.losses.Loss) else loss)(zeros, zeros))
 
 
 def _in_tuple(function, *args):
@@ -80,7 +94,9 @@ class NoisyRegression(saving.StoredModel):
         super().compile(**given)
         if given.get("jit_compile", "auto") == "auto" and not self.run_eagerly:
             self.jit_compile = _devices.jit_compile()
-        scales = given.get("auto_scale_loss", True) and self.network.dtype_policy.name == "mixed_float16"
+        # The policy of the network itself is in no file, but those of its layers are.
+        half = any(layer.dtype_policy.name == "mixed_float16" for layer in _layers(self.network))
+        scales = given.get("auto_scale_loss", True) and half
         if scales and self.optimizer and not isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
             self.optimizer = keras.optimizers.LossScaleOptimizer(self.optimizer)
         # Build everything here. Otherwise `fit` calls the model on clean data to do it, and TensorFlow traces a step
@@ -90,6 +106,8 @@ class NoisyRegression(saving.StoredModel):
             arrange(self.optimizer.variables)
         zeros = ops.zeros((1, *self.data_shape))
         self.compute_loss(y=zeros, y_pred=zeros)
+        losses = [loss for loss in keras.tree.flatten(self.loss) if loss is not None]
+        self._loss_rank = len(_each_loss(losses[0], zeros).shape) if losses else len(self.data_shape)
         self.compute_metrics(None, zeros, zeros)
         self.reset_metrics()
 
@@ -109,6 +127,7 @@ class NoisyRegression(saving.StoredModel):
         """
         given = _arguments(keras.Model.fit, self, *args, **kwargs)
         _checks.require(self.compiled, "Call `compile` before `fit`")
+        _checks.require(not isinstance(given.get("x"), (list, tuple)), ONE_BY_ONE)
         given["x"], first, weight = self._checked(given.get("x"), given.get("y"))
         given["y"] = _labels_for(given["x"], given.get("y"), given.get("sample_weight"))
         weights = (weight, given.get("sample_weight"), given.get("class_weight"))
@@ -141,11 +160,12 @@ class NoisyRegression(saving.StoredModel):
             stack.callback(setattr, self, "_checked_validation_data", None)
             stack.enter_context(turns.running())
             data, initial_epoch = given["x"], given.get("initial_epoch", 0)
-            earlier_epochs = 0 if initial_epoch else getattr(data, "epoch", 0)
+            own_order = getattr(data, "shuffles_itself", False)  # as that of `datasets.Batches`
+            earlier_epochs = data.epoch if own_order and not initial_epoch else 0
             for checkpoint in checkpoints:
                 running = checkpoint.running(self, others, initial_epoch, earlier_epochs)
                 given["initial_epoch"], earlier_epochs = stack.enter_context(running)
-            if hasattr(data, "epoch"):  # `datasets.Batches`, which shuffles by itself
+            if own_order:
                 given["shuffle"] = False
                 tell = lambda epoch, logs: setattr(data, "epoch", earlier_epochs + epoch)  # noqa: E731
                 given["callbacks"].append(keras.callbacks.LambdaCallback(on_epoch_begin=tell))
@@ -157,6 +177,7 @@ class NoisyRegression(saving.StoredModel):
         given = _arguments(keras.Model.evaluate, self, *args, **kwargs)
         known = self._checked_validation_data  # `fit` has checked it, and a generator can be read only once
         x = given.get("x")
+        _checks.require(not isinstance(x, (list, tuple)), ONE_BY_ONE)
         if known is None or x is not (known[0] if isinstance(known, (list, tuple)) else known):
             given["x"], _, _ = self._checked(x, given.get("y"))
         given["y"] = _labels_for(given["x"], given.get("y"), given.get("sample_weight"))
@@ -229,7 +250,7 @@ class NoisyRegression(saving.StoredModel):
             inputs = (*inputs, self.condition.drop(condition, kept))
         weight = self.weight_of(t)
         if given_weight is not None:  # of `fit`, or of examples that fill up a batch
-            given_weight = ops.reshape(ops.cast(given_weight, "float32"), (-1,) + (1,) * (len(self.data_shape) - 1))
+            given_weight = self._aligned(ops.cast(given_weight, "float32"))
             weight = given_weight if weight is None else weight * given_weight
         return inputs, self.diffusion.target(x_0, t, noise), weight
 
@@ -263,8 +284,12 @@ class NoisyRegression(saving.StoredModel):
         """The loss weights at times t, `(batch, 1, ...)`, with the rank of the loss; `None` if all are 1."""
         if self.loss_weight is None:
             return None
-        weight = ops.take(ops.convert_to_tensor(self.loss_weight, "float32"), t)
-        return ops.reshape(weight, (-1,) + (1,) * (len(self.data_shape) - 1))
+        return self._aligned(ops.take(ops.convert_to_tensor(self.loss_weight, "float32"), t))
+
+    def _aligned(self, weight):
+        """Weights `(batch,)` with the rank of the loss, since Keras multiplies both from their last axis on."""
+        _checks.require(self._loss_rank, "A loss that is one number for the batch has no weights", loss=self.loss)
+        return ops.reshape(weight, (-1,) + (1,) * (self._loss_rank - 1))
 
     def _checked(self, data, labels=None):
         """Checks data. Returns them, and the x_0 that were checked with their weights or `None`.
@@ -303,8 +328,8 @@ class NoisyRegression(saving.StoredModel):
                 condition is not None,
                 "The network has a condition: call `fit(x_0, labels)`, or give `(x_0, label)` batches",
             )
-            every = getattr(data, "labels", None)  # `datasets.Batches` has the labels of all batches
-            condition = ops.convert_to_numpy(condition) if every is None else every
+            whole = getattr(data, "shuffles_itself", False)  # `datasets.Batches` has the labels of all batches
+            condition = data.labels if whole else ops.convert_to_numpy(condition)
             _checks.require(condition.dtype.kind in "biuf", "Labels in data are integers", labels=condition[:3])
             self.condition.array(condition, len(condition))
         return data, x_0, weight

@@ -569,6 +569,8 @@ def test_mnist(tmp_path, offline, capsys):
     assert "NOT TRAINING ON mnist" in text and text.count("kernel distance") == 9, text
     check_pictures(tmp_path / "out", "schedules", "embedding", "choices", "samples", "denoising", "editing")
     assert keras.saving.load_model(tmp_path / "out/model.keras").data_shape == (28, 28, 1)
+    with pytest.raises(ValueError, match="out holds results with other settings"):
+        call("mnist", steps=10, resume=True, **offline)
 
 
 def test_mnist_can_receive_the_noise_level(monkeypatch):
@@ -618,7 +620,8 @@ def test_your_images(tmp_path, offline, command_line):
 
 @pytest.mark.slow
 def test_your_images_on_photographs(tmp_path, offline, data_dir, capsys):
-    """Without a folder, photographs are written to one."""
+    """Without a folder, photographs are written to one, in place of those of an earlier run."""
+    kd.images.save(tmp_path / "out/pictures/9999.png", np.zeros((8, 8, 3)))
     call("your_images", epochs=1, steps_per_epoch=1, **offline | {"data_dir": data_dir})
     assert len(list((tmp_path / "out/pictures").glob("*.png"))) == 968
     assert "Training on 872 pictures, with 96 held out" in capsys.readouterr().out

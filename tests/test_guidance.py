@@ -372,7 +372,7 @@ def test_names_of_classes(tmp_path):
     network = kd.networks.mlp(2, 8, 1, num_classes=3)
     model = kd.DiffusionModel(network, kd.GaussianDiffusion(kd.schedules.linear(25)))
     model.compile(loss="mse", optimizer="adam")
-    data = kd.datasets.Batches(np.zeros((6, 2)), np.arange(6) % 3, batch_size=3, class_names=["rose", "tulip", "lily"])
+    data = kd.datasets.Batches(np.zeros((6, 2)), np.arange(6) % 3, 3, class_names=np.array(["rose", "tulip", "lily"]))
     model.fit(data, verbose=0)
     model.save(tmp_path / "x.keras")
     model = kd.saving.load_model(tmp_path / "x.keras")

@@ -94,7 +94,7 @@ def test_a_loaded_model_draws_the_same_dropout(tmp_path):
 
 
 @pytest.mark.parametrize("scales", [True, False])
-def test_mixed_float16_scales_the_loss(scales):
+def test_mixed_float16_scales_the_loss(tmp_path, scales):
     """As `compile` of Keras does for a model with this policy."""
     keras.config.set_dtype_policy("mixed_float16")
     model = kd.DiffusionModel(kd.networks.mlp(2, 16, 1), seed=0)
@@ -105,6 +105,11 @@ def test_mixed_float16_scales_the_loss(scales):
     copy = kd.DiffusionModel.from_config(model.get_config())
     copy.compile_from_config(model.get_compile_config())
     assert isinstance(copy.optimizer, keras.optimizers.LossScaleOptimizer) == scales
+    model.save(tmp_path / "model.keras")
+    keras.config.set_dtype_policy("float32")  # as in a new process
+    loaded = kd.saving.load_model(tmp_path / "model.keras")
+    assert isinstance(loaded.optimizer, keras.optimizers.LossScaleOptimizer) == scales
+    assert int(ops.convert_to_numpy(loaded.optimizer.iterations)) == 2
 
 
 @pytest.mark.parametrize("name", ["x.h5", "x.hdf5", "x", "x.weights.h5"])

@@ -358,3 +358,49 @@ def test_an_evaluation_that_fails_changes_nothing(model, points, good):
     with pytest.raises(Exception, match="The disk is gone"):
         model.evaluate(data(), steps=9, verbose=0)
     assert model.evaluate(points, verbose=0) == expected and np.array_equal(model.sample(2, seed=0), samples)
+
+
+def test_weights_multiply_every_kind_of_loss():
+    """Losses with one value for each image, pixel or number are the same mean, also with weights."""
+    images = np.random.default_rng(0).uniform(-1, 1, (8, 8, 8, 3)).astype("float32")
+    weight = np.arange(8.0)
+    square = lambda y, y_pred: ops.square(y - y_pred)  # noqa: E731
+    found = []
+    for loss in (
+        "mse",
+        keras.losses.MeanSquaredError(),
+        square,
+        lambda y, y_pred: ops.mean(square(y, y_pred), axis=(1, 2, 3)),
+        lambda y, y_pred: ops.mean(square(y, y_pred), axis=(1, 2, 3), keepdims=True),
+    ):
+        diffusion = kd.GaussianDiffusion(kd.schedules.cosine(50), "v")
+        model = kd.DiffusionModel(
+            image_network((8, 8, 3)), diffusion, seed=0, loss_weight=diffusion.min_snr_weight(1.0)
+        )
+        model.compile(loss=loss, optimizer="sgd")
+        found.append([model.evaluate(images, verbose=0), model.evaluate(images, sample_weight=weight, verbose=0)])
+    np.testing.assert_allclose(found, found[:1] * 5, rtol=1e-5)
+    model = kd.DiffusionModel(kd.networks.mlp(2, 8, 1), seed=0)
+    model.compile(loss=lambda y, y_pred: ops.mean(square(y, y_pred)), optimizer="sgd")
+    model.fit(np.zeros((4, 2)), verbose=0)
+    with pytest.raises(ValueError, match="A loss that is one number for the batch has no weights"):
+        model.fit(np.zeros((4, 2)), sample_weight=np.ones(4), verbose=0)
+
+
+def test_data_sets_of_users_keep_their_attributes():
+    """`labels` and `epoch` mean something else than in `datasets.Batches`."""
+
+    class Own(keras.utils.PyDataset):
+        labels, epoch = ["a", "b"], "first"
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return np.zeros((2, 2), "float32"), np.array([0, 1])
+
+    model = kd.DiffusionModel(kd.networks.mlp(2, 8, 1, num_classes=2), seed=0)
+    model.compile(loss="mse", optimizer="sgd")
+    data = Own()
+    model.fit(data, epochs=2, verbose=0)
+    assert data.epoch == "first" and int(ops.convert_to_numpy(model.optimizer.iterations)) == 4
