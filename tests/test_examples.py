@@ -465,7 +465,7 @@ def test_ablations(tmp_path, data_dir, capsys, monkeypatch, command_line):
     found = re.findall(r"^(no_labels|clear) +(-?[\d.]+)$", text, re.M)
     assert [name for name, _ in found].count("clear") == 2 and len(found) == 4 and len(set(found)) == 2, found
     check_pictures(tmp_path, "ablations-no_labels-clear-0")
-    check_error(command_line("ablations.py", "--only", "best"), 2, r"takes recipe, v, .* Received: best$")
+    check_error(command_line("ablations.py", "--only", "best"), 2, r"takes recipe, guided, .* Received: best$")
 
 
 def test_ablations_immiscible_noise_is_the_nearest_of_four():
