@@ -22,7 +22,6 @@ Output files in --output:
 """
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
@@ -184,14 +183,14 @@ def main(
             asked["labels"] = np.resize(test.labels, num)
         samples = model.sample(num, recipe.sampler, seed, batch_size=num, **asked)
         distance = distance_of(samples)
-        file.write_text(json.dumps({"num_samples": num, "distance": distance}) + "\n")
+        common.write_note(file, {"num_samples": num, "distance": distance})
         print(f"{name}: {distance:.1f}", flush=True)
         grid[name] = {"": samples[:16]}
     if grid:
         kd.plots.table(out / f"ablations-{'-'.join(only) or 'all'}-{seed}.png", grid, columns=16)
     found = {}
     for file in sorted(out.glob("*-*.json")):
-        found.setdefault(file.stem.rpartition("-")[0], []).append(json.loads(file.read_text())["distance"])
+        found.setdefault(file.stem.rpartition("-")[0], []).append(common.read_note(file)["distance"])
     print("\nrecipe        kernel distance x 1000, for each seed")
     for name, distances in sorted(found.items(), key=lambda row: min(row[1])):
         print(f"{name:14}" + "".join(f"{distance:8.1f}" for distance in distances))

@@ -135,8 +135,6 @@ def open_output(output, resume=False, overwrite=False):
         raise UsageError("--resume and --overwrite exclude each other.")
     if overwrite:
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    if not resume:
-        (out / "settings.json").unlink(missing_ok=True)
     files = sorted((out / "checkpoints").glob("**/*.npz"))
     if files and not resume:
         raise UsageError(
@@ -144,6 +142,8 @@ def open_output(output, resume=False, overwrite=False):
         )
     if resume:
         print(f"Going on from {files[-1]}" if files else f"There is no run in {out}. A new one starts.")
+    else:
+        (out / "settings.json").unlink(missing_ok=True)
     print(f"Output: {out}")
     return out
 
@@ -317,7 +317,7 @@ class Estimate(keras.callbacks.Callback):
     def __init__(self, seconds=10):
         super().__init__()
         self.seconds = seconds
-        self.run = types.SimpleNamespace(times=[], epochs_left=0)  # which is in no checkpoint, as plain lists are
+        self.run = types.SimpleNamespace(times=[], epochs_left=0)  # a checkpoint would hold plain attributes
 
     def on_epoch_begin(self, epoch, logs=None):
         self.run.epochs_left = self.params["epochs"] - epoch
@@ -343,9 +343,13 @@ def checksum(*arrays):
     return found
 
 
+def read_note(note):
+    return json.loads(note.read_text()) if note.exists() else None
+
+
 def is_noted(note, how):
     """Whether a note says that files were made in this way. Any other note is removed."""
-    if note.exists() and json.loads(note.read_text()) == how:
+    if read_note(note) == how:
         return True
     note.unlink(missing_ok=True)
     return False
@@ -358,7 +362,7 @@ def write_note(note, how):
 def check_settings(out, settings):
     """Raises an error if a folder holds results with other settings, which settings.json tells."""
     note = out / "settings.json"
-    if note.exists() and json.loads(note.read_text()) != settings:
+    if read_note(note) not in (None, settings):
         raise UsageError(f"{out} holds results with other settings. Choose another --output.")
     write_note(note, settings)
 
@@ -379,7 +383,7 @@ def make_metric(train, test, num_samples, classifier_epochs, seed, path=None):
         the standard deviation of the distance of as many training images.
     """
     images = kd.images.from_uint8(train.x)
-    how = {"data": checksum(train.x, train.labels), "epochs": classifier_epochs}
+    how = path and {"data": checksum(train.x, train.labels), "epochs": classifier_epochs}
     if path and is_noted(path.with_suffix(".json"), how):
         classifier = keras.saving.load_model(path, compile=False)
     else:

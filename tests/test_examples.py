@@ -232,6 +232,10 @@ def test_results_with_other_settings_are_not_mixed(tmp_path):
     common = importlib.import_module("common")
     for _ in range(2):
         common.check_settings(tmp_path, {"images_seen": 100})
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/000001-00000000.npz").touch()
+    with pytest.raises(common.UsageError, match="holds a run"):  # a refused run leaves the settings
+        common.open_output(tmp_path)
     with pytest.raises(common.UsageError, match="holds results with other settings. Choose another --output"):
         common.check_settings(tmp_path, {"images_seen": 200})
 
