@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+__all__ = ["ROUNDING", "array", "counts", "data", "is_between", "is_count", "is_positive", "require", "seed", "share"]
+
 ROUNDING = 1e-3  # by which data may lie outside the range
 
 
@@ -45,6 +47,12 @@ def is_between(value: Any, low: float, high: float) -> bool:
 def is_positive(value: Any) -> bool:
     """Whether `value` is a finite number above 0."""
     return is_between(value, 0, np.inf) and value > 0
+
+
+def share(**values: Any) -> None:
+    """Raises ValueError unless every value is a number in [0, 1)."""
+    for name, value in values.items():
+        require(is_between(value, 0, 1) and value < 1, f"`{name}` must be in [0, 1)", **{name: value})
 
 
 def seed(value: int | None) -> int:

@@ -21,6 +21,8 @@ from keras import ops
 from keras_ddpm import _checks
 from keras_ddpm import schedules
 
+__all__ = ["PREDICTIONS", "GaussianDiffusion", "posterior_coefficients"]
+
 Tensor = Any  # a tensor of the backend, or an array or number that Keras converts to one
 
 PREDICTIONS = {

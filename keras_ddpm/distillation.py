@@ -25,9 +25,11 @@ import numpy as np
 from keras_ddpm import _checks
 from keras_ddpm import datasets
 from keras_ddpm import samplers
-from keras_ddpm import sampling
 from keras_ddpm.diffusion import GaussianDiffusion
 from keras_ddpm.model import DiffusionModel
+from keras_ddpm.samplers import loop
+
+__all__ = ["Pairs", "pairs"]
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -59,7 +61,7 @@ class Pairs(datasets.Batches):
 
     def _examples(self, chosen, mirrored):
         x_0 = super()._examples(chosen, mirrored)
-        x_t = sampling.prior(self.diffusion, x_0.shape[1:], self.noise_seed, chosen)
+        x_t = loop.prior(self.diffusion, x_0.shape[1:], self.noise_seed, chosen)
         schedule = self.diffusion.schedule
         return {"x_0": x_0, "noise": ((x_t - schedule.alpha[-1] * x_0) / schedule.sigma[-1]).astype("float32")}
 
@@ -83,7 +85,7 @@ def pairs(
         seed: seed of the samples, and of their order in training.
         batch_size: number of pairs in a batch of training.
         shuffle: as in `datasets.Batches`.
-        **options: what to sample, as in `DiffusionModel.sample`, such as `labels`, `guidance_scale` and `guide`.
+        **options: what to sample, as in `DiffusionModel.sample`, such as `labels`, `guidance_scale` and `guidance`.
 
     Returns:
         `Pairs`, for `fit` of a `DiffusionModel` with the same process. `x` are the samples.

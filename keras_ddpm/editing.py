@@ -16,9 +16,11 @@ import numpy as np
 
 from keras_ddpm import _checks
 from keras_ddpm import samplers
-from keras_ddpm import sampling
 from keras_ddpm.model import DiffusionModel
+from keras_ddpm.samplers import loop
 from keras_ddpm.schedules import Schedule
+
+__all__ = ["decode", "encode", "inpaint", "interpolate", "resampled", "variations"]
 
 # For `encode` and `decode`. With the cosine schedule, the error on images is half of the error with "uniform" spacing.
 # With the linear schedule, it is 1.5 times as large.
@@ -83,9 +85,9 @@ def inpaint(
 
     def start(indices):
         known = _noisy(model, images, schedule.timesteps, seed, indices)
-        return np.where(masks[indices], known, sampling.prior(model.diffusion, model.data_shape, seed, indices))
+        return np.where(masks[indices], known, loop.prior(model.diffusion, model.data_shape, seed, indices))
 
-    return model.run(resampled_steps, start, len(images), seed, known=(images, masks), **options)
+    return model.run(loop.Job(resampled_steps, start, len(images), seed, known=(images, masks)), **options)
 
 
 def resampled(steps: list, schedule: Schedule, num_resamples: int) -> list:
@@ -159,13 +161,13 @@ def variations(
 
     def start(indices):
         if t == schedule.timesteps:
-            return sampling.prior(model.diffusion, model.data_shape, seed, indices)
+            return loop.prior(model.diffusion, model.data_shape, seed, indices)
         return _noisy(model, images, t, seed, indices)
 
     steps = [samplers.row([1], from_x=1.0)]  # returns x itself; `model.run` still checks the options
     if t > 0:
         steps = sampler.shortened(strength, schedule.timesteps).steps(schedule.until(t))
-    return model.run(steps, start, len(images), seed, **options)
+    return model.run(loop.Job(steps, start, len(images), seed), **options)
 
 
 def encode(model: DiffusionModel, images: Any, *, num_steps: int | None = None, **options) -> np.ndarray:
@@ -198,7 +200,8 @@ def encode(model: DiffusionModel, images: Any, *, num_steps: int | None = None, 
     # x_t = ratio x_s + from_noise ε, with ε = (x_s − alpha_t x_0) / sigma_t. The network is called with x_s and t.
     from_noise = sigma_t - ratio * schedule.sigma[s]
     rows = samplers.row(t, from_x=ratio + from_noise / sigma_t, from_x_0=-from_noise * alpha_t / sigma_t)
-    return model.run(np.split(rows, len(rows)), lambda indices: images[indices], len(images), clip=False, **options)
+    job = loop.Job(np.split(rows, len(rows)), lambda indices: images[indices], len(images), clip=False)
+    return model.run(job, **options)
 
 
 def decode(model: DiffusionModel, noise: Any, *, num_steps: int | None = None, **options) -> np.ndarray:
@@ -220,7 +223,7 @@ def decode(model: DiffusionModel, noise: Any, *, num_steps: int | None = None, *
     """
     noise = _checks.data(noise, model.data_shape, name="noise")
     steps = _sampler(model, None, num_steps, INVERTIBLE).steps(model.diffusion.schedule)
-    return model.run(steps, lambda indices: noise[indices], len(noise), clip=False, **options)
+    return model.run(loop.Job(steps, lambda indices: noise[indices], len(noise), clip=False), **options)
 
 
 def interpolate(
@@ -297,5 +300,5 @@ def _sampler(model, sampler, num_steps, default):
 def _noisy(model, images, t, seed, indices):
     """Adds noise to images up to time t. Each sample has its own noise."""
     schedule = model.diffusion.schedule
-    noise = sampling.noise(model.data_shape, seed, indices)
+    noise = loop.noise(model.data_shape, seed, indices)
     return (schedule.alpha[t] * images[indices] + schedule.sigma[t] * noise).astype("float32")

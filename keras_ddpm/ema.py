@@ -6,6 +6,8 @@ from typing import Any
 import keras
 from keras import ops
 
+__all__ = ["Average"]
+
 
 class Average:
     """A moving average of the network's weights.
@@ -44,7 +46,7 @@ class Average:
         """
         decay = ops.minimum(self.max_decay, 1.0 - (1.0 + ops.cast(before, "float32")) ** -0.75)
         moves = ops.logical_and(after > before, ops.isfinite(loss))
-        move_averages(self.weights, self.network.weights, ops.where(moves, decay, 1.0))
+        _move_averages(self.weights, self.network.weights, ops.where(moves, decay, 1.0))
 
     def predict(self, *inputs: Any) -> Any:
         """The network's output with the averaged weights."""
@@ -55,7 +57,7 @@ class Average:
             return self.network(list(inputs), training=False)
 
 
-def move_averages(averages: list, variables: list, decay: Any) -> None:
+def _move_averages(averages: list, variables: list, decay: Any) -> None:
     """average ← average + (1 − decay) (variable − average) for each pair of `averages` and `variables`.
 
     Integer variables are copied. With the decay 1 nothing moves, even if a variable is NaN.

@@ -25,8 +25,10 @@ from keras_ddpm import samplers
 from keras_ddpm.model import DiffusionModel
 from keras_ddpm.schedules import Schedule
 
-OPSET = 18  # of ONNX
-SMALLEST = 4096  # numbers in a tensor that is stored in half precision; sines of t, say, need more
+__all__ = ["default_tables", "onnx", "safetensors"]
+
+_OPSET = 18  # of ONNX
+_SMALLEST = 4096  # numbers in a tensor that is stored in half precision; sines of t, say, need more
 
 
 def onnx(
@@ -55,8 +57,8 @@ def onnx(
         model: a `DiffusionModel`.
         folder: where the files are written. It is made if it does not exist.
         tables: samplers by name; `None` for some with 6 to 100 steps, the default of `model.sample` first.
-        guidance_scale: w of the rows, as in `guidance.Guidance`.
-        guidance_interval: where w is not 1, as in `guidance.Guidance`.
+        guidance_scale: w of the rows, as in `DiffusionModel.sample`.
+        guidance_interval: times `(low, high)` outside of which w is 1, as in `guidance.Guidance`.
         half_precision: whether large weights are stored in 16 bits. The file has half of the size then.
 
     Returns:
@@ -70,17 +72,17 @@ def onnx(
     """
     tools = _import("onnx")
     schedule = model.diffusion.schedule
-    asked = guidance.Guidance(guidance_scale=guidance_scale, guidance_interval=guidance_interval)
+    asked = guidance.Guidance(interval=guidance_interval)
     wanted = default_tables(model) if tables is None else tables
     steps = {name: sampler.steps(schedule) for name, sampler in wanted.items()}
     resampled = {name: editing.resampled(some, schedule, num_resamples=5) for name, some in steps.items()}
     described = {
-        kind: {name: _described(np.concatenate(some), model, asked) for name, some in several.items()}
+        kind: {name: _described(np.concatenate(some), model, asked, guidance_scale) for name, some in several.items()}
         for kind, several in {"sample": steps, "inpaint": resampled}.items()
     }
     with tempfile.TemporaryDirectory() as temporary, _quiet():
         path = pathlib.Path(temporary) / "denoiser.onnx"
-        model.export(str(path), format="onnx", opset_version=OPSET, verbose=False)
+        model.export(str(path), format="onnx", opset_version=_OPSET, verbose=False)
         graph = tools.load(path)  # also the files beside it that hold large weights
     _rename_output(graph.graph, "y")
     _write_out_erfc(graph.graph, tools)
@@ -128,14 +130,14 @@ def default_tables(model: DiffusionModel) -> dict[str, samplers.Sampler]:
     return tables
 
 
-def _described(table: np.ndarray, model: DiffusionModel, asked: guidance.Guidance) -> list[dict]:
+def _described(table: np.ndarray, model: DiffusionModel, asked: guidance.Guidance, guidance_scale: float) -> list[dict]:
     """The rows of a table as dicts of numbers, with what they say about the process and about guidance."""
     schedule: Schedule = model.diffusion.schedule
     t = table["t"].astype("int64")
     arrival = np.append(t[1:], 0)
     from_x, from_y = model.diffusion.x0_coefficients()[t].T
     columns = {name: table[name] for name in table.dtype.names} | {
-        "guidance_scale": asked.scales(t),
+        "guidance_scale": asked.scales(guidance_scale, t),
         "x_0_from_x": from_x,
         "x_0_from_y": from_y,
         "alpha": schedule.alpha[arrival],
@@ -190,7 +192,7 @@ def _halve(graph: Any, tools: Any) -> None:
     casts = []
     for tensor in graph.initializer:
         values = tools.numpy_helper.to_array(tensor)
-        if values.dtype != np.float32 or values.size < SMALLEST:
+        if values.dtype != np.float32 or values.size < _SMALLEST:
             continue
         fits = np.all(np.abs(values) <= np.finfo("float16").max)
         _checks.require(fits, "A weight is infinite, NaN or too large for half precision", name=tensor.name)

@@ -23,6 +23,8 @@ from keras import ops
 
 from keras_ddpm import _checks
 
+__all__ = ["Condition", "Guidance", "guided", "without_condition"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
@@ -122,59 +124,60 @@ class Condition:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Guidance:
-    """What to sample. `DiffusionModel.sample` takes these arguments as options with the same names.
+    """The rare options of guidance, for `DiffusionModel.sample(..., guidance_scale=2.0, guidance=Guidance(...))`.
 
     Args:
-        labels: the condition of the samples: one label, class name or vector for all samples, or one for each; `None`
-            for no condition.
-        guidance_scale: w, in [0, 1000].
-        guidance_rescale: φ in [0, 1], how far the standard deviation of the guided output is moved to the standard
-            deviation of the conditional output. [Lin et al., 2024, Eq. 15-16]
-        guidance_interval: `(low, high)`, or `None` for guidance at every t. Outside low <= t <= high, w is 1.
+        rescale: φ in [0, 1], how far the standard deviation of the guided output is moved to the standard deviation of
+            the conditional output. [Lin et al., 2024, Eq. 15-16]
+        interval: `(low, high)`, or `None` for guidance at every t. Outside low <= t <= high, the scale is 1.
             [Kynkäänniemi et al., 2024]
         dynamic_threshold: p of dynamic thresholding, in (0, 1), as in `GaussianDiffusion.predict_x0`; `None` for
             static clipping.
-        guide: a `DiffusionModel` of the same data and process, such as an early checkpoint. Its average takes the place
-            of the network without condition. It may have no condition itself. [Karras et al., 2024]
+        guide: a `DiffusionModel` of the same data and process, such as an early checkpoint. Its averaged network
+            replaces the unconditional prediction. The guide may be unconditional. [Karras et al., 2024]
 
     Raises:
         ValueError: if a value is out of range.
-        TypeError: if an option has an unknown name.
 
     Reference: Ho and Salimans, 2022, Eq. 6; Karras et al., 2024 ("Guiding a diffusion model with a bad version of
         itself"), Eq. 4.
     """
 
-    labels: Any = None
-    guidance_scale: float = 1.0
-    guidance_rescale: float = 0.0
-    guidance_interval: tuple | None = None
+    rescale: float = 0.0
+    interval: tuple | None = None
     dynamic_threshold: float | None = None
     guide: Any = None
 
     def __post_init__(self) -> None:
-        scale, rescale, p = self.guidance_scale, self.guidance_rescale, self.dynamic_threshold
-        valid = _checks.is_between(scale, 0, 1000)  # far more than is useful; float32 ends at 3e38
-        _checks.require(valid, "`guidance_scale` must be in [0, 1000]", guidance_scale=scale)
-        valid = _checks.is_between(rescale, 0, 1)
-        _checks.require(valid, "`guidance_rescale` must be in [0, 1]", guidance_rescale=rescale)
-        ends = self.guidance_interval
+        valid = _checks.is_between(self.rescale, 0, 1)
+        _checks.require(valid, "`rescale` must be in [0, 1]", rescale=self.rescale)
+        ends, p = self.interval, self.dynamic_threshold
         valid = ends is None or (isinstance(ends, (tuple, list)) and len(ends) == 2)
         valid = valid and (ends is None or _checks.is_between(ends[0], -np.inf, ends[1]))
-        _checks.require(valid, "`guidance_interval` must be (low, high)", guidance_interval=ends)
+        _checks.require(valid, "`interval` must be (low, high)", interval=ends)
         valid = p is None or _checks.is_positive(p) and p < 1
         _checks.require(valid, "`dynamic_threshold` must be in (0, 1)", dynamic_threshold=p)
 
-    def scales(self, t: np.ndarray) -> np.ndarray:
-        """The guidance scale at times t: w within the interval, and 1 outside."""
-        low, high = self.guidance_interval or (-np.inf, np.inf)
-        return np.where((low <= t) & (t <= high), self.guidance_scale, 1.0)
+    def scales(self, guidance_scale: float, t: np.ndarray) -> np.ndarray:
+        """The guidance scale at times t: `guidance_scale` within the interval, and 1 outside.
 
-    def resolve(self, condition: Condition | None, num: int, t: np.ndarray) -> tuple[tuple, tuple, str]:
+        Raises:
+            ValueError: if the scale is not in [0, 1000].
+        """
+        valid = _checks.is_between(guidance_scale, 0, 1000)  # far more than is useful; float32 ends at 3e38
+        _checks.require(valid, "`guidance_scale` must be in [0, 1000]", guidance_scale=guidance_scale)
+        low, high = self.interval or (-np.inf, np.inf)
+        return np.where((low <= t) & (t <= high), guidance_scale, 1.0)
+
+    def resolve(
+        self, condition: Condition | None, labels: Any, guidance_scale: float, num: int, t: np.ndarray
+    ) -> tuple[tuple, tuple, str]:
         """The inputs of the network for `num` examples.
 
         Args:
             condition: the `Condition` of the network, or `None`.
+            labels: as in `DiffusionModel.sample`.
+            guidance_scale: as in `DiffusionModel.sample`.
             num: number of examples.
             t: the time of each network call, `(calls,)`.
 
@@ -184,55 +187,25 @@ class Guidance:
 
         Raises:
             ValueError: if the network takes no labels but gets some, if guidance is asked for without labels and
-                without a guide, or if labels have a wrong shape or are out of range.
+                without a guide, or if the labels or the scale are invalid.
         """
-        valid = self.labels is not None or self.guidance_scale == 1 or self.guide is not None
-        _checks.require(
-            valid, "Guidance needs labels or a `guide`", guidance_scale=self.guidance_scale, labels=self.labels
-        )
-        valid = self.labels is None or condition is not None
-        _checks.require(valid, "The network takes no labels", labels=self.labels)
-        inputs: tuple = (condition.array(self.labels, num),) if condition else ()
-        scale = self.scales(t)
-        if condition and np.all(scale == 0) and not self.guidance_rescale and self.guide is None:
+        scale = self.scales(guidance_scale, t)
+        valid = labels is not None or guidance_scale == 1 or self.guide is not None
+        _checks.require(valid, "Guidance needs labels or a `guide`", guidance_scale=guidance_scale, labels=labels)
+        valid = labels is None or condition is not None
+        _checks.require(valid, "The network takes no labels", labels=labels)
+        inputs: tuple = (condition.array(labels, num),) if condition else ()
+        if condition and np.all(scale == 0) and not self.rescale and self.guide is None:
             return (np.full_like(inputs[0], condition.null_label),), (), "none"
         if np.all(scale == 1):
             return inputs, (), "none"
-        columns = scale, np.full(len(t), self.guidance_rescale)
-        return inputs, columns, "some" if np.any(scale == 1) else "all"
-
-
-def check_guide(guide: Any, model: Any) -> None:
-    """Raises ValueError unless the guide predicts what the model does, with the same condition or without."""
-    if guide is None:
-        return
-    _checks.require(hasattr(guide, "diffusion"), "`guide` must be a `DiffusionModel`", guide=guide)
-    kind, kind_of_guide = ((of.data_shape, of.diffusion.prediction) for of in (model, guide))
-    same = kind == kind_of_guide and guide.diffusion.schedule.is_close(model.diffusion.schedule)
-    _checks.require(same, "`guide` must have the data shape and the process of the model", guide=guide.diffusion)
-    condition, condition_of_guide = (c and (c.shape, c.num_classes) for c in (model.condition, guide.condition))
-    fits = condition_of_guide in (None, condition)
-    _checks.require(fits, "`guide` must take the labels of the model, or none", guide=guide.condition)
-
-
-def guided_by(guide: Any, condition: Any, predict: Callable, sometimes: bool) -> Callable:
-    """Returns what `guided` returns for `predict` and `sometimes`. The worse output is that of the guide.
-
-    If the guide is `None`, the worse output is that of `predict` without its `condition`. Otherwise the function has
-    the attribute `variables`: those of the guide.
-    """
-    if guide is None:
-        return guided(predict, without_condition(predict, condition.null_label), sometimes)
-    num = len(guide.network.inputs)
-    function = guided(predict, lambda *inputs: (guide.average.predict(*inputs[:num]), predict(*inputs)), sometimes)
-    function.variables = guide.variables  # type: ignore[attr-defined]
-    return function
+        return inputs, (scale, np.full(len(t), self.rescale)), "some" if np.any(scale == 1) else "all"
 
 
 def without_condition(predict: Callable, null_label: int) -> Callable:
-    """Returns a function from x, t and the condition to the outputs without and with it, by one call of `predict`.
+    """Returns a function from x, t and the condition to two outputs: without the condition, and with it.
 
-    The condition is absent where it has the value `null_label`.
+    It makes one call of `predict`. The value `null_label` stands for no condition.
     """
 
     def predict_both(x: Any, t: Any, condition: Any) -> tuple:
@@ -247,8 +220,8 @@ def guided(predict: Callable, predict_both: Callable, sometimes: bool) -> Callab
 
     Args:
         predict: function from x, t and the condition, if there is one, to the network's output.
-        predict_both: function from the same arguments to a worse output and that of `predict`.
-        sometimes: whether the scale may be 1. Then only `predict` is called.
+        predict_both: function from the same arguments to a worse output and the output of `predict`.
+        sometimes: whether the scale may be 1. In such calls only `predict` is called.
 
     Returns:
         Function from x `(batch, ...)`, t `(batch,)`, the condition, the scale and the rescaling (scalar tensors) to the

@@ -14,6 +14,8 @@ from PIL import ImageOps
 
 from keras_ddpm import _checks
 
+__all__ = ["MAX_PIXELS", "from_uint8", "grid", "load", "resize", "save", "save_gif", "to_pil", "to_uint8"]
+
 MAX_PIXELS = 50_000_000  # of a file; decoding and resizing more takes many seconds
 
 

@@ -18,6 +18,8 @@ from keras_ddpm import images
 from keras_ddpm.diffusion import posterior_coefficients
 from keras_ddpm.model import DiffusionModel
 
+__all__ = ["BitsPerDimension", "bits_per_dimension"]
+
 
 @dataclasses.dataclass(frozen=True)
 class BitsPerDimension:

@@ -3,26 +3,43 @@
 import contextlib
 import dataclasses
 import functools
+import inspect
+import itertools
+import pathlib
 import threading
-from collections.abc import Callable
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import keras
 import numpy as np
+from keras import ops
 
 from keras_ddpm import _checks
-from keras_ddpm import _replicas
-from keras_ddpm import guidance
+from keras_ddpm import _files
 from keras_ddpm import samplers
-from keras_ddpm import sampling
-from keras_ddpm import training
+from keras_ddpm import saving
+from keras_ddpm._backend import devices
+from keras_ddpm._backend import replicas
+from keras_ddpm.callbacks.watch import LossWatch
 from keras_ddpm.diffusion import GaussianDiffusion
 from keras_ddpm.ema import Average
+from keras_ddpm.guidance import Condition
+from keras_ddpm.guidance import Guidance
+from keras_ddpm.guidance import guided
+from keras_ddpm.guidance import without_condition
+from keras_ddpm.samplers import loop
+from keras_ddpm.saving import compact
+from keras_ddpm.training import feed
+from keras_ddpm.training import running
+from keras_ddpm.training.corruption import Corruption
+from keras_ddpm.training.corruption import standard_normal
+
+__all__ = ["DiffusionModel"]
 
 
 @keras.saving.register_keras_serializable(package="keras_ddpm")
-class DiffusionModel(training.NoisyRegression):
+class DiffusionModel(keras.Model):
     """A denoising diffusion probabilistic model.
 
     `fit` and `evaluate` take batches of clean data x_0, `(batch, ...)`, or tuples `(x_0, label)`. A network without a
@@ -30,9 +47,8 @@ class DiffusionModel(training.NoisyRegression):
     passes the regression problem (x_t, t) -> target to the training step of Keras. `compile` thus takes any loss,
     metric and optimizer of Keras. `evaluate` draws the same t and noise at each call.
 
-    The model keeps an exponential moving average of the network's weights (`ema.Average`). `sample` uses the average.
-    `save` stores the weights and the average. The attribute `condition` is the network's `guidance.Condition`, or
-    `None`.
+    The model keeps an exponential moving average of the network's weights (`ema.Average`). `sample` and
+    `evaluate` use the average. `save` stores both.
 
     Example:
 
@@ -93,30 +109,25 @@ class DiffusionModel(training.NoisyRegression):
         _checks.require(valid, needed, inputs=shapes)
         valid = isinstance(diffusion, (GaussianDiffusion, type(None)))
         _checks.require(valid, "`diffusion` must be a `GaussianDiffusion`", diffusion=diffusion)
-        for name, share in {"ema_decay": ema_decay, "label_dropout": label_dropout}.items():
-            valid = _checks.is_between(share, 0, 1) and share < 1
-            _checks.require(valid, f"`{name}` must be in [0, 1)", **{name: share})
-        kinds = list(training.TIMESTEP_SAMPLINGS)
-        valid, needed = timestep_sampling in kinds, f"`timestep_sampling` must be one of {kinds}"
-        _checks.require(valid, needed, timestep_sampling=timestep_sampling)
-        self.network = network
-        self.condition = guidance.Condition.of(network, class_names)
-        self.diffusion = diffusion or GaussianDiffusion()
-        self.ema_decay = ema_decay
-        self.loss_weight = training.checked_weight(loss_weight, self.diffusion.timesteps)
-        self.timestep_sampling = timestep_sampling
-        self.label_dropout = label_dropout
-        self.seed = seed if seed is None else _checks.seed(seed)
+        _checks.share(ema_decay=ema_decay)
         valid = isinstance(sampler, (samplers.Sampler, type(None)))
         _checks.require(valid, "`sampler` must be a sampler, such as `samplers.DDIM(50)`", sampler=sampler)
+        self.network = network
+        self.diffusion = diffusion or GaussianDiffusion()
+        condition = Condition.of(network, class_names)
+        self.corruption = Corruption(
+            self.diffusion, condition, loss_weight, timestep_sampling, label_dropout, self.draw_noise
+        )
+        self.ema_decay = ema_decay
+        self.seed = seed if seed is None else _checks.seed(seed)
         self.sampler = sampler
         self.average = Average(network, ema_decay, self.add_weight)
-        training.arrange([*network.weights, *self.average.weights])
-        self._fit_random = _replicas.Seeds(self.seed)
-        self._test_random = _replicas.Seeds(0)
-        self._loop = sampling.Loop(self.diffusion, self.data_shape, [*network.variables, *self.average.weights])
+        arrange([*network.weights, *self.average.weights])
+        self._fit_random = replicas.Seeds(self.seed)
+        self._test_random = replicas.Seeds(0)
+        self._loop = loop.Loop(self.diffusion, self.data_shape, [*network.variables, *self.average.weights])
         self._predictors = functools.lru_cache(maxsize=8)(self._predictor)
-        self._test_functions = {}
+        self._compiled_with: dict = {}
         self.turn = threading.RLock()  # held by a thread that trains, evaluates or samples
         self.built = True
 
@@ -130,21 +141,163 @@ class DiffusionModel(training.NoisyRegression):
         """The variables of the average, in the order of `network.weights`."""
         return self.average.weights
 
+    @property
+    def condition(self) -> Condition | None:
+        """The `guidance.Condition` of the network, or `None`."""
+        return self.corruption.condition
+
     def call(self, inputs, training=None):
-        """The network's output for `(x_t, t)` or `(x_t, t, condition)`.
+        """The network's output for `(x_t, t)` or `(x_t, t, condition)`. Outside of training, it is that of the average.
 
         Raises:
             ValueError: if the inputs are something else.
         """
         valid = isinstance(inputs, (list, tuple)) and len(inputs) == len(self.network.inputs)
         _checks.require(valid, "Generate data with `model.sample(num)`, and clean x_t with `model.denoise(x_t, t)`")
-        if self.evaluates_average and not training:
-            return self.average.predict(*inputs)
-        return self.network(list(inputs), training=training)
+        return self.network(list(inputs), training=True) if training else self.average.predict(*inputs)
 
     def summary(self, *args, **kwargs) -> None:
         """Prints Keras' summary of the network, without the average and the optimizer's variables."""
         self.network.summary(*args, **kwargs)
+
+    # Training.
+
+    @replicas.in_scope
+    def compile(self, *args, **kwargs) -> None:
+        """`keras.Model.compile`. `jit_compile="auto"` selects what is fastest for this package on each backend.
+
+        With a network in mixed float16, the optimizer becomes a `LossScaleOptimizer` unless `auto_scale_loss=False`.
+        """
+        given = self._compiled_with = _arguments(keras.Model.compile, self, *args, **kwargs)
+        super().compile(**given)
+        if given.get("jit_compile", "auto") == "auto" and not self.run_eagerly:
+            self.jit_compile = devices.jit_compile()
+        # The policy of the network itself is in no file, but those of its layers are.
+        half = any(layer.dtype_policy.name == "mixed_float16" for layer in _layers(self.network))
+        scales = given.get("auto_scale_loss", True) and half
+        if scales and self.optimizer and not isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
+            self.optimizer = keras.optimizers.LossScaleOptimizer(self.optimizer)
+        # Build everything here. Otherwise `fit` calls the model on clean data to do it, and TensorFlow traces a step
+        # twice if the step creates variables.
+        if self.optimizer is not None:
+            self.optimizer.build(self.trainable_variables)
+            arrange(self.optimizer.variables)
+        zeros = ops.zeros((1, *self.data_shape))
+        self.compute_loss(y=zeros, y_pred=zeros)
+        losses = [loss for loss in keras.tree.flatten(self.loss) if loss is not None]
+        self._loss_rank = len(_each_loss(losses[0], zeros).shape) if losses else len(self.data_shape)
+        self.compute_metrics(None, zeros, zeros)
+        self.reset_metrics()
+
+    @replicas.in_scope
+    def fit(self, *args, **kwargs) -> keras.callbacks.History:
+        """`keras.Model.fit` on clean data. It checks the data first.
+
+        Arrays are checked completely. Of other sources, the first batch is checked. Labels in the data are ignored if
+        the network takes none. Weights of examples and of classes multiply the loss.
+
+        In place of x_0, the data can hold a dict `{"x_0": x_0, "noise": noise}`, as `distillation.pairs` makes them.
+        Then x_0 is mixed with this noise.
+
+        Raises:
+            ValueError: if the data do not have the shape of the network's input, lie outside `clip_range`, contain NaN,
+                or lack the condition of the network; or if the loss is not finite.
+        """
+        given = _arguments(keras.Model.fit, self, *args, **kwargs)
+        _checks.require(self.compiled, "Call `compile` before `fit`")
+        given["x"], first, weight = self._opened(given.get("x"), given.get("y"))
+        given["y"] = feed.with_labels(given["x"], given.get("y"), given.get("sample_weight"))
+        if len(self.data_shape) == 3 and self.diffusion.clip_range == (-1, 1) and 0 <= first.min() < first.max():
+            warnings.warn("The images lie in [0, 1]. Expected [-1, 1]: scale them with 2 * x - 1", stacklevel=2)
+        if given.get("validation_data") is not None:
+            x, y, of_examples = keras.utils.unpack_x_y_sample_weight(given["validation_data"])
+            x, _, _ = self._opened(x, y)
+            y = feed.with_labels(x, y, of_examples)
+            given["validation_data"] = x if y is None else (x, y, of_examples)
+        if self.condition:
+            named = self.condition.named(getattr(given["x"], "class_names", None))
+            self.corruption = dataclasses.replace(self.corruption, condition=named)
+        weights = (weight, given.get("sample_weight"), given.get("class_weight"))
+        watch = LossWatch(first, weighted=any(entry is not None for entry in weights))
+        with running.training(self, watch, given) as arranged:
+            return super().fit(**arranged)
+
+    @replicas.in_scope
+    def evaluate(self, *args, **kwargs) -> Any:
+        """`keras.Model.evaluate` of the average on clean data as of `fit`, with the same t and noise at each call."""
+        given = _arguments(keras.Model.evaluate, self, *args, **kwargs)
+        self._test_random.state.assign([0, 0])
+        if given.get("_use_cached_eval_dataset"):  # `fit` calls, which has checked the data
+            return super().evaluate(**given)
+        given["x"], _, _ = self._opened(given.get("x"), given.get("y"))
+        given["y"] = feed.with_labels(given["x"], given.get("y"), given.get("sample_weight"))
+        with running.evaluating(self, given) as arranged:
+            return super().evaluate(**arranged)
+
+    def _maybe_symbolic_build(self, *args, **kwargs):
+        """Does nothing: `compile` has built everything, and Keras fails here with several processes of TensorFlow."""
+
+    compile.__signature__ = inspect.signature(keras.Model.compile)
+    fit.__signature__ = inspect.signature(keras.Model.fit)
+    evaluate.__signature__ = inspect.signature(keras.Model.evaluate)
+
+    def _opened(self, data, labels=None):
+        """Checks data. Returns them as Keras reads them, and the x_0 and the weights that were checked."""
+        data, (x_0, condition, weight) = feed.opened(data, labels)
+        process = getattr(data, "diffusion", None)  # of `distillation.Pairs`
+        fits = process is None or process.schedule.is_close(self.diffusion.schedule)
+        _checks.require(fits, "These are pairs of another schedule than that of the model", diffusion=process)
+        return data, self.corruption.check(x_0, condition, self.data_shape), weight
+
+    def train_step(self, *args):
+        """Trains on noisy data, then updates the average. The arguments are `data`, on JAX `state` and `data`."""
+        if len(args) == 1:
+            data = self._corrupted(*args, self.corruption, self._fit_random)
+            before = ops.copy(self.optimizer.iterations)
+            logs = super().train_step(data)
+            self.average.update(before, self.optimizer.iterations, replicas.mean(logs["loss"]))
+            return replicas.joined(logs)
+        state, data = args
+        weights = self.trainable_variables, self.non_trainable_variables
+        variables = (*weights, self.optimizer.variables, self.metrics_variables)
+        with _Stateless(variables, state) as scope:
+            data = self._corrupted(data, self.corruption, self._fit_random)
+            before = ops.copy(self.optimizer.iterations)
+        logs, state = super().train_step(scope.state(), data)
+        with _Stateless(variables, state) as scope:
+            self.average.update(before, self.optimizer.iterations, logs["loss"])
+        return logs, scope.state()
+
+    def test_step(self, *args):
+        """Evaluates on noisy data, with all conditions. The arguments are `data`, on JAX `state` and `data`."""
+        corruption = dataclasses.replace(self.corruption, label_dropout=0.0)
+        if len(args) == 1:
+            return replicas.joined(super().test_step(self._corrupted(*args, corruption, self._test_random)))
+        state, data = args
+        variables = (self.trainable_variables, self.non_trainable_variables, self.metrics_variables)
+        with _Stateless(variables, state) as scope:
+            data = self._corrupted(data, corruption, self._test_random)
+        return super().test_step(scope.state(), data)
+
+    def _corrupted(self, data, corruption, generator):
+        """Turns clean data into Keras' `(x, y, sample_weight)`: inputs and target of the network, and loss weights."""
+        inputs, target, weight = corruption(*keras.utils.unpack_x_y_sample_weight(data), generator)
+        return inputs, target, self.aligned(weight)
+
+    def draw_noise(self, x_0: Any, generator: keras.random.SeedGenerator) -> Any:
+        """Draws the noise that is mixed with `x_0`. A subclass may choose it to suit the data."""
+        return standard_normal(x_0, generator)
+
+    def aligned(self, weight: Any) -> Any:
+        """Weights `(batch,)` with the rank of the loss, since Keras multiplies both from their last axis on.
+
+        Raises:
+            ValueError: if there are weights for a loss that is one number.
+        """
+        if weight is None:
+            return None
+        _checks.require(self._loss_rank, "A loss that is one number for the batch has no weights", loss=self.loss)
+        return ops.reshape(weight, (-1,) + (1,) * (self._loss_rank - 1))
 
     # Sampling.
 
@@ -159,9 +312,14 @@ class DiffusionModel(training.NoisyRegression):
         sampler: samplers.Sampler | None = None,
         seed: int | None = None,
         *,
+        labels: Any = None,
+        guidance_scale: float = 1.0,
+        guidance: Guidance | None = None,
+        use_ema: bool = True,
+        batch_size: int | None = None,
+        verbose: int | str = 0,
         first: int = 0,
         return_trajectory: int | None = None,
-        **options,
     ) -> Any:
         """Generates data.
 
@@ -175,24 +333,26 @@ class DiffusionModel(training.NoisyRegression):
             num_samples: number of samples.
             sampler: a `samplers.Sampler`; `None` for `default_sampler`.
             seed: non-negative integer; `None` draws one from Python's `random`.
+            labels: the condition of the samples: one label, class name or vector for all samples, or one for each;
+                `None` for no condition.
+            guidance_scale: w in [0, 1000], how strongly samples follow their condition. 1 is the condition as it was
+                learned. Larger values cost two network calls a step. [Ho and Salimans, 2022, Eq. 6]
+            guidance: rare options, a `guidance.Guidance`.
+            use_ema: whether to use the averaged weights instead of the raw weights.
+            batch_size: number of samples that are made at once; `None` for at most 256. The last batch is filled up.
+            verbose: 1 for a progress bar.
             first: index of the first sample: `sample(10, first=20)` makes the last ten samples of `sample(30)`.
             return_trajectory: number k of states to return, at the ends of evenly spaced steps. The last state is the
                 samples.
-            **options: `use_ema` (by default `True`; `False` for the raw weights); `batch_size` (by default at most
-                256; the last batch is filled up); `verbose` (1 for a progress bar); and what to sample, as in
-                `guidance.Guidance`: `labels`, `guidance_scale`, `guidance_rescale`, `guidance_interval`,
-                `dynamic_threshold` and `guide`.
 
         Returns:
             float32 array `(num_samples, ...)` in the data's range. With `return_trajectory`, a tuple of this array and
             two arrays `(k, num_samples, ...)`: x_t and the predicted x_0.
 
         Raises:
-            ValueError: if an argument or option is invalid, or the sampler has more steps than the schedule.
+            ValueError: if an argument is invalid, or the sampler has more steps than the schedule.
         """
         _checks.counts(num_samples=num_samples)
-        unknown = {"steps", "start", "num", "num_steps"} & set(options)
-        _checks.require(not unknown, "Choose the number of steps by `sampler=samplers.DPMSolver(20)`", **options)
         sampler = sampler or self.default_sampler
         valid = isinstance(sampler, samplers.Sampler)
         _checks.require(valid, "`sampler` must be a sampler, such as `samplers.DPMSolver(20)`", sampler=sampler)
@@ -203,8 +363,19 @@ class DiffusionModel(training.NoisyRegression):
             _checks.require(valid, needed, return_trajectory=return_trajectory)
         seed = _checks.seed(seed)
         _checks.counts(low=0, first=first)
-        start = lambda indices: sampling.prior(self.diffusion, self.data_shape, seed, first + indices)  # noqa: E731
-        states = self.run(steps, start, num_samples, seed, num_states=return_trajectory, first=first, **options)
+
+        def start(indices):
+            return loop.prior(self.diffusion, self.data_shape, seed, first + indices)
+
+        states = self.run(
+            loop.Job(steps, start, num_samples, seed, first, num_states=return_trajectory),
+            labels=labels,
+            guidance_scale=guidance_scale,
+            guidance=guidance,
+            use_ema=use_ema,
+            batch_size=batch_size,
+            verbose=verbose,
+        )
         return (states[0][-1], *states) if return_trajectory else states
 
     def denoise(self, x_t: Any, t: int, clip: bool = True, **options) -> np.ndarray:
@@ -214,7 +385,7 @@ class DiffusionModel(training.NoisyRegression):
             x_t: noisy data, `(batch, ...)`.
             t: time of `x_t`, an integer in 1..T.
             clip: whether to clip the result to the `clip_range` of the diffusion.
-            **options: `use_ema`, `batch_size`, `verbose` and guidance, as in `sample`.
+            **options: `labels`, `guidance_scale`, `guidance`, `use_ema`, `batch_size` and `verbose`, as in `sample`.
 
         Returns:
             float32 array `(batch, ...)`.
@@ -226,39 +397,56 @@ class DiffusionModel(training.NoisyRegression):
         valid = _checks.is_count(t) and t <= self.diffusion.timesteps
         _checks.require(valid, f"`t` must be an integer in 1..{self.diffusion.timesteps}", t=t)
         steps = [samplers.row([t], from_x_0=1.0)]
-        return self.run(steps, lambda indices: x_t[indices], len(x_t), clip=clip, **options)
+        return self.run(loop.Job(steps, lambda indices: x_t[indices], len(x_t), clip=clip), **options)
 
-    @_replicas.in_scope
+    def trajectories(self, num_samples: int = 64, seed: int = 0, **options) -> samplers.Trajectories:
+        """Samples on their way from noise to data, in up to 60 steps of DDIM, for `samplers.optimized`.
+
+        Args:
+            num_samples: number of samples.
+            seed: as in `sample`.
+            **options: as in `sample`.
+        """
+        schedule = self.diffusion.schedule
+        sampler = samplers.DDIM(min(60, schedule.timesteps), spacing="logsnr")
+        _, x, x_0 = self.sample(num_samples, sampler, seed, return_trajectory=sampler.num_steps, **options)
+        start = loop.prior(self.diffusion, self.data_shape, seed, np.arange(num_samples))
+        return samplers.Trajectories(schedule, sampler.timesteps(schedule), np.concatenate([start[None], x]), x_0)
+
+    @replicas.in_scope
     def run(
-        self, steps: list, start: Callable, num: int, seed: int = 0, use_ema: bool = True, clip: bool = True, **options
+        self,
+        job: loop.Job,
+        *,
+        labels: Any = None,
+        guidance_scale: float = 1.0,
+        guidance: Guidance | None = None,
+        use_ema: bool = True,
+        batch_size: int | None = None,
+        verbose: int | str = 0,
     ) -> Any:
         """Runs any rows from any start. `sample`, `denoise` and `editing` call it.
 
         Args:
-            steps: list of rows, as `Sampler.steps` returns.
-            start: function from indices of examples to the x at the start of the steps.
-            num: number of examples.
-            seed: seed of the noise of the steps.
-            use_ema: whether to use the averaged weights instead of the raw weights.
-            clip: whether to clip the predicted x_0.
-            **options: `first`, `known`, `num_states`, `batch_size` and `verbose`, as in `sampling.Loop.run`; and what
-                to sample, as in `guidance.Guidance`.
+            job: the rows and where they start.
+            labels, guidance_scale, guidance, use_ema, batch_size, verbose: as in `sample`.
 
         Returns:
-            As `sampling.Loop.run`.
+            As `samplers.loop.Loop.run`.
 
         Raises:
             ValueError: if an option is invalid.
         """
         _checks.require(isinstance(use_ema, bool), "`use_ema` must be True or False", use_ema=use_ema)
-        names = [field.name for field in dataclasses.fields(guidance.Guidance)]
-        asked = guidance.Guidance(**{name: options.pop(name) for name in names if name in options})
-        guidance.check_guide(asked.guide, self)
-        inputs, columns, guided_calls = asked.resolve(self.condition, num, np.concatenate(steps)["t"])
+        asked = Guidance() if guidance is None else guidance
+        valid = isinstance(asked, Guidance)
+        _checks.require(valid, "`guidance` must be a `guidance.Guidance`", guidance=guidance)
+        self._check_guide(asked.guide)
+        times = np.concatenate(job.steps)["t"]
+        inputs, columns, guided_calls = asked.resolve(self.condition, labels, guidance_scale, job.num, times)
         threshold = asked.dynamic_threshold
-        valid = threshold is None or (clip and self.diffusion.clip_range is not None)
+        valid = threshold is None or (job.clip and self.diffusion.clip_range is not None)
         _checks.require(valid, "Nothing is clipped, so there is no threshold", dynamic_threshold=threshold)
-        options |= {"inputs": inputs, "columns": columns, "dynamic_threshold": threshold, "clip": clip}
         guide = None if guided_calls == "none" else asked.guide
         with contextlib.ExitStack() as stack:
             # In one order, as two models may guide each other in two threads.
@@ -266,26 +454,154 @@ class DiffusionModel(training.NoisyRegression):
                 stack.enter_context(model.turn)
                 # In a callback after a step, Keras on JAX holds the weights elsewhere.
                 getattr(model, "jax_state_sync", lambda: None)()
-            return self._loop.run(self._predictors(use_ema, guided_calls, guide), steps, start, num, seed, **options)
+            return self._loop.run(
+                self._predictors(use_ema, guided_calls, guide),
+                job,
+                inputs=inputs,
+                columns=columns,
+                dynamic_threshold=threshold,
+                batch_size=batch_size,
+                verbose=verbose,
+            )
+
+    def _check_guide(self, guide):
+        """Raises ValueError unless the guide predicts what the model does, with the same condition or without."""
+        if guide is None:
+            return
+        _checks.require(isinstance(guide, DiffusionModel), "`guide` must be a `DiffusionModel`", guide=guide)
+        kind, kind_of_guide = ((of.data_shape, of.diffusion.prediction) for of in (self, guide))
+        same = kind == kind_of_guide and guide.diffusion.schedule.is_close(self.diffusion.schedule)
+        _checks.require(same, "`guide` must have the data shape and the process of the model", guide=guide.diffusion)
+        condition, condition_of_guide = (c and (c.shape, c.num_classes) for c in (self.condition, guide.condition))
+        fits = condition_of_guide in (None, condition)
+        _checks.require(fits, "`guide` must take the labels of the model, or none", guide=guide.condition)
 
     def _predictor(self, use_ema, guided_calls, guide):
         """Returns the function that predicts with these weights and this kind of guidance."""
-        predict = self.average.predict if use_ema else lambda *inputs: self.network(list(inputs), training=False)
+
+        def predict(*inputs):
+            return self.average.predict(*inputs) if use_ema else self.network(list(inputs), training=False)
+
         if guided_calls == "none":
             return predict
-        return guidance.guided_by(guide, self.condition, predict, sometimes=guided_calls == "some")
+        if guide is None:
+            worse_and_better = without_condition(predict, self.condition.null_label)
+            return guided(predict, worse_and_better, guided_calls == "some")
 
-    # Saving.
+        def worse_and_better(*inputs):
+            return guide.average.predict(*inputs[: len(guide.network.inputs)]), predict(*inputs)
+
+        function = guided(predict, worse_and_better, guided_calls == "some")
+        function.variables = guide.variables  # which the sampling program reads, too
+        return function
+
+    # Files.
+
+    @replicas.in_scope
+    @replicas.by_chief
+    def save(self, filepath: Any, overwrite: bool = True, zipped: bool | None = None, **kwargs) -> None:
+        """`keras.Model.save` to a `.keras` file. A file of this name stays whole until the new one is.
+
+        Of several processes, the first one writes.
+
+        Raises:
+            ValueError: if the file name has another ending.
+        """
+        path = pathlib.Path(filepath)
+        _checks.require(path.suffix == ".keras", "The file name must end in .keras", filepath=filepath)
+        # Keras asks, writes a folder, or writes to another machine.
+        if not overwrite and path.exists() or zipped is False or "://" in str(filepath):
+            return super().save(filepath, overwrite, zipped, **kwargs)
+        with _files.replacing(path, path.with_name(f"{path.stem}.saving.keras")) as temporary:
+            super().save(temporary, **kwargs)
+
+    @replicas.in_scope
+    @replicas.by_chief
+    def save_weights(self, *args, **kwargs) -> None:
+        """`keras.Model.save_weights`. Of several processes, the first one writes."""
+        return super().save_weights(*args, **kwargs)
+
+    @replicas.in_scope
+    @replicas.by_chief
+    def save_compact(self, filepath: str | pathlib.Path) -> None:
+        """Saves what samples: the averaged weights, in half precision, and no optimizer.
+
+        The file has about an eighth of the size of that of `save` with Adam. It is a `.keras` file like others: the
+        loaded model samples as this one up to rounding, and can be compiled and trained.
+
+        Raises:
+            ValueError: if the file name has another ending than .keras, or a weight is too large for half precision.
+        """
+        path = pathlib.Path(filepath)
+        _checks.require(path.suffix == ".keras", "The file name must end in .keras", filepath=filepath)
+        copy = type(self).from_model(self)
+        with _files.replacing(path, path.with_name(f"{path.stem}.saving.keras")) as temporary:
+            keras.Model.save(copy, temporary)
+            compact.compress(temporary)
+
+    @classmethod
+    def from_model(cls, model: Any, **kwargs: Any) -> Any:
+        """Makes a model of this class whose raw and averaged weights are both the average of another one.
+
+        Args:
+            model: a `DiffusionModel`. It is not changed.
+            **kwargs: arguments of this class; the others are those of `model`.
+        """
+        copy = cls.from_config({**model.get_config(), **kwargs})
+        for weights in (copy.network.weights, copy.ema_weights):
+            for v, average in zip(weights, model.ema_weights):
+                v.assign(keras.ops.convert_to_numpy(average))
+        return copy
+
+    @classmethod
+    def from_preset(cls, preset: str | pathlib.Path, **options: Any) -> "DiffusionModel":
+        """Loads a trained model.
+
+        Args:
+            preset: name of a model that comes with the package, the path of a `.keras` file, or an address that
+                `keras.saving.load_model` knows, such as "hf://USER/REPOSITORY".
+            **options: as in `keras.saving.load_model`.
+
+        Raises:
+            FileNotFoundError: if there is no such preset or file.
+            ValueError: as in `load_model`.
+        """
+        if "://" in str(preset):
+            return keras.saving.load_model(preset, **options)
+        path = saving.PRESETS / f"{preset}.keras"
+        if not path.exists() and not pathlib.Path(preset).exists():
+            names = ", ".join(sorted(file.stem for file in saving.PRESETS.glob("*.keras")))
+            raise FileNotFoundError(f"There is no model file {preset}. Presets of the package: {names}.")
+        return saving.load_model(path if path.exists() else preset, **options)
+
+    def export(self, filepath: Any, *args, **kwargs) -> None:
+        """`keras.Model.export` of the network with the averaged weights: a function of x_t, t and the condition.
+
+        It computes in float32. `export.onnx` also writes what other programs need to sample with it.
+        """
+        network = keras.models.clone_model(self.network, clone_function=compact.in_float32)
+        network.set_weights([keras.ops.convert_to_numpy(v) for v in self.ema_weights])
+        inputs = [keras.ops.zeros((1, *v.shape[1:]), v.dtype) for v in network.inputs]
+        network(inputs)  # Keras exports no model to ONNX that was never called
+        with devices.plain():
+            network.export(filepath, *args, **kwargs)
+
+    def get_compile_config(self):
+        return compact.portable(self._compiled_with)
+
+    def compile_from_config(self, config):
+        self.compile(**keras.saving.deserialize_keras_object(compact.neutral(config)))
 
     def get_config(self):
+        corruption = self.corruption
         return {
             "name": self.name,
             "network": keras.saving.serialize_keras_object(self.network),
             "diffusion": keras.saving.serialize_keras_object(self.diffusion),
             "ema_decay": self.ema_decay,
-            "loss_weight": None if self.loss_weight is None else self.loss_weight.tolist(),
-            "timestep_sampling": self.timestep_sampling,
-            "label_dropout": self.label_dropout,
+            "loss_weight": None if corruption.loss_weight is None else corruption.loss_weight.tolist(),
+            "timestep_sampling": corruption.timestep_sampling,
+            "label_dropout": corruption.label_dropout,
             "seed": self.seed,
             "class_names": self.condition and self.condition.class_names,
             "sampler": keras.saving.serialize_keras_object(self.sampler),
@@ -317,3 +633,37 @@ class DiffusionModel(training.NoisyRegression):
         """The random states of the network's layers."""
         weights = {id(v) for v in self.network.weights}
         return [v for v in self.network.variables if id(v) not in weights]
+
+
+def _arguments(function, *args, **kwargs):
+    """The arguments of a call as a dict by name, without `self`."""
+    arguments = inspect.signature(function).bind(*args, **kwargs).arguments
+    return {**arguments.pop("kwargs", {}), **{name: value for name, value in arguments.items() if name != "self"}}
+
+
+def _layers(model):
+    """The layers of a model and of the models in it."""
+    for layer in model.layers:
+        yield from _layers(layer) if isinstance(layer, keras.Model) else [layer]
+
+
+def _each_loss(loss, zeros):
+    """The values of a loss before Keras takes their mean."""
+    loss = keras.losses.get(loss)
+    return ops.convert_to_tensor((loss.call if isinstance(loss, keras.losses.Loss) else loss)(zeros, zeros))
+
+
+class _Stateless(keras.StatelessScope):
+    """A scope in which variables have the values of a JAX state. Both come in lists of lists."""
+
+    def __init__(self, variables, values):
+        super().__init__(zip(itertools.chain(*variables), itertools.chain(*values)))
+        self.variables = variables
+
+    def state(self):
+        return tuple([self.get_current_value(v) for v in group] for group in self.variables)
+
+
+@devices.fast_on_torch
+def arrange(variables: list) -> None:
+    """Arranges variables in memory as the backend reads them fastest. Only PyTorch needs it."""

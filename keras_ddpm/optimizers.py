@@ -4,7 +4,9 @@ from typing import Any
 
 import keras
 
-from keras_ddpm import _devices
+from keras_ddpm._backend import devices
+
+__all__ = ["Adam"]
 
 
 @keras.saving.register_keras_serializable(package="keras_ddpm")
@@ -19,7 +21,7 @@ class Adam(keras.optimizers.Adam):
         adam_step(self, gradient, variable, learning_rate)
 
 
-@_devices.fast_on_torch
+@devices.fast_on_torch
 def adam_step(optimizer: Adam, gradient: Any, variable: Any, learning_rate: Any) -> None:
     """Updates one variable as `keras.optimizers.Adam` does."""
     super(Adam, optimizer).update_step(gradient, variable, learning_rate)

@@ -12,6 +12,8 @@ from numpy.typing import ArrayLike
 
 from keras_ddpm import images
 
+__all__ = ["curves", "figure", "loss", "show", "table"]
+
 
 @contextlib.contextmanager
 def figure(

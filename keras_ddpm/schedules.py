@@ -22,6 +22,18 @@ import numpy.typing as npt
 
 from keras_ddpm import _checks
 
+__all__ = [
+    "Schedule",
+    "cosine",
+    "from_betas",
+    "input_scaled",
+    "linear",
+    "shifted",
+    "sigmoid",
+    "straight",
+    "zero_terminal_snr",
+]
+
 
 @keras.saving.register_keras_serializable(package="keras_ddpm")
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

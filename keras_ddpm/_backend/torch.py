@@ -1,7 +1,7 @@
 """Faster implementations for PyTorch of functions that have a plain body elsewhere in the package.
 
-`_devices.fast_on_torch` calls the function of the same name in this module. If it returns `NotImplemented`, the plain
-body runs. Only `_devices` imports this module. `tests/benchmarks/fast_functions.py` measures what each function saves.
+`devices.fast_on_torch` calls the function of the same name in this module. If it returns `NotImplemented`, the plain
+body runs. Only `devices` imports this module. `tests/benchmarks/fast_functions.py` measures what each function saves.
 """
 
 import threading
@@ -9,6 +9,18 @@ import threading
 import numpy as np
 import torch
 from keras import ops
+
+__all__ = [
+    "adam_step",
+    "arrange",
+    "attention",
+    "conv2d",
+    "group_norm",
+    "random_state",
+    "recorded",
+    "set_random_state",
+    "upsampled_conv2d",
+]
 
 # Jobs with at least this many network calls are recorded. A recording takes as long as fifty calls. Later jobs of the
 # same batch size use it again.

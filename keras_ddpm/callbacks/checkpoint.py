@@ -18,9 +18,11 @@ import numpy as np
 from keras import ops
 
 from keras_ddpm import _checks
-from keras_ddpm import _devices
-from keras_ddpm import _replicas
-from keras_ddpm import saving
+from keras_ddpm import _files
+from keras_ddpm._backend import devices
+from keras_ddpm._backend import replicas
+
+__all__ = ["Checkpoint", "variables_of"]
 
 
 class Checkpoint(keras.callbacks.Callback):
@@ -83,11 +85,11 @@ class Checkpoint(keras.callbacks.Callback):
         if self._pending:
             initial_epoch, earlier_epochs = self._pending["position"][0], self._pending["earlier_epochs"]
             for callback in callbacks:
-                if isinstance(callback, keras.callbacks.CSVLogger) and _replicas.is_chief():
+                if isinstance(callback, keras.callbacks.CSVLogger) and replicas.is_chief():
                     _rewind(callback, initial_epoch)
         self._earlier_epochs = earlier_epochs
         handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-        if threading.current_thread() is not threading.main_thread() or _replicas.several():
+        if threading.current_thread() is not threading.main_thread() or replicas.several():
             handlers = {}
         self._handlers = {number: own for number, own in handlers.items() if signal.getsignal(number) == own}
         for number in self._handlers:
@@ -125,7 +127,7 @@ class Checkpoint(keras.callbacks.Callback):
     def on_train_end(self, logs=None):
         if self._epoch is None:  # no epoch was left
             if self._pending:
-                if _replicas.is_chief():
+                if replicas.is_chief():
                     print(f"{self.folder} holds a finished run, so nothing was trained. Give more epochs to go on.")
                 self._restore()
             self._restore_history()
@@ -139,13 +141,13 @@ class Checkpoint(keras.callbacks.Callback):
         several processes, the first one writes, and all read.
         """
         self._time = time.monotonic()
-        values = [_replicas.value_of(v) for v in variables_of(self.model)]
+        values = [replicas.value_of(v) for v in variables_of(self.model)]
         said = self._written(position, ended, values) or "The first process writes the checkpoints."
         if self._signal:
             print(f"\nStopped by {signal.Signals(self._signal).name}. {said}", file=sys.stderr)
             raise KeyboardInterrupt if self._signal == signal.SIGINT else SystemExit(128 + self._signal)
 
-    @_replicas.by_chief
+    @replicas.by_chief
     def _written(self, position, ended, values):
         """Writes a checkpoint, and returns what there is to say about it."""
         floats = [value for value in values if keras.backend.is_float_dtype(value.dtype.name)]
@@ -165,7 +167,7 @@ class Checkpoint(keras.callbacks.Callback):
             "callbacks": changed,
             "history": _encode([history.epoch, history.history], arrays),
             "logs": {name: float(value) for name, value in self._logs.items()},
-            "random": _encode([random.getstate(), np.random.get_state(), _devices.random_state()], arrays),  # noqa: NPY002
+            "random": _encode([random.getstate(), np.random.get_state(), devices.random_state()], arrays),  # noqa: NPY002
         }
         path = self.folder / f"{position[0]:06}-{position[1]:08}.npz"
         try:
@@ -193,7 +195,7 @@ class Checkpoint(keras.callbacks.Callback):
         of_python, of_numpy, of_backend = state["random"]
         random.setstate(of_python)
         np.random.set_state(of_numpy)  # noqa: NPY002
-        _devices.set_random_state(of_backend)
+        devices.set_random_state(of_backend)
 
     def _restore_history(self):
         """Keras clears the history when training begins, after this callback."""
@@ -203,7 +205,7 @@ class Checkpoint(keras.callbacks.Callback):
 
     def _newest(self, model):
         """The state of the newest checkpoint that is whole, or `None`."""
-        if _replicas.is_chief():
+        if replicas.is_chief():
             for temporary in self.folder.glob("*.npz.tmp"):  # of a run that was killed
                 temporary.unlink(missing_ok=True)
         for path in reversed(self._paths()):
@@ -313,7 +315,7 @@ def _write(path, state, arrays):
     text = np.frombuffer(json.dumps(state).encode(), "uint8")
     arrays["state-" + _checksum(text)] = text
     path.parent.mkdir(parents=True, exist_ok=True)
-    with saving.replacing(path, path.with_suffix(".npz.tmp")) as temporary, temporary.open("wb") as file:
+    with _files.replacing(path, path.with_suffix(".npz.tmp")) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
 
 

@@ -11,6 +11,8 @@ from matplotlib.colors import hsv_to_rgb
 from keras_ddpm import _checks
 from keras_ddpm import images
 
+__all__ = ["FLOWER_KINDS", "moons", "procedural_flowers"]
+
 
 def moons(num: int, seed: int | Sequence[int] = 0, noise: float = 0.05) -> tuple[np.ndarray, np.ndarray]:
     """Draws points on two interleaving half circles, with Gaussian noise.

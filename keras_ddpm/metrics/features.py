@@ -8,7 +8,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from keras_ddpm import _checks
-from keras_ddpm import _devices
+from keras_ddpm._backend import devices
+
+__all__ = ["Extractor", "ExtractorLike", "train_classifier"]
 
 
 class Extractor:
@@ -118,6 +120,6 @@ def train_classifier(x: ArrayLike, labels: ArrayLike, epochs: int = 5, verbose: 
     h = keras.layers.Dense(128, activation="relu", name="features")(h)
     classifier = keras.Model(inputs, keras.layers.Dense(int(labels.max()) + 1)(h), name="classifier")
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    classifier.compile("adam", loss, metrics=["accuracy"], jit_compile=_devices.jit_compile())
+    classifier.compile("adam", loss, metrics=["accuracy"], jit_compile=devices.jit_compile())
     classifier.fit(x, labels, batch_size=min(128, len(x)), epochs=epochs, verbose=verbose)
     return classifier

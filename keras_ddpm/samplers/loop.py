@@ -5,6 +5,7 @@ with noise share one compiled program for any number of steps, and samplers with
 sampling is drawn here.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -16,10 +17,12 @@ import numpy as np
 from keras import ops
 
 from keras_ddpm import _checks
-from keras_ddpm import _devices
-from keras_ddpm import _replicas
-from keras_ddpm import rows
+from keras_ddpm._backend import devices
+from keras_ddpm._backend import replicas
 from keras_ddpm.diffusion import GaussianDiffusion
+from keras_ddpm.samplers import rows
+
+__all__ = ["Job", "Loop", "noise", "prior"]
 
 MAX_BATCH_SIZE = 256
 
@@ -85,6 +88,32 @@ def _hashed(bits):
     return ops.bitwise_xor(bits, _shifted(bits, 16))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Job:
+    """What a loop runs.
+
+    Args:
+        steps: list of rows, as `Sampler.steps` returns.
+        start: function from indices of examples to the x at the start of the steps.
+        num: number of examples.
+        seed: seed of the noise of the steps.
+        first: number of the first example in the sequence of noise that belongs to the seed.
+        clip: whether to clip the predicted x_0.
+        known: pair of data x_0, `(num, ...)`, and a mask that broadcasts to them; or `None`. After each row, x is
+            replaced by noisy data if the mask is 1, and after the last row by the data themselves.
+        num_states: number of states to return, at the ends of evenly spaced steps; `None` for the last x only.
+    """
+
+    steps: list[np.ndarray]
+    start: Callable
+    num: int
+    seed: int = 0
+    first: int = 0
+    clip: bool = True
+    known: tuple | None = None
+    num_states: int | None = None
+
+
 class Loop:
     """Runs tables of samplers in batches, and keeps the compiled programs.
 
@@ -102,41 +131,26 @@ class Loop:
     def run(
         self,
         predict: Callable,
-        steps: list[np.ndarray],
-        start: Callable,
-        num: int,
-        seed: int,
+        job: Job,
         *,
         inputs: tuple = (),
         columns: tuple = (),
         dynamic_threshold: float | None = None,
-        clip: bool = True,
-        known: tuple | None = None,
-        first: int = 0,
         batch_size: int | None = None,
-        num_states: int | None = None,
         verbose: int | str = 0,
     ) -> Any:
-        """Runs the steps of a sampler on `num` examples.
+        """Runs a job.
 
         Args:
             predict: function from x `(batch, ...)`, t `(batch,)`, then `inputs` and the values of `columns`, to the
                 network's output. A program is compiled for each function object, so pass the same object each time. It
                 may have an attribute `variables`: those that it reads besides the loop's.
-            steps: list of rows, as `Sampler.steps` returns.
-            start: function from indices of examples to the x at the start of the steps.
-            num: number of examples.
-            seed: seed of the noise of the steps.
+            job: what to run.
             inputs: arrays `(num, ...)`. `predict` gets the examples of the batch.
             columns: arrays `(rows,)`. `predict` gets the entry of the current row.
             dynamic_threshold: as in `GaussianDiffusion.predict_x0`.
-            clip: whether to clip the predicted x_0.
-            known: pair of data x_0, `(num, ...)`, and a mask that broadcasts to them; or `None`. After each row, x is
-                replaced by noisy data if the mask is 1, and after the last row by the data themselves.
-            first: number of the first example in the sequence of noise that belongs to the seed.
             batch_size: examples in a batch; `None` for equal batches of at most 256. Several devices divide a batch,
                 so it is rounded up to a multiple of their number.
-            num_states: number of states to return, at the ends of evenly spaced steps; `None` for the last x only.
             verbose: 1 for a progress bar.
 
         Returns:
@@ -145,13 +159,14 @@ class Loop:
         Raises:
             ValueError: if `batch_size` is not a positive integer.
         """
+        num, num_states, known = job.num, job.num_states, job.known
         _checks.counts(optional=True, batch_size=batch_size)
         batch_size = batch_size or -(-num // -(-num // MAX_BATCH_SIZE))
-        batch_size += -batch_size % _replicas.program_parts()
+        batch_size += -batch_size % replicas.program_parts()
         num_batches = -(-num // batch_size)
-        table = np.concatenate(steps)
+        table = np.concatenate(job.steps)
         arrival, schedule = np.append(table["t"][1:], 0).astype("int64"), self.diffusion.schedule
-        job = {
+        arguments = {
             "rows": {name: _padded(table[name]) for name in table.dtype.names},
             "columns": tuple(map(_padded, columns)),  # in order, which JAX does not keep in a dict
             "arrival": [_padded(schedule.alpha[arrival]), _padded(schedule.sigma[arrival])],
@@ -159,31 +174,31 @@ class Loop:
             "dynamic_threshold": np.float32(dynamic_threshold or 1.0),
         }
         kind = {"draws_noise": bool(np.any(table["std"])), "thresholds": dynamic_threshold is not None}
-        program = self.programs(predict, clips=clip, masks=known is not None, **kind)
+        program = self.programs(predict, clips=job.clip, masks=known is not None, **kind)
         needs_keys = kind["draws_noise"] or known is not None
         arrays = {"inputs": inputs, "known": tuple(np.asarray(array, "float32") for array in known or ())}
 
-        ends = np.cumsum([0, *map(len, steps)], dtype="int32")
-        cuts = ends[np.linspace(0, len(steps), (num_states or 1) + 1).round().astype("int32")]
-        bars = ends[np.linspace(0, len(steps), min(20, len(steps)) + 1).round().astype("int32")] if verbose else []
-        stops = np.unique([*cuts, *bars]).astype("int32")
-        said = verbose if _replicas.is_chief() else 0
+        ends = np.cumsum([0, *map(len, job.steps)], dtype="int32")
+        cuts = ends[np.linspace(0, len(job.steps), (num_states or 1) + 1).round().astype("int32")]
+        bars = ends[np.linspace(0, len(job.steps), min(20, len(job.steps)) + 1).round().astype("int32")]
+        stops = np.unique([*cuts, *bars] if verbose else cuts).astype("int32")
+        said = verbose if replicas.is_chief() else 0
         progress = keras.utils.Progbar(num_batches * len(table), verbose=said, unit_name="step")
         states = np.empty((2 if num_states else 1, num_states or 1, num, *self.shape), "float32")
         for batch in range(num_batches):
             # The last batch is filled up with its last example.
             indices = np.minimum(np.arange(batch * batch_size, (batch + 1) * batch_size), num - 1)
             for name, several in arrays.items():
-                job[name] = tuple(array[indices] for array in several)
+                arguments[name] = tuple(array[indices] for array in several)
             keys = np.zeros((batch_size, 2), "uint32")
             if needs_keys:  # 2 ms for 256 examples
-                keys = [np.random.SeedSequence([seed, first + index]).generate_state(2) for index in indices]
-            job["keys"] = np.array(_signed(keys), "int32")
-            x = x_0 = start(indices)
+                keys = [np.random.SeedSequence([job.seed, job.first + index]).generate_state(2) for index in indices]
+            arguments["keys"] = np.array(_signed(keys), "int32")
+            x = x_0 = job.start(indices)
             previous = (np.zeros_like(x),) * rows.NUM_PREVIOUS
             for begin, end in itertools.pairwise(stops):
                 state = {"x": x, "x_0": x_0, "previous": previous, "between": (begin, end)}
-                x, x_0, previous = program.predict_on_batch(job | state)
+                x, x_0, previous = program.predict_on_batch(arguments | state)
                 progress.update(batch * len(table) + end)
                 if end in cuts:
                     part, place = np.searchsorted(cuts, end) - 1, slice(indices[0], indices[-1] + 1)
@@ -212,13 +227,13 @@ class _Program(keras.Model):
         self.clips = clips
         self.masks = masks
         self.recordings = {}
-        self.jit_compile = _devices.jit_compile()
+        self.jit_compile = devices.jit_compile()
         self.built = True
 
     def call(self, job):
         """Returns x, the predicted x_0 and the earlier calls after the rows of the range `between`."""
         in_batch = {name: job[name] for name in ("x", "x_0", "previous", "keys", "inputs", "known")}
-        job = job | keras.tree.map_structure(_replicas.part, in_batch)
+        job = job | keras.tree.map_structure(replicas.part, in_batch)
         predict = recorded(self.predict_y, self.recordings, job["calls"])
         threshold = job["dynamic_threshold"] if self.thresholds else None
 
@@ -244,10 +259,10 @@ class _Program(keras.Model):
             return x, x_0, previous
 
         state = ops.fori_loop(*job["between"], step, (job["x"], job["x_0"], job["previous"]))
-        return keras.tree.map_structure(_replicas.whole, state)
+        return keras.tree.map_structure(replicas.whole, state)
 
 
-@_devices.fast_on_torch
+@devices.fast_on_torch
 def recorded(function: Callable, recordings: dict, calls: Any) -> Callable:
     """Returns a version of the function for many calls with the same weights and without gradients.
 

@@ -12,7 +12,9 @@ from keras import layers
 from keras import ops
 
 from keras_ddpm import _checks
-from keras_ddpm import _devices
+from keras_ddpm._backend import devices
+
+__all__ = ["Attention", "Conv2D", "GroupNormalization", "PositionEmbedding", "TimestepEmbedding", "UpsampledConv2D"]
 
 
 @keras.saving.register_keras_serializable(package="keras_ddpm")
@@ -112,7 +114,7 @@ class GroupNormalization(layers.GroupNormalization):
         return {**super().get_config(), "activation": keras.activations.serialize(self.activation)}
 
 
-@_devices.fast_on_torch
+@devices.fast_on_torch
 def group_norm(x, gamma, beta, groups, epsilon):
     """Normalizes images by group, with scale gamma and shift beta, both `(channels,)`. Returns float32."""
     channels = x.shape[-1]
@@ -138,7 +140,7 @@ class Conv2D(layers.Conv2D):
         return self.activation(conv2d(x, kernel, bias, *options, training))
 
 
-@_devices.fast_on_torch
+@devices.fast_on_torch
 def conv2d(x, kernel, bias, strides, padding, dilation, groups, training):
     """Convolves with a kernel `(height, width, channels / groups, filters)` and adds the bias if there is one."""
     y = ops.conv(x, kernel, strides, padding, "channels_last", dilation)
@@ -201,7 +203,7 @@ class UpsampledConv2D(layers.Layer):
         return cls(**{"transposed": True, **config})  # configs of version 0.1 do not have it
 
 
-@_devices.fast_on_torch
+@devices.fast_on_torch
 def upsampled_conv2d(x, kernel, bias):
     """Upsamples images, convolves them with a kernel `(3, 3, channels, filters)` and adds the bias."""
     x = ops.repeat(ops.repeat(x, 2, axis=1), 2, axis=2)
@@ -227,7 +229,7 @@ class Attention(layers.Layer):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         # The device is not visible inside a compiled step. So it is read here.
-        self.max_dense_attention = _devices.max_dense_attention()
+        self.max_dense_attention = devices.max_dense_attention()
 
     def call(self, qkv):
         height, width, channels = self.compute_output_shape(qkv.shape)[1:]
@@ -239,7 +241,7 @@ class Attention(layers.Layer):
         return (*input_shape[:-1], input_shape[-1] // 3)
 
 
-@_devices.fast_on_torch
+@devices.fast_on_torch
 def attention(query, key, value, max_dense):
     """Computes attention with one head. Query, key and value are `(batch, tokens, channels)`.
 
@@ -261,3 +263,12 @@ def attention(query, key, value, max_dense):
 def _dense_attention(query, key, value):
     scores = ops.matmul(query * query.shape[-1] ** -0.5, ops.transpose(key, (0, 2, 1)))
     return ops.matmul(ops.softmax(scores), value)
+
+
+def padding_to(image_shape, multiple):
+    """Returns the padding of `ZeroPadding2D` that makes both sides multiples of `multiple`."""
+    valid = isinstance(image_shape, (list, tuple)) and len(image_shape) == 3 and all(map(_checks.is_count, image_shape))
+    _checks.require(valid, "`image_shape` must be (height, width, channels)", image_shape=image_shape)
+    layout = keras.config.image_data_format()
+    _checks.require(layout == "channels_last", "Images must be channels_last", image_data_format=layout)
+    return tuple((-size % multiple // 2, (-size % multiple + 1) // 2) for size in image_shape[:2])

@@ -21,8 +21,10 @@ import keras
 import numpy as np
 
 from keras_ddpm import _checks
-from keras_ddpm import _replicas
-from keras_ddpm import saving
+from keras_ddpm import _files
+from keras_ddpm._backend import replicas
+
+__all__ = ["decoded", "forget"]
 
 BLOCK = 256  # images that are decoded at once
 SECONDS = 5.0  # from one index to the next
@@ -61,7 +63,7 @@ def decoded(
     path = pathlib.Path(cache)
     _checks.require(path.suffix == ".npy", "The name of a cache must end in .npy", cache=cache)
     index = _opened(path, index)
-    if not _replicas.is_chief():
+    if not replicas.is_chief():
         index = _awaited(path, index, num)
     if index["read"] < num:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -140,7 +142,7 @@ def _write_index(path, index, file=None):
         file.flush()
         os.fsync(file.fileno())
     path = path.with_suffix(".json")
-    with saving.replacing(path, path.with_suffix(".json.tmp")) as temporary:
+    with _files.replacing(path, path.with_suffix(".json.tmp")) as temporary:
         temporary.write_text(json.dumps(index))
 
 

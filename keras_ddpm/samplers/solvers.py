@@ -1,35 +1,146 @@
-"""Samplers: from noise to data in steps.
-
-A sampler is a table of numbers with one row for each network call, as `rows.py` explains. For example, DDIM from t to s
-keeps the noise ε = (x − alpha_t x_0) / sigma_t. Its row is
-
-    row(t, from_x=sigma_s / sigma_t, from_x_0=alpha_s - alpha_t * sigma_s / sigma_t)
-
-To add a sampler, subclass `Sampler` as a frozen dataclass. If each step calls the network once, override
-`coefficients`. It gets the scales at both ends of all steps and returns the columns by name. Otherwise override
-`steps`, which returns the rows of each step, and `evaluations`. Columns that are not given are 0.
-"""
+"""The samplers, and their base class."""
 
 import dataclasses
+import itertools
+from collections.abc import Callable
 from collections.abc import Iterator
 from typing import Any
-from typing import NamedTuple
 
+import keras
 import numpy as np
 
 from keras_ddpm import _checks
 from keras_ddpm.diffusion import posterior_coefficients
-from keras_ddpm.rows import NUM_PREVIOUS as NUM_PREVIOUS
-from keras_ddpm.rows import ROW as ROW
-from keras_ddpm.rows import Array
-from keras_ddpm.rows import Columns
-from keras_ddpm.rows import Sampler as Sampler
-from keras_ddpm.rows import add_noise_back as add_noise_back
-from keras_ddpm.rows import row as row
-from keras_ddpm.rows import step as step
+from keras_ddpm.samplers.rows import NUM_PREVIOUS
+from keras_ddpm.samplers.rows import Array
+from keras_ddpm.samplers.rows import Columns
+from keras_ddpm.samplers.rows import add_noise_back
+from keras_ddpm.samplers.rows import row
 from keras_ddpm.schedules import Schedule
 
-QUADRATURE = np.polynomial.legendre.leggauss(32)  # places and weights, for polynomials times an exponential
+__all__ = ["DDIM", "DDPM", "IPNDM", "SPACINGS", "DPMSolver", "Heun", "Langevin", "Sampler", "UniPC"]
+
+SPACINGS: dict[str, Callable] = {
+    # Functions of sigma / alpha. The visited times are evenly spaced in the function's value.
+    "logsnr": np.log,
+    "karras": lambda ratio: ratio ** (1 / 7),  # Karras et al., 2022, Eq. 5 with ρ = 7
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """Base class of samplers, which are immutable and compare by value.
+
+    Args:
+        num_steps: number of steps, at most T; `None` for all T.
+        spacing: how the visited times are spaced from T down to 0: "uniform" in t, "logsnr" (uniform in the log-SNR)
+            or "karras" (uniform in (sigma/alpha)^(1/7)). With "logsnr" and "karras" the last step starts at t = 1.
+            Times are rounded to integers. If two of them coincide, one moves to the next free time. A tuple holds the
+            times at which the steps start, from T down, such as `samplers.optimized` finds.
+
+    `keras.saving.serialize_keras_object` turns a sampler into JSON, as models do that carry one.
+
+    Raises:
+        ValueError: if `num_steps` or `spacing` is invalid.
+    """
+
+    num_steps: int | None = None
+    spacing: str | tuple[int, ...] = dataclasses.field(default="uniform", kw_only=True)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        keras.saving.register_keras_serializable(cls.__module__.partition(".")[0])(cls)
+
+    def __post_init__(self) -> None:
+        _checks.counts(optional=True, num_steps=self.num_steps)
+        known, times = ["uniform", *SPACINGS], self.spacing
+        if isinstance(times, (list, tuple)):  # JSON has lists
+            valid = all(map(_checks.is_count, times)) and len(times) == self.num_steps
+            valid = valid and all(t > s for t, s in itertools.pairwise(times))
+            object.__setattr__(self, "spacing", tuple(map(int, times)) if valid else times)
+        else:
+            valid = times in known
+        _checks.require(valid, f"`spacing` must be one of {known}, or `num_steps` falling times", spacing=times)
+
+    def get_config(self) -> dict:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @classmethod
+    def from_config(cls, config: dict) -> "Sampler":
+        return cls(**{name: keras.saving.deserialize_keras_object(value) for name, value in config.items()})
+
+    @property
+    def evaluations(self) -> int | None:
+        """Number of network calls in a run; `None` if it depends on T.
+
+        `Heun` and `Langevin` make fewer calls if the schedule has no signal at T.
+        """
+        return self.num_steps
+
+    def shortened(self, share: float, timesteps: int) -> "Sampler":
+        """The same sampler with this share of its steps, at least one. `None` steps count as `timesteps`."""
+        if isinstance(self.spacing, tuple):
+            end = max(1, round(share * timesteps))
+            times = (end, *(t for t in self.spacing if t < end))
+            return dataclasses.replace(self, num_steps=len(times), spacing=times)
+        return dataclasses.replace(self, num_steps=max(1, round(share * (self.num_steps or timesteps))))
+
+    def timesteps(self, schedule: Schedule) -> Array:
+        """The visited times, `(num_steps + 1,)` integers from T down to 0.
+
+        Raises:
+            ValueError: if the schedule has fewer steps than the sampler.
+        """
+        end = schedule.timesteps
+        num_steps = self.num_steps or end
+        _checks.require(num_steps <= end, f"The schedule has only {end} steps", num_steps=num_steps)
+        if isinstance(self.spacing, tuple):
+            _checks.require(self.spacing[0] == end, f"The first time of `spacing` must be {end}", spacing=self.spacing)
+            return np.array([*self.spacing, 0])
+        if self.spacing == "uniform" or num_steps == 1:
+            return np.linspace(end, 0, num_steps + 1).round().astype("int64")
+        # If there is no signal at T, its log-SNR is not finite. Then the times below T are spaced.
+        highest = end if schedule.alpha[-1] > 0 else end - 1
+        times = np.arange(1, highest + 1)
+        num = num_steps - (end - highest)
+        position = SPACINGS[self.spacing](schedule.sigma[times] / schedule.alpha[times])
+        nodes = np.interp(np.linspace(position[0], position[-1], num), position, times).round()
+        order = np.arange(num)
+        nodes = np.maximum.accumulate(nodes - order) + order  # moves equal times upwards
+        nodes = np.minimum(nodes, highest - order[::-1])
+        return np.concatenate([[end][: end - highest], nodes[::-1], [0]]).astype("int64")
+
+    def table(self, schedule: Schedule) -> Array:
+        """All rows, an array `(network calls,)` of dtype `ROW`."""
+        return np.concatenate(self.steps(schedule))
+
+    def steps(self, schedule: Schedule) -> list[Array]:
+        """The rows of each step, one array for each pair of successive `timesteps`."""
+        times = self.timesteps(schedule)
+        t, s = times[:-1], times[1:]
+        alpha_t, sigma_t, alpha_s, sigma_s = schedule.alpha[t], schedule.sigma[t], schedule.alpha[s], schedule.sigma[s]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            rows = row(t, **self.coefficients(alpha_t, sigma_t, alpha_s, sigma_s))
+        rows["std"][-1] = 0.0  # the last step ends at clean data
+        if alpha_t[0] == 0:
+            # If x_T has no signal, its log-SNR is not finite. So every sampler starts with a step of DDIM.
+            ddim = {"from_x": sigma_s[0] / sigma_t[0], "from_x_0": alpha_s[0], "from_previous": 0.0, "std": 0.0}
+            for name, value in ddim.items():
+                rows[name][0] = value
+        return np.split(rows, len(rows))
+
+    def coefficients(self, alpha_t: Array, sigma_t: Array, alpha_s: Array, sigma_s: Array) -> Columns:
+        """The columns of `ROW`, by name, for steps from t to s.
+
+        `steps` sets the noise of the last step to 0. If alpha_T = 0, it also replaces the first step by a step of DDIM.
+
+        Args:
+            alpha_t: scale of the signal at the start of each step, float64 `(steps,)`.
+            sigma_t: scale of the noise at the start of each step.
+            alpha_s: scale of the signal at the end of each step; 1 at the end of the last step.
+            sigma_s: scale of the noise at the end of each step; 0 at the end of the last step.
+        """
+        raise NotImplementedError("A sampler needs `coefficients` or `steps`.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,6 +313,9 @@ class IPNDM(Sampler):
         return columns | changed | remembered | {"from_previous": from_previous}
 
 
+QUADRATURE = np.polynomial.legendre.leggauss(32)  # places and weights, for polynomials times an exponential
+
+
 def _multistep(
     order: int, from_x: Array, alpha_t: Array, sigma_t: Array, alpha_s: Array
 ) -> Iterator[tuple[list, float]]:
@@ -228,85 +342,6 @@ def _shares(nodes: list, decay: float) -> Array:
     u, weights = (1 + u) / 2, weights * np.exp(-decay * (1 - u) / 2)
     moments = [np.sum(weights * u**k) / np.sum(weights) for k in range(len(nodes))]
     return np.linalg.solve(powers, [1.0, 0.5] if len(nodes) == 2 else moments)
-
-
-class Trajectories(NamedTuple):
-    """Samples on their way from noise to data.
-
-    Attributes:
-        schedule: the schedule.
-        times: array `(N + 1,)` of times t, from T down to 0.
-        x: array `(N + 1, num_samples, ...)` of x_t at these times.
-        x_0: array `(N, num_samples, ...)` of the x_0 predicted at these times.
-    """
-
-    schedule: Schedule
-    times: Array
-    x: Array
-    x_0: Array
-
-
-def trajectories(model: Any, num_samples: int = 64, seed: int = 0, **options: Any) -> Trajectories:
-    """`num_samples` samples of a `DiffusionModel`, in up to 60 steps of DDIM. `seed`, `options`: as in its `sample`."""
-    schedule = model.diffusion.schedule
-    num = min(60, schedule.timesteps)
-    sampler = DDIM(num, spacing="logsnr")
-    _, x, x_0 = model.sample(num_samples, sampler, seed, return_trajectory=num, **options)
-    first = sampler.table(schedule)[0]
-    x = np.concatenate([(x[:1] - first["from_x_0"] * x_0[:1]) / first["from_x"], x])
-    return Trajectories(schedule, sampler.timesteps(schedule), x, x_0)
-
-
-def optimized(paths: Trajectories, sampler: Sampler) -> Sampler:
-    """Returns the sampler with the times at which its steps start searched for a model.
-
-    The trajectories of a model's samples have nearly the same shape. Among their times, those are chosen whose straight
-    steps deviate least from the trajectories, in sum.
-
-    >>> model.sampler = optimized(trajectories(model), UniPC(6))  # the default of `sample`, and saved with the model
-
-    Args:
-        paths: `trajectories` of the model. They serve any number of searches.
-        sampler: a sampler whose steps call the network once, with at most as many steps as the trajectories.
-
-    Returns:
-        The sampler with another `spacing`, a tuple of times.
-
-    Raises:
-        ValueError: if the sampler has too many steps, or steps of several network calls.
-
-    Reference: Chen et al., 2024 ("On the trajectory regularity of ODE-based diffusion sampling"), section 4.
-    """
-    once = isinstance(sampler, Sampler) and sampler.evaluations == sampler.num_steps
-    _checks.require(once, "`sampler` must be a sampler whose steps call the network once", sampler=sampler)
-    num, wanted = len(paths.x_0), sampler.num_steps or 0
-    _checks.require(0 < wanted <= num, f"`num_steps` must be in 1..{num}", num_steps=sampler.num_steps)
-    alpha, sigma = paths.schedule.alpha[paths.times], paths.schedule.sigma[paths.times]
-    deviation = np.full((num + 1, num + 1), np.inf)  # of a step from one time to a later one
-    for i, (x, x_0) in enumerate(zip(paths.x, paths.x_0)):
-        columns = DDIM().coefficients(alpha[i], sigma[i], alpha[i + 1 :], sigma[i + 1 :])
-        for j, from_x, from_x_0 in zip(range(i + 1, num + 1), columns["from_x"], columns["from_x_0"]):
-            deviation[i, j] = np.sqrt(np.mean((from_x * x + from_x_0 * x_0 - paths.x[j]) ** 2))
-    return dataclasses.replace(sampler, spacing=tuple(map(int, paths.times[shortest_path(deviation, wanted)])))
-
-
-def shortest_path(lengths: Array, num_steps: int) -> list[int]:
-    """The nodes from 0 on, without the last node, of the shortest path to the last node in so many steps.
-
-    Args:
-        lengths: array `(nodes, nodes)`: the length of each step, infinite where there is none.
-        num_steps: number of steps, of which there must be a path.
-    """
-    total, origins = np.full(len(lengths), np.inf), []
-    total[0] = 0.0
-    for _ in range(num_steps):
-        sums = total[:, None] + lengths
-        origins.append(np.argmin(sums, axis=0))
-        total = np.min(sums, axis=0)
-    path = [len(lengths) - 1]
-    for origin in reversed(origins):
-        path.append(int(origin[path[-1]]))
-    return path[:0:-1]
 
 
 @dataclasses.dataclass(frozen=True)

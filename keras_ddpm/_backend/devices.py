@@ -14,7 +14,21 @@ from collections.abc import Iterator
 import keras
 from keras import ops
 
-from keras_ddpm import _replicas
+from keras_ddpm._backend import replicas
+
+__all__ = [
+    "FAST",
+    "dtype_policy",
+    "fast_on_torch",
+    "has_accelerator",
+    "jit_compile",
+    "keep_memory",
+    "max_dense_attention",
+    "plain",
+    "plain_functions",
+    "random_state",
+    "set_random_state",
+]
 
 # Names of functions of `_torch`, and of those that are switched off. Tests compare fast and plain ones.
 FAST: set[str] = set()
@@ -33,9 +47,9 @@ def fast_on_torch(plain: Callable) -> Callable:
     @functools.wraps(plain)
     def function(*args, **kwargs):
         if keras.backend.backend() == "torch" and name not in plain_functions:
-            from keras_ddpm import _torch
+            from keras_ddpm._backend import torch
 
-            result = getattr(_torch, name)(*args, **kwargs)
+            result = getattr(torch, name)(*args, **kwargs)
             if result is not NotImplemented:
                 return result
         return plain(*args, **kwargs)
@@ -80,7 +94,7 @@ def jit_compile() -> bool:
     PyTorch, `torch.compile` recompiles a Keras model for minutes before the first step.
     """
     backend = keras.backend.backend()
-    return backend == "jax" or (backend == "tensorflow" and has_accelerator() and _replicas.program_parts() == 1)
+    return backend == "jax" or (backend == "tensorflow" and has_accelerator() and replicas.program_parts() == 1)
 
 
 def max_dense_attention() -> int:

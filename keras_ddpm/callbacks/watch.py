@@ -1,0 +1,75 @@
+"""Watching the loss. `DiffusionModel.fit` adds this callback."""
+
+import warnings
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_ddpm._backend import replicas
+
+__all__ = ["LossWatch"]
+
+
+class LossWatch(keras.callbacks.Callback):
+    """Raises an error if the loss is not finite, and warns if it does not fall. `DiffusionModel.fit` adds it.
+
+    Args:
+        x_0: clean data. At most 256 examples are used.
+        weighted: whether weights of examples or classes multiply the loss. It then warns of nothing.
+
+    Raises:
+        ValueError: within `every` steps after the loss has become NaN or infinite.
+    """
+
+    every = 5  # steps; reading the loss waits for an accelerator
+    patience = 300  # optimizer updates
+
+    def __init__(self, x_0: np.ndarray, weighted: bool = False):
+        super().__init__()
+        self.x_0 = x_0[:256]
+        self.weighted = weighted
+
+    def on_train_begin(self, logs=None):
+        """Computes the loss of a network that always predicts zero."""
+        diffusion = self.model.diffusion
+        t = np.linspace(1, diffusion.timesteps, len(self.x_0)).round().astype("int32")
+        noise = np.random.default_rng(0).standard_normal(self.x_0.shape)
+        target = diffusion.target(self.x_0, t, noise)
+        weight = self.model.aligned(self.model.corruption.weight(t))
+        loss = self.model.compute_loss(y=target, y_pred=ops.zeros_like(target), sample_weight=weight)
+        self.trivial = float(replicas.undivided(loss))
+        self.start = self._updates()
+        self._recent = []
+
+    def _updates(self):
+        return int(ops.convert_to_numpy(self.model.optimizer.iterations))
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._epoch = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        # The loss is the mean of the epoch so far. Once it is NaN, it stays NaN.
+        self._recent.append((batch, (logs or {}).get("loss", 0.0)))
+        if len(self._recent) >= self.every:
+            self._check()
+
+    def _check(self):
+        recent, self._recent = self._recent, []
+        for batch, loss in recent:
+            if not np.isfinite(float(loss)):
+                raise ValueError(
+                    f"The loss is {float(loss)} at step {batch + 1} of epoch {self._epoch + 1}: the data hold NaN, "
+                    "values outside the `clip_range` or unknown labels, or the learning rate is too high. "
+                    "The average is that of the step before."
+                )
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._check()
+        loss = (logs or {}).get("loss", 0.0)
+        if not self.weighted and loss > 0.9 * self.trivial and self._updates() - self.start >= self.patience:
+            warnings.warn(
+                f"After epoch {epoch + 1} the loss is {loss:.3f}; always predicting zero gives {self.trivial:.3f}. "
+                "The network has learned next to nothing: check the learning rate and the data.",
+                stacklevel=2,
+            )

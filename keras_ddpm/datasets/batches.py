@@ -1,0 +1,165 @@
+"""Batches of data in memory or in a memory-mapped file."""
+
+import concurrent.futures
+import dataclasses
+import functools
+
+import keras
+import numpy as np
+
+from keras_ddpm import _checks
+from keras_ddpm import images
+from keras_ddpm._backend import replicas
+from keras_ddpm.datasets import cache
+
+__all__ = ["Batches"]
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class Batches(keras.utils.PyDataset):
+    """Batches of data in memory, or in a memory-mapped file: `x_0`, or `(x_0, label)` if there are labels.
+
+    With `shuffle`, the batches of all epochs are cut from one endless sequence of permutations of the data. Every batch
+    is full, and all examples are seen equally often. A batch depends on the seed, the epoch and its number alone.
+
+    Several devices of JAX need batches that they can share. If the data in order do not divide by their number, the
+    last batch is filled up with an example of weight 0. Several processes of JAX each get their share of every batch.
+
+    Args:
+        x: array `(num, ...)`, possibly memory-mapped. uint8 images are scaled to [-1, 1] in the batches. Floats must be
+            finite and are not scaled. Of a file, one batch is in the memory of the process at once.
+        labels: array `(num,)` or `None`.
+        batch_size: number of examples in a batch.
+        shuffle: whether to shuffle. Otherwise an epoch is the data in order, and its last batch may be smaller.
+        flip: whether to mirror each image with probability 1/2.
+        steps_per_epoch: number of batches in an epoch of shuffled data. By default `num // batch_size`.
+        seed: seed of the order and of the flips.
+        class_names: the name of each label 0..K − 1, if they have names.
+        num_workers: number of threads that make the next batches in the meantime. 0 makes each when it is needed. Use
+            it instead of `workers` of Keras, of which 3.15 mixes up the order.
+
+    Attributes:
+        epoch: number of the epoch, which determines its batches. It counts on in further calls of `fit`; with
+            `initial_epoch`, `fit` starts there.
+
+    Raises:
+        ValueError: if `batch_size` is larger than the data, floats are not finite, the number of labels differs from
+            the number of examples, `flip` is set for data that are not images, or an epoch has no steps.
+    """
+
+    x: np.ndarray
+    labels: np.ndarray | None = None
+    batch_size: int = 64
+    shuffle: bool = True
+    flip: bool = False
+    steps_per_epoch: int | None = None
+    seed: int = 0
+    class_names: list[str] | None = None
+    num_workers: int = 0
+
+    shuffles_itself = True  # by the number of the epoch, so `fit` sets `epoch` and leaves the order alone
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self.class_names = None if self.class_names is None else list(map(str, self.class_names))
+        self.x = x = np.asarray(self.x)
+        valid = _checks.is_count(self.batch_size) and self.batch_size <= len(x)
+        _checks.require(valid, f"Expected a batch of 1..{len(x)}", batch_size=self.batch_size)
+        _checks.counts(low=0, seed=self.seed, num_workers=self.num_workers)
+        flags = {"shuffle": self.shuffle, "flip": self.flip}
+        _checks.require(all(isinstance(flag, bool) for flag in flags.values()), "Expected True or False", **flags)
+        _checks.counts(optional=True, steps_per_epoch=self.steps_per_epoch)
+        _checks.require(x.dtype == "uint8" or _is_finite(x), "The data hold NaN or infinite values")
+        _checks.require(not self.flip or x.ndim == 4, "Only images can be flipped", shape=x.shape)
+        if self.labels is not None:
+            self.labels = np.asarray(self.labels)
+            _checks.require(len(self.labels) == len(x), f"Expected {len(x)} labels", shape=self.labels.shape)
+        self.epoch = 0
+        self._begun = False
+        self._pool, self._coming = None, {}
+
+    def __repr__(self) -> str:
+        labels = "" if self.labels is None else ", with labels"
+        return f"<Batches of {self.batch_size} of {len(self.x)} examples {self.x.shape[1:]} {self.x.dtype}{labels}>"
+
+    @property
+    def num_examples(self) -> int:
+        """Number of examples in the data."""
+        return len(self.x)
+
+    def __len__(self) -> int:
+        full, rest = divmod(len(self.x), self.batch_size)
+        return (self.steps_per_epoch or full) if self.shuffle else full + (rest > 0)
+
+    def __getitem__(self, step: int) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+        if not 0 <= step < len(self):
+            raise IndexError(f"There are {len(self)} batches. Received: {step}")
+        batch = self.epoch * len(self) + step if self.shuffle else step
+        share = replicas.data_parts()
+        if not self.num_workers:
+            return self._batch(batch, *share)
+        self._pool = self._pool or concurrent.futures.ThreadPoolExecutor(self.num_workers)
+        end = batch + 1 + 2 * self.num_workers
+        ahead = range(batch, end if self.shuffle else min(end, len(self)))
+        # Batches of an earlier place in the data are no longer wanted.
+        wanted = [(n, *share) for n in ahead]
+        self._coming = {which: self._coming.get(which) or self._pool.submit(self._batch, *which) for which in wanted}
+        return self._coming.pop((batch, *share)).result()
+
+    def _batch(self, batch, parts, process, num_processes):
+        """Makes a batch, given how batches are divided, as in `replicas.data_parts`."""
+        num = len(self.x)
+        row = np.arange(batch * self.batch_size, (batch + 1) * self.batch_size)
+        chosen, weight = row, None
+        _checks.require(self.batch_size % parts == 0, f"{parts} devices need a multiple", batch_size=self.batch_size)
+        if self.shuffle:
+            chosen = np.array([_permutation(num, self.seed, i // num)[i % num] for i in row])
+        elif num % parts:
+            filled = num + -num % parts
+            row = row[row < filled]
+            # So the mean over all batches is that over the data.
+            chosen, weight = np.minimum(row, num - 1), np.where(row < num, filled / num, 0.0).astype("float32")
+        else:
+            chosen = row[row < num]
+        mirrored = np.random.default_rng([self.seed, 1, batch]).random(len(chosen)) < 0.5
+        mine = slice(len(chosen) * process // num_processes, len(chosen) * (process + 1) // num_processes)
+        chosen, mirrored = chosen[mine], mirrored[mine]
+        x = self._examples(chosen, mirrored)
+        labels = None if self.labels is None else self.labels[chosen]
+        if weight is not None:
+            return x, labels, weight[mine]
+        return x if labels is None else (x, labels)
+
+    def _examples(self, chosen, mirrored):
+        x = self.x[chosen]
+        cache.forget(self.x)
+        if self.flip:
+            x[mirrored] = x[mirrored, :, ::-1]
+        return images.from_uint8(x) if x.dtype == "uint8" else x.astype("float32")
+
+    def __getstate__(self):
+        return self.__dict__ | {"_pool": None, "_coming": {}}
+
+    def on_epoch_begin(self) -> None:
+        self._begun = True
+
+    def on_epoch_end(self) -> None:
+        """Moves on to the next epoch. Keras calls this before the first epoch, too, and then starts its workers."""
+        self.epoch += self._begun
+        self._begun = False
+
+
+def _is_finite(x, at_once=2**22):
+    """Whether all numbers are finite. A part of a file is in memory at once."""
+    size = max(1, at_once // max(1, x[0].size))
+    for start in range(0, len(x), size):
+        if not np.all(np.isfinite(x[start : start + size])):
+            return False
+        cache.forget(x)
+    return True
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(num, seed, number):
+    """The order of the data in pass `number`. Several are kept, as a batch may span two passes."""
+    return np.random.default_rng([seed, 0, number]).permutation(num)

@@ -1,0 +1,170 @@
+"""Corruption: algorithm 1 of Ho et al. as a value. It turns clean data into a regression problem.
+
+New ways to train change this value and not the training step.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_ddpm import _checks
+from keras_ddpm.diffusion import GaussianDiffusion
+from keras_ddpm.guidance import Condition
+
+__all__ = ["TIMESTEP_SAMPLINGS", "Corruption"]
+
+# Functions to times in [0, 1]. They get a number u in [0, 1) and an index 0..n − 1 for each of n examples.
+TIMESTEP_SAMPLINGS: dict[str, Callable] = {
+    "uniform": lambda u, index, n: u,
+    "batch": lambda u, index, n: ops.broadcast_to(u[:1], ops.shape(u)),
+    "stratified": lambda u, index, n: (index / n + u[:1]) % 1.0,  # Kingma et al., 2021, appendix I.1
+    "half_at_T": lambda u, index, n: ops.minimum(2 * ((index / n + u[:1]) % 1.0), 1.0),
+}
+
+
+def standard_normal(x_0: Any, generator: keras.random.SeedGenerator) -> Any:
+    """Draws independent noise like `x_0`."""
+    return keras.random.normal(ops.shape(x_0), seed=generator)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Corruption:
+    """Draws t and noise for a batch of clean data, and says what the network should predict.
+
+    Args:
+        diffusion: the process.
+        condition: the network's `guidance.Condition`, or `None`.
+        loss_weight: array `(T + 1,)` of weights of the loss at t = 0..T; `None` for 1.
+        timestep_sampling: how t is drawn from 1..T: a name in `TIMESTEP_SAMPLINGS`.
+        label_dropout: the share of examples that lose their condition, in [0, 1).
+        draw_noise: function from x_0 and a seed generator to noise like x_0.
+
+    Call arguments:
+        x_0: clean data `(batch, ...)`, or a dict `{"x_0": x_0, "noise": noise}`. Then this noise is used.
+        condition: labels or vectors of the batch. They are ignored if `condition` is `None`.
+        weight: weights of the examples `(batch,)`, or `None`.
+        generator: a `keras.random.SeedGenerator`.
+
+    Returns:
+        The network's inputs, a tuple of x_t, t and, if there is one, the condition; the target, shaped like x_t; and
+        the weights of the loss `(batch,)`, or `None` for 1.
+
+    Raises:
+        ValueError: if `timestep_sampling` is unknown, `label_dropout` is outside [0, 1), or `loss_weight` has another
+            shape or is not positive at some t in 1..T.
+
+    Reference: Ho et al., 2020, algorithm 1.
+    """
+
+    diffusion: GaussianDiffusion
+    condition: Condition | None = None
+    loss_weight: Any = None
+    timestep_sampling: str = "stratified"
+    label_dropout: float = 0.0
+    draw_noise: Callable = standard_normal
+
+    def __post_init__(self) -> None:
+        kinds = list(TIMESTEP_SAMPLINGS)
+        valid, needed = self.timestep_sampling in kinds, f"`timestep_sampling` must be one of {kinds}"
+        _checks.require(valid, needed, timestep_sampling=self.timestep_sampling)
+        _checks.share(label_dropout=self.label_dropout)
+        object.__setattr__(self, "loss_weight", _checked_weight(self.loss_weight, self.diffusion.timesteps))
+
+    def __call__(self, x_0: Any, condition: Any, weight: Any, generator: keras.random.SeedGenerator) -> tuple:
+        x_0, noise = _parts(x_0)
+        x_0 = self._poisoned(ops.cast(x_0, "float32"), condition)
+        batch_size = ops.shape(x_0)[0]
+        t = self._draw_timesteps(batch_size, generator)
+        noise = self.draw_noise(x_0, generator) if noise is None else ops.cast(noise, "float32")
+        inputs = (self.diffusion.q_sample(x_0, t, noise), t)
+        if self.condition:
+            kept = keras.random.uniform((batch_size,), seed=generator) >= self.label_dropout
+            inputs = (*inputs, self.condition.drop(condition, kept))
+        of_time = self.weight(t)
+        if weight is None:
+            weight = of_time
+        else:
+            weight = ops.cast(weight, "float32") if of_time is None else of_time * ops.cast(weight, "float32")
+        return inputs, self.diffusion.target(x_0, t, noise), weight
+
+    def weight(self, t: Any) -> Any:
+        """The weights of the loss at times t, `(batch,)`; `None` if all are 1."""
+        return None if self.loss_weight is None else ops.take(ops.convert_to_tensor(self.loss_weight, "float32"), t)
+
+    def check(self, x_0: Any, condition: Any, shape: tuple) -> np.ndarray:
+        """Checks data on the host, before they are trained on.
+
+        Args:
+            x_0: clean data or a dict, as in a call.
+            condition: labels or vectors of the data, or `None`.
+            shape: shape of one example.
+
+        Returns:
+            x_0 as a float32 array.
+
+        Raises:
+            ValueError: if the data have another shape, lie outside the `clip_range`, contain NaN or lack the condition.
+        """
+        x_0, noise = _parts(x_0)
+        x_0 = _checks.data(ops.convert_to_numpy(x_0), shape, self.diffusion.clip_range)
+        if noise is not None:
+            noise = _checks.data(ops.convert_to_numpy(noise), shape, name="noise")
+            _checks.require(len(noise) == len(x_0), f"Expected noise of {len(x_0)} examples", shape=noise.shape)
+        if self.condition:
+            hint = "The network has a condition: call `fit(x_0, labels)`, or give `(x_0, label)` batches"
+            _checks.require(condition is not None, hint)
+            condition = ops.convert_to_numpy(condition)
+            _checks.require(condition.dtype.kind in "biuf", "Labels in data are integers", labels=condition[:3])
+            self.condition.array(condition, len(condition))
+        return x_0
+
+    def _draw_timesteps(self, batch_size, generator):
+        """Draws t in 1..T, `(batch,)`."""
+        u = keras.random.uniform((batch_size,), seed=generator)
+        index, number = ops.cast(ops.arange(batch_size), "float32"), ops.cast(batch_size, "float32")
+        steps = self.diffusion.timesteps
+        time = TIMESTEP_SAMPLINGS[self.timestep_sampling](u, index, number)
+        return ops.minimum(1 + ops.cast(time * steps, "int32"), steps)  # in float32, time may be rounded to 1
+
+    def _poisoned(self, x_0, condition):
+        """Replaces data that `check` would refuse by NaN, as a compiled step cannot raise an error.
+
+        Only the first batch of a stream is checked. `LossWatch` raises an error if the loss is NaN.
+        """
+        valid = True
+        if self.diffusion.clip_range is not None:
+            low, high = self.diffusion.clip_range
+            valid = ops.logical_and(x_0 >= low - _checks.ROUNDING, x_0 <= high + _checks.ROUNDING)
+        if self.condition and self.condition.num_classes:
+            known = ops.logical_and(condition >= 0, condition < self.condition.num_classes)
+            valid = ops.logical_and(valid, ops.reshape(known, (-1,) + (1,) * (len(x_0.shape) - 1)))
+        return x_0 if valid is True else ops.where(valid, x_0, np.nan)
+
+
+def _parts(x: Any) -> tuple:
+    """The x_0 and the noise of a batch `{"x_0": x_0, "noise": noise}`, or x_0 and `None`."""
+    if not isinstance(x, dict):
+        return x, None
+    valid = set(x) == {"x_0", "noise"}
+    _checks.require(valid, "A batch that is a dict has the entries 'x_0' and 'noise'", entries=sorted(x))
+    return x["x_0"], x["noise"]
+
+
+def _checked_weight(loss_weight: Any, timesteps: int) -> np.ndarray | None:
+    """The weights as a float64 array `(T + 1,)`; `None` stays `None`."""
+    if loss_weight is None:
+        return None
+    needed = f"`loss_weight` must be an array of {timesteps + 1} numbers, for t = 0..{timesteps}"
+    try:
+        weight = np.asarray(loss_weight, "float64")
+    except (TypeError, ValueError):
+        weight = np.empty(0)
+    _checks.require(weight.shape == (timesteps + 1,), needed, loss_weight=loss_weight)
+    wrong = np.flatnonzero(~((weight[1:] > 0) & np.isfinite(weight[1:]))) + 1
+    message = f"`loss_weight` must be positive at t = 1..{timesteps}, or the network is never trained there"
+    _checks.require(not wrong.size, message, **{f"loss_weight[{t}]": float(weight[t]) for t in wrong[-1:]})
+    return weight
