@@ -43,7 +43,7 @@ def two(model):
 
 def draw_map(path, panels, seed, num=1500):
     """Draws points of noise and where they are taken. Each point keeps the color of the direction it came from."""
-    noise = kd.sampling.noise((2,), seed, np.arange(num))
+    noise = kd.samplers.loop.noise((2,), seed, np.arange(num))
     panels = {name: model.sample(num, sampler, seed) for name, (model, sampler) in panels.items()}
     moons.scatter(path, {"noise / 2": noise / 2, **panels}, np.arctan2(*noise.T), cmap="hsv")
 
@@ -185,7 +185,7 @@ def main(
         train, test = common.load(dataset, size, **options)
         if train.x.shape[1:] != trained.data_shape:
             raise common.UsageError(f"{model} makes images {trained.data_shape}. --dataset has {train.x.shape[1:]}.")
-        guided = {"guide": common.load_model(guide)} if guide else {}
+        guided = {"guidance": kd.guidance.Guidance(guide=common.load_model(guide))} if guide else {}
         guided |= {"guidance_scale": guidance_scale} if guidance_scale != 1 else {}
         trained.sample(1, ONE, seed, **common.every_class(trained, 1), **guided)  # says what does not fit
     distill_points(out, seed, num_point_pairs, point_epochs, num_points, num_sets)

@@ -84,7 +84,9 @@ def main(
     options = {"data_dir": data_dir, "seed": seed, "steps_per_epoch": steps_per_epoch}
     data, test = common.load(dataset, image_size, channels=channels, labels=True, **options)
     num_classes = int(data.labels.max()) + 1
-    options = {"batch_size": min(250, num_samples)} | ({"guide": common.load_model(guide)} if guide else {})
+    options = {"batch_size": min(250, num_samples)} | (
+        {"guidance": kd.guidance.Guidance(guide=common.load_model(guide))} if guide else {}
+    )
     if num_samples < 2 * num_classes:
         raise common.UsageError(f"--num-samples must be at least {2 * num_classes}, which is two of each class.")
     kept = out / "classifier.keras"

@@ -142,7 +142,7 @@ def main(
         trained.save(out / "model.keras")
 
     if "optimized" in spacings and min(evaluations) <= 20:
-        paths = S.trajectories(trained, 64, seed + 1000, **common.every_class(trained, 64))
+        paths = trained.trajectories(64, seed + 1000, **common.every_class(trained, 64))
     rows, samples = [], {}
     asked = {"batch_size": min(250, num_samples), **common.every_class(trained, num_samples)}
     for calls in evaluations:

@@ -122,7 +122,7 @@ class DiffusionModel(keras.Model):
         self.seed = seed if seed is None else _checks.seed(seed)
         self.sampler = sampler
         self.average = Average(network, ema_decay, self.add_weight)
-        arrange([*network.weights, *self.average.weights])
+        devices.arrange([*network.weights, *self.average.weights])
         self._fit_random = replicas.Seeds(self.seed)
         self._test_random = replicas.Seeds(0)
         self._loop = loop.Loop(self.diffusion, self.data_shape, [*network.variables, *self.average.weights])
@@ -181,7 +181,7 @@ class DiffusionModel(keras.Model):
         # twice if the step creates variables.
         if self.optimizer is not None:
             self.optimizer.build(self.trainable_variables)
-            arrange(self.optimizer.variables)
+            devices.arrange(self.optimizer.variables)
         zeros = ops.zeros((1, *self.data_shape))
         self.compute_loss(y=zeros, y_pred=zeros)
         losses = [loss for loss in keras.tree.flatten(self.loss) if loss is not None]
@@ -662,8 +662,3 @@ class _Stateless(keras.StatelessScope):
 
     def state(self):
         return tuple([self.get_current_value(v) for v in group] for group in self.variables)
-
-
-@devices.fast_on_torch
-def arrange(variables: list) -> None:
-    """Arranges variables in memory as the backend reads them fastest. Only PyTorch needs it."""

@@ -14,7 +14,7 @@ import pytest
 from keras import ops
 
 import keras_ddpm as kd
-from keras_ddpm import _devices
+from keras_ddpm._backend import devices
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
@@ -28,11 +28,11 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     if config.getoption("--plain") and TORCH:
-        _devices.plain_functions.update(fast_functions())
+        devices.plain_functions.update(fast_functions())
 
 
 def fast_functions():
-    return {name for name in _devices.FAST if "random_state" not in name}  # which has no plain form
+    return {name for name in devices.FAST if "random_state" not in name}  # which has no plain form
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def plain_functions(monkeypatch):
 
     def switch_off(*names):
         names = names or fast_functions()
-        monkeypatch.setattr(_devices, "plain_functions", _devices.plain_functions | set(names))
+        monkeypatch.setattr(devices, "plain_functions", devices.plain_functions | set(names))
 
     return switch_off if TORCH else lambda *names: None
 

@@ -88,7 +88,7 @@ callbacks = [
 found = {}
 if args.devices > 1 and keras.backend.backend() == "tensorflow":
     with strategy.scope():
-        seeds = kd._replicas.Seeds(0)
+        seeds = kd._backend.replicas.Seeds(0)
 
     @tf.function
     def draw():

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 import keras_ddpm as kd
-from keras_ddpm import _cache
 from keras_ddpm import datasets
+from keras_ddpm.datasets import cache as _cache
 
 
 @pytest.fixture
@@ -129,18 +129,18 @@ def test_another_process_waits_for_the_chief(folder, tmp_path, monkeypatch):
 
     def sleep(seconds):
         waited.append(seconds)
-        monkeypatch.setattr(kd._replicas, "_process", lambda: (0, 2))
+        monkeypatch.setattr(kd._backend.replicas, "_process", lambda: (0, 2))
         read(folder, cache=cache)
-        monkeypatch.setattr(kd._replicas, "_process", lambda: (1, 2))
+        monkeypatch.setattr(kd._backend.replicas, "_process", lambda: (1, 2))
 
-    monkeypatch.setattr(kd._replicas, "_process", lambda: (1, 2))
+    monkeypatch.setattr(kd._backend.replicas, "_process", lambda: (1, 2))
     monkeypatch.setattr(_cache.time, "sleep", sleep)
     assert read(folder, cache=cache).num_examples == 19 and waited == [1]
 
 
 def test_the_wait_for_the_chief_ends(folder, tmp_path, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(kd._replicas, "_process", lambda: (1, 2))
+    monkeypatch.setattr(kd._backend.replicas, "_process", lambda: (1, 2))
     monkeypatch.setattr(_cache.time, "sleep", lambda seconds: clock.append(clock.pop() + 100))
     monkeypatch.setattr(_cache.time, "monotonic", lambda: clock[-1])
     with pytest.raises(TimeoutError, match="added nothing to .*pictures.npy for 600 seconds"):

@@ -109,7 +109,7 @@ def test_evaluation_is_compiled_once_for_each_kind_of_weights(model, points):
         ({"path": "x"}, "path='x'"),
         ({"path": "x{.png"}, "path=x{.png"),
         ({"path": "x.png", "batch_size": 0}, "batch_size=0"),
-        ({"path": "x.png", "dynamic_threshold": 2}, "dynamic_threshold=2"),
+        ({"path": "x.png", "guidance_scale": -2}, "guidance_scale=-2"),
         ({"path": "x.png", "use_ema": 1}, "use_ema=1"),
         ({"path": "x.png", "sampler": "ddim"}, "sampler='ddim'"),
         ({"path": "x.png", "labels": 1}, "takes no labels"),

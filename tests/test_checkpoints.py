@@ -13,7 +13,7 @@ import pytest
 from conftest import weights
 
 import keras_ddpm as kd
-from keras_ddpm import checkpoints
+from keras_ddpm.callbacks import checkpoint as checkpoints
 
 # A run with all that can go wrong in resuming: dropout, gradient accumulation, flips, a schedule of the learning rate,
 # labels that are dropped, callbacks with a state, and an epoch that is no whole number of passes over the data.

@@ -177,10 +177,10 @@ def run_epochs(data, epochs, **options):
     rows = []
 
     class Model(kd.DiffusionModel):
-        def _corrupt(self, data, *args):
+        def _corrupted(self, data, *args):
             x = data[0] if isinstance(data, (tuple, list)) else data
             rows.append(ops.convert_to_numpy(x)[:, 0].astype(int).tolist())
-            return super()._corrupt(data, *args)
+            return super()._corrupted(data, *args)
 
     x, t = keras.Input((1,)), keras.Input((), dtype="int32")
     model = Model(keras.Model([x, t], keras.layers.Dense(1)(x)), kd.GaussianDiffusion(clip_range=None))

@@ -102,7 +102,7 @@ def draws(seed, num=4):
     """The noise of the page, by the count of draws. The first is x_T."""
     keys = np.array([[seed, index] for index in range(num)], "int32")
     shape = (num, SIZE, SIZE, 3)
-    return lambda number: keras.ops.convert_to_numpy(kd.sampling.counted_noise(shape, keys, number))
+    return lambda number: keras.ops.convert_to_numpy(kd.samplers.loop.counted_noise(shape, keys, number))
 
 
 def distance(page, x):

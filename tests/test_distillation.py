@@ -27,7 +27,7 @@ def test_a_pair_is_a_sample_and_its_start(schedule):
     teacher = GAUSSIAN.model(schedule)
     data = distillation.pairs(teacher, 50, kd.samplers.DDIM(10), seed=3, batch_size=25)
     x = teacher.sample(50, kd.samplers.DDIM(10), seed=3)
-    start = kd.sampling.prior(teacher.diffusion, (1,), 3, np.arange(50))
+    start = kd.samplers.loop.prior(teacher.diffusion, (1,), 3, np.arange(50))
     seen = []
     for batch in data:
         index = [int(np.flatnonzero(x == value)[0]) for value in batch["x_0"]]

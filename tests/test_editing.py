@@ -281,7 +281,12 @@ def test_labels_and_seeds():
         assert not np.array_equal(first, edit(seed=1, labels=1))
         assert not np.array_equal(first, edit(seed=0, labels=[0, 0, 0]))
         assert not np.array_equal(first, edit(seed=0, labels=1, guidance_scale=3.0))
-        assert edit(seed=0, labels=1, guidance_scale=3.0, guidance_rescale=0.7, dynamic_threshold=0.9).max() <= 1
+        assert (
+            edit(
+                seed=0, labels=1, guidance_scale=3.0, guidance=kd.guidance.Guidance(rescale=0.7, dynamic_threshold=0.9)
+            ).max()
+            <= 1
+        )
 
 
 @pytest.mark.parametrize(
@@ -303,7 +308,7 @@ def test_labels_and_seeds():
         (lambda m, x: editing.inpaint(m, [x[0], x[0, :, :1]], np.ones((2, 1, 2, 1))), "`images` must be an array"),
         (lambda m, x: editing.variations(m, x, 0.5, num_steps=0), "num_steps=0"),
         (lambda m, x: editing.variations(m, x, 0.5, guidance_scale=2.0), "needs labels"),
-        (lambda m, x: editing.decode(m, x, dynamic_threshold=0.9), "Nothing is clipped"),
+        (lambda m, x: editing.decode(m, x, guidance=kd.guidance.Guidance(dynamic_threshold=0.9)), "Nothing is clipped"),
         (lambda m, x: editing.interpolate(m, x, x[:1], 3), r"shapes=\(\(2, 1, 2, 1\), \(1, 1, 2, 1\)\)"),
         (lambda m, x: editing.interpolate(m, x, np.zeros((2, 2, 2, 1)), 3), "Expected `images_b` of shape"),
         (lambda m, x: editing.interpolate(m, x, x, 1), "num=1"),

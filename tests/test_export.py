@@ -65,7 +65,7 @@ def test_onnx_runtime_samples_what_the_model_samples(tmp_path, kind):
     guidance = {"guidance_scale": 2.0, "guidance_interval": (5, 40)} if kind == "guided" else {}
     folder = kd.export.onnx(model, tmp_path / "exported", TABLES, **guidance)
     labels = np.array([2, 0, 1], "int32") if model.condition else None
-    x_t = kd.sampling.prior(model.diffusion, SHAPE, 3, np.arange(3))
+    x_t = kd.samplers.loop.prior(model.diffusion, SHAPE, 3, np.arange(3))
     for name, sampler in TABLES.items():
         if name == "noise":
             continue
@@ -100,7 +100,7 @@ def test_half_precision_halves_the_file(tmp_path):
     for half in (False, True):
         folder = kd.export.onnx(model, tmp_path / str(half), {"d": kd.samplers.DDIM(5)}, half_precision=half)
         sizes.append((folder / "denoiser.onnx").stat().st_size)
-        x_t = kd.sampling.prior(model.diffusion, (2,), 0, np.arange(4))
+        x_t = kd.samplers.loop.prior(model.diffusion, (2,), 0, np.arange(4))
         outputs.append(onnx_sampling.sample(folder, "sample", "d", x_t))
     assert sizes[1] < 0.6 * sizes[0]
     np.testing.assert_allclose(*outputs, atol=0.02)
@@ -112,7 +112,7 @@ def test_a_network_in_mixed_precision_computes_in_float32(tmp_path):
     same = make_model()
     for v, value in zip(same.ema_weights, weights(model.ema_weights), strict=True):
         v.assign(value)
-    x_t = kd.sampling.prior(model.diffusion, SHAPE, 0, np.arange(2))
+    x_t = kd.samplers.loop.prior(model.diffusion, SHAPE, 0, np.arange(2))
     got = onnx_sampling.sample(folder, "sample", "d", x_t)
     np.testing.assert_allclose(got, same.sample(2, kd.samplers.DDIM(3), seed=0), atol=1e-4)
 

@@ -1,5 +1,7 @@
 """Labels, vectors and guidance, compared with closed forms. The classes are the components of a mixture."""
 
+import dataclasses
+
 import keras
 import numpy as np
 import pytest
@@ -11,7 +13,8 @@ from keras import ops
 
 import keras_ddpm as kd
 from keras_ddpm import guidance
-from keras_ddpm import sampling
+from keras_ddpm.guidance import Guidance
+from keras_ddpm.samplers import loop as sampling
 
 LINEAR = kd.schedules.linear(1000)
 SAMPLER = kd.samplers.DPMSolver(60, spacing="logsnr")
@@ -116,7 +119,7 @@ def test_scales_0_and_1_call_the_network_once(mixture):
         assert np.array_equal(x, calls_of(mixture, **same)[1])
     sizes, _ = calls_of(mixture, labels=1, guidance_scale=2.0)
     assert sizes == {12}
-    sizes, _ = calls_of(mixture, labels=1, guidance_scale=2.0, guidance_interval=(300, 700))
+    sizes, _ = calls_of(mixture, labels=1, guidance_scale=2.0, guidance=Guidance(interval=(300, 700)))
     assert sizes == {6, 12}
 
 
@@ -125,10 +128,10 @@ def test_a_guide_is_extrapolated_from():
     good, bad = Mixture((0.3, 0.7), (-0.6, 0.4), 0.1), Mixture((0.3, 0.7), (-0.6, 0.4), 0.25)
     schedule, sampler = kd.schedules.cosine(200), kd.samplers.DPMSolver(20, spacing="logsnr")
     model, guide = good.model(schedule), bad.model(schedule)
-    for options in ({}, {"guidance_interval": (20, 120)}):
+    for interval in (None, (20, 120)):
         x = sampling.prior(model.diffusion, (1,), 0, range(50))[:, 0].astype("float64")
         previous = (np.zeros_like(x),) * kd.samplers.NUM_PREVIOUS
-        low, high = options.get("guidance_interval", (0, 200))
+        low, high = interval or (0, 200)
 
         def denoise(x, t):
             scales = schedule.alpha[int(t)], schedule.sigma[int(t)]
@@ -137,17 +140,19 @@ def test_a_guide_is_extrapolated_from():
 
         for row in sampler.table(schedule):
             x, previous = kd.samplers.step(row, denoise, x, None, previous)
-        got = model.sample(50, sampler, seed=0, guide=guide, guidance_scale=2.0, **options)[:, 0]
+        asked = Guidance(guide=guide, interval=interval)
+        got = model.sample(50, sampler, seed=0, guidance_scale=2.0, guidance=asked)[:, 0]
         np.testing.assert_allclose(got, x, atol=2e-4)
 
 
 def test_a_guide_joins_labels_and_rescaling(mixture):
     """A guide without labels takes the place of the network without its label. With scale 1 it is not called."""
-    options = {"labels": 1, "guidance_scale": 2.0, "guidance_rescale": 0.5}
+    options = {"labels": 1, "guidance_scale": 2.0}
     whole = TWO.model(mixture.diffusion.schedule)  # what the network predicts without its label
-    expected = mixture.sample(9, SAMPLER, seed=0, **options)
-    np.testing.assert_allclose(mixture.sample(9, SAMPLER, seed=0, guide=whole, **options), expected, atol=1e-5)
-    sizes, x = calls_of(mixture, labels=1, guide=whole)
+    expected = mixture.sample(9, SAMPLER, seed=0, guidance=Guidance(rescale=0.5), **options)
+    got = mixture.sample(9, SAMPLER, seed=0, guidance=Guidance(rescale=0.5, guide=whole), **options)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    sizes, x = calls_of(mixture, labels=1, guidance=Guidance(guide=whole))
     assert sizes == {6} and np.array_equal(x, calls_of(mixture, labels=1)[1])
 
 
@@ -164,12 +169,12 @@ def test_scale_1_does_not_call_the_guide(points):
         v.assign(np.full(v.shape, np.nan))
     sample = lambda **options: model.sample(3, kd.samplers.DDIM(4), seed=0, **options)  # noqa: E731
     expected = sample()
-    assert np.array_equal(sample(guide=guide, guidance_scale=1.0), expected)
-    assert np.isnan(sample(guide=guide, guidance_scale=1.5)).all()
-    never = {"guidance_scale": 1.5, "guidance_interval": (24, 24)}  # DDIM(4) does not visit 24
-    assert np.array_equal(sample(guide=guide, **never), expected)
+    assert np.array_equal(sample(guidance=Guidance(guide=guide), guidance_scale=1.0), expected)
+    assert np.isnan(sample(guidance=Guidance(guide=guide), guidance_scale=1.5)).all()
+    never = Guidance(guide=guide, interval=(24, 24))  # DDIM(4) does not visit 24
+    assert np.array_equal(sample(guidance=never, guidance_scale=1.5), expected)
     with pytest.raises(ValueError, match="must have the data shape and the process"):
-        sample(guide=other, guidance_scale=1.5)
+        sample(guidance=Guidance(guide=other), guidance_scale=1.5)
 
 
 @pytest.mark.parametrize("num_steps", [4] + [20] * TORCH)  # PyTorch records the networks from 20 calls on
@@ -179,16 +184,16 @@ def test_a_guide_may_learn_between_samples(num_steps):
     model, guide = (kd.DiffusionModel(kd.networks.mlp(2, 8, 1), diffusion) for _ in range(2))
     randomize(model.network)
     sample = lambda **options: model.sample(3, kd.samplers.DDIM(num_steps), seed=0, **options)  # noqa: E731
-    first = sample(guide=guide, guidance_scale=3.0)
+    first = sample(guidance=Guidance(guide=guide), guidance_scale=3.0)
     for v in guide.ema_weights:
         v.assign(v + 0.3)
-    second = sample(guide=guide, guidance_scale=3.0)
+    second = sample(guidance=Guidance(guide=guide), guidance_scale=3.0)
     assert not np.allclose(first, second, atol=1e-3)
     copy = kd.DiffusionModel(kd.networks.mlp(2, 8, 1), diffusion)
     for v, value in zip(copy.ema_weights, guide.ema_weights):
         v.assign(ops.convert_to_numpy(value))
-    assert np.array_equal(sample(guide=copy, guidance_scale=3.0), second)
-    raw = [sample(guide=guide, guidance_scale=w, use_ema=False) for w in (1.0, 3.0)]
+    assert np.array_equal(sample(guidance=Guidance(guide=copy), guidance_scale=3.0), second)
+    raw = [sample(guidance=Guidance(guide=guide), guidance_scale=w, use_ema=False) for w in (1.0, 3.0)]
     assert np.array_equal(raw[0], sample(use_ema=False)) and not np.allclose(raw[1], second, atol=1e-3)
 
 
@@ -201,9 +206,9 @@ def test_guides_that_do_not_fit(mixture):
         (kd.DiffusionModel(kd.networks.mlp(1, 8, 1, num_classes=7), mixture.diffusion), "the labels of the model"),
     ]:
         with pytest.raises(ValueError, match=message):
-            mixture.sample(1, guide=guide, guidance_scale=2.0)
+            mixture.sample(1, guidance=Guidance(guide=guide), guidance_scale=2.0)
     with pytest.raises(ValueError, match="the labels of the model, or none"):
-        TWO.model(schedule).sample(1, guide=mixture, guidance_scale=2.0)
+        TWO.model(schedule).sample(1, guidance=Guidance(guide=mixture), guidance_scale=2.0)
 
 
 def test_guidance_interval(mixture):
@@ -211,7 +216,7 @@ def test_guidance_interval(mixture):
     sampler = kd.samplers.DPMSolver(10)
     plain, guided = (mixture.sample(8, sampler, seed=0, labels=0, guidance_scale=w) for w in (1.0, 3.0))
     sample = lambda *interval: mixture.sample(  # noqa: E731
-        8, sampler, seed=0, labels=0, guidance_scale=3.0, guidance_interval=interval
+        8, sampler, seed=0, labels=0, guidance_scale=3.0, guidance=Guidance(interval=interval)
     )
     np.testing.assert_allclose(sample(1, 1000), guided, atol=1e-6)
     np.testing.assert_allclose(sample(2000, 3000), plain, atol=1e-6)
@@ -241,7 +246,7 @@ def test_rescale_keeps_the_deviation_of_the_conditional_output():
 def test_rescale_of_a_network_that_outputs_zeros():
     """Mistake of others: the deviation of zeros is divided by itself, and the samples are NaN."""
     model = kd.DiffusionModel(kd.networks.mlp(2, 16, 1, num_classes=3), seed=0)
-    x = model.sample(4, kd.samplers.DDIM(5), seed=0, labels=1, guidance_scale=3.0, guidance_rescale=0.7)
+    x = model.sample(4, kd.samplers.DDIM(5), seed=0, labels=1, guidance_scale=3.0, guidance=Guidance(rescale=0.7))
     assert np.all(np.isfinite(x))
 
 
@@ -294,12 +299,13 @@ def test_learns_its_classes(vectors, tmp_path):
 
 def test_the_share_of_labels_that_is_dropped():
     x, labels = points(4096)
-    model = kd.DiffusionModel(kd.networks.mlp(2, 8, 1, num_classes=2), label_dropout=0.3)
-    (_, _, got), _, _ = model._corrupt((x, labels), model._fit_random, 0.3)
+    corruption = kd.DiffusionModel(kd.networks.mlp(2, 8, 1, num_classes=2), label_dropout=0.3).corruption
+    (_, _, got), _, _ = corruption(x, labels, None, keras.random.SeedGenerator(0))
     got = ops.convert_to_numpy(got)
     assert abs(np.mean(got == 2) - 0.3) < 5 * (0.3 * 0.7 / 4096) ** 0.5
     assert np.array_equal(got[got < 2], labels[got < 2])
-    (_, _, got), _, _ = model._corrupt((x, labels), model._test_random)  # none in evaluation
+    corruption = dataclasses.replace(corruption, label_dropout=0.0)
+    (_, _, got), _, _ = corruption(x, labels, None, keras.random.SeedGenerator(0))
     assert np.array_equal(ops.convert_to_numpy(got), labels)
 
 
@@ -312,17 +318,29 @@ def test_the_share_of_labels_that_is_dropped():
         ({"labels": [0, 1]}, r"shape \(3,\), or one of shape \(\) for all. Received: shape=\(2,\)"),
         ({"labels": 0, "guidance_scale": -1}, "guidance_scale=-1"),
         ({"labels": 0, "guidance_scale": "2"}, "guidance_scale='2'"),
-        ({"labels": 0, "guidance_rescale": 1.5}, "guidance_rescale=1.5"),
-        ({"labels": 0, "guidance_interval": (5, 3)}, r"guidance_interval.*\(5, 3\)"),
-        ({"labels": 0, "guidance_interval": 5}, "guidance_interval.*5"),
-        ({"labels": 0, "guidance_interval": ("a", "b")}, "guidance_interval.*'a'"),
-        ({"labels": 0, "dynamic_threshold": 0.9}, "Nothing is clipped"),
+        ({"labels": 0, "guidance": Guidance(dynamic_threshold=0.9)}, "Nothing is clipped"),
+        ({"labels": 0, "guidance": 0.7}, "must be a `guidance.Guidance`. Received: guidance=0.7"),
         ({"guidance_scale": 2.0}, "needs labels"),
     ],
 )
 def test_bad_labels_and_guidance(mixture, arguments, message):
     with pytest.raises(ValueError, match=message):
         mixture.sample(3, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rescale": 1.5}, "rescale=1.5"),
+        ({"interval": (5, 3)}, r"interval=\(5, 3\)"),
+        ({"interval": 5}, "interval=5"),
+        ({"interval": ("a", "b")}, "interval.*'a'"),
+        ({"dynamic_threshold": 1.0}, "dynamic_threshold=1.0"),
+    ],
+)
+def test_bad_options_of_guidance(options, message):
+    with pytest.raises(ValueError, match=message):
+        Guidance(**options)
 
 
 def test_options_reach_the_network():
@@ -332,13 +350,11 @@ def test_options_reach_the_network():
     def sample(**options):
         return model.sample(2, kd.samplers.DDIM(5), seed=0, labels=1, guidance_scale=4.0, use_ema=False, **options)
 
-    assert np.all(np.isfinite(sample(guidance_rescale=0.7)))
+    assert np.all(np.isfinite(sample(guidance=Guidance(rescale=0.7))))
     randomize(model.network)
     plain = sample()
-    for options in ({"guidance_rescale": 0.7}, {"dynamic_threshold": 0.6}, {"guidance_interval": (10, 30)}):
-        assert not np.allclose(sample(**options), plain, atol=1e-3), options
-    with pytest.raises(ValueError, match="dynamic_threshold=1.0"):
-        sample(dynamic_threshold=1.0)
+    for options in ({"rescale": 0.7}, {"dynamic_threshold": 0.6}, {"interval": (10, 30)}):
+        assert not np.allclose(sample(guidance=Guidance(**options)), plain, atol=1e-3), options
 
 
 def test_takes_generators_of_lists():

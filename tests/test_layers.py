@@ -10,9 +10,9 @@ from conftest import TORCH
 from conftest import randomize
 from keras import ops
 
-from keras_ddpm import _devices
 from keras_ddpm import layers
 from keras_ddpm import networks
+from keras_ddpm._backend import devices
 
 
 @pytest.fixture(autouse=True, params=["fast", "plain"] if TORCH else ["plain"])
@@ -26,7 +26,7 @@ def form(request, plain_functions):
 @pytest.mark.parametrize("longest", [64, 63, 0])
 def test_attention_against_numpy(monkeypatch, longest):
     """GroupNorm, one head, and the un-normalised input on the skip; written out, in parts, and left to Keras."""
-    monkeypatch.setattr(_devices, "max_dense_attention", lambda: longest)
+    monkeypatch.setattr(devices, "max_dense_attention", lambda: longest)
     network = networks.unet((8, 8, 3), 8, (1,), 1, (8,), groups=2)
     randomize(network, 0.1)
     name = "middle_attention"

@@ -27,7 +27,12 @@ def test_memory_stays_flat(model, points):
     def work(calls, epochs):
         for call in range(calls):
             threshold = None if call % 2 else 0.5 + 0.4 * call / calls
-            model.sample(1 + call % 4, kd.samplers.DDIM(3 + call % 5), seed=call, dynamic_threshold=threshold)
+            model.sample(
+                1 + call % 4,
+                kd.samplers.DDIM(3 + call % 5),
+                seed=call,
+                guidance=kd.guidance.Guidance(dynamic_threshold=threshold),
+            )
         model.fit(data, epochs=epochs, validation_data=data, callbacks=[kd.callbacks.EMAWeights()], verbose=0)
 
     work(40, 20)

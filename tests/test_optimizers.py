@@ -9,7 +9,7 @@ from conftest import TORCH
 from keras import ops
 
 import keras_ddpm as kd
-from keras_ddpm import training
+from keras_ddpm._backend import devices
 
 
 @pytest.mark.parametrize(
@@ -32,11 +32,11 @@ def test_updates_are_keras_own(options, in_order):
         ]
         optimizer = make(**options)
         optimizer.build(variables)
-        training.arrange([*variables, *optimizer.variables])
+        devices.arrange([*variables, *optimizer.variables])
         for _ in range(6):
             gradients = [keras.Variable(random.normal(size=v.shape), dtype="float32") for v in variables]
             if in_order:
-                training.arrange(gradients)
+                devices.arrange(gradients)
             optimizer.apply([gradient.value for gradient in gradients], variables)
         results.append([ops.convert_to_numpy(v) for v in variables])
     for expected, value in zip(*results):
@@ -53,7 +53,7 @@ def test_updates_are_fused_if_memory_is_in_order(monkeypatch, in_order):
     variable, gradient = (keras.Variable(np.ones((3, 3, 4, 5), "float32")) for _ in range(2))
     optimizer = kd.optimizers.Adam()
     optimizer.build([variable])
-    training.arrange([variable, *optimizer.variables, *[gradient] * in_order])
+    devices.arrange([variable, *optimizer.variables, *[gradient] * in_order])
     optimizer.apply([gradient.value], [variable])
     assert calls == [True] * in_order
 

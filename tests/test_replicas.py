@@ -16,8 +16,7 @@ import pytest
 from conftest import image_network
 
 import keras_ddpm as kd
-from keras_ddpm import _replicas
-from keras_ddpm import training
+from keras_ddpm._backend import replicas
 
 BACKEND = keras.backend.backend()
 distributed = pytest.mark.skipif(BACKEND == "torch", reason="Keras 3.15 has no distribution on PyTorch")
@@ -97,7 +96,7 @@ def shares(monkeypatch, data, count):
     """The batches that each of several processes gets in one epoch, as arrays `(process, step, share, ...)`."""
     found = []
     for process in range(count):
-        monkeypatch.setattr(_replicas, "data_parts", lambda process=process: (2 * count, process, count))
+        monkeypatch.setattr(replicas, "data_parts", lambda process=process: (2 * count, process, count))
         found.append([data[step] for step in range(len(data))])
     return found
 
@@ -153,7 +152,7 @@ def test_a_process_that_is_not_the_chief_writes_nothing(monkeypatch, tmp_path, c
     images = np.random.default_rng(0).uniform(-1, 1, (8, 8, 8, 1)).astype("float32")
     written = {}
     for number in (1, 0):
-        monkeypatch.setattr(_replicas, "_process", lambda number=number: (number, 2))
+        monkeypatch.setattr(replicas, "_process", lambda number=number: (number, 2))
         folder = tmp_path / f"{number}"
         model = kd.DiffusionModel(image_network((8, 8, 1)), seed=0)
         model.compile(loss="mse", optimizer="sgd")
@@ -190,7 +189,7 @@ def test_a_process_that_is_not_the_chief_reads_the_checkpoint(model, points, mon
     table = (tmp_path / "history.csv").read_bytes() + b"1,0.5\n"  # of the chief's next epoch
     (tmp_path / "history.csv").write_bytes(table)
     handlers.clear()
-    monkeypatch.setattr(_replicas, "_process", lambda: (1, 2))
+    monkeypatch.setattr(replicas, "_process", lambda: (1, 2))
     assert model.fit(points, epochs=2, **options).epoch == [0, 1]
     assert (tmp_path / "history.csv").read_bytes() == table and set(handlers) == {signal.SIG_DFL}
 
@@ -229,7 +228,7 @@ def test_the_chief_of_tensorflow(monkeypatch):
     ]:
         task = {"type": task[0], "index": task[1]}
         monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": cluster, "task": task}))
-        assert _replicas._process() == (number, 2) and kd.is_chief() == (number == 0)
+        assert replicas._process() == (number, 2) and kd.is_chief() == (number == 0)
 
 
 def test_without_a_private_method_of_keras(monkeypatch, points):
@@ -237,7 +236,7 @@ def test_without_a_private_method_of_keras(monkeypatch, points):
     losses = []
     for overridden in (True, False):
         if not overridden:
-            monkeypatch.delattr(training.NoisyRegression, "_maybe_symbolic_build")
+            monkeypatch.delattr(kd.DiffusionModel, "_maybe_symbolic_build")
         model = kd.DiffusionModel(kd.networks.mlp(2, 8, 1), seed=0)
         model.network.set_weights([np.full_like(w, 0.1) for w in model.network.get_weights()])
         model.compile(loss="mse", optimizer="sgd")
@@ -250,4 +249,4 @@ def test_keras_has_nothing_on_pytorch():
     """When this fails, Keras has something, and docs/guides/scaling.md should say so."""
     with pytest.raises(AttributeError):
         keras.distribution.DataParallel()
-    assert kd.is_chief() and _replicas.data_parts() == (1, 0, 1) and _replicas.program_parts() == 1
+    assert kd.is_chief() and replicas.data_parts() == (1, 0, 1) and replicas.program_parts() == 1

@@ -18,8 +18,8 @@ from closed_form import TWO
 
 import keras_ddpm as kd
 from keras_ddpm import samplers
-from keras_ddpm import sampling
 from keras_ddpm import schedules
+from keras_ddpm.samplers import loop as sampling
 
 LINEAR = schedules.linear(1000)
 DPM = samplers.DPMSolver
@@ -605,7 +605,7 @@ def test_the_shortest_path_is_that_of_all_paths():
     for num in range(1, 7):
         paths = [(0, *middle) for middle in itertools.combinations(range(1, 6), num - 1)]
         length = lambda path: sum(lengths[a, b] for a, b in itertools.pairwise([*path, 6]))  # noqa: E731
-        assert tuple(samplers.shortest_path(lengths, num)) == min(paths, key=length)
+        assert tuple(samplers.searching.shortest_path(lengths, num)) == min(paths, key=length)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "straight"])
@@ -616,7 +616,7 @@ def test_optimized_times_are_closer_to_the_probability_flow(schedule):
     noise = sampling.prior(model.diffusion, (1,), 0, range(num))[:, 0].astype("float64")
     expected = TWO.quantile(TWO.cdf(noise, *ends))
     error = lambda sampler: np.sqrt(np.mean((model.sample(num, sampler, seed=0)[:, 0] - expected) ** 2))  # noqa: E731
-    paths = samplers.trajectories(model, seed=1)
+    paths = model.trajectories(seed=1)
     found = samplers.optimized(paths, samplers.DDIM(7))
     assert error(found) < 0.9 * min(error(samplers.DDIM(7, spacing=s)) for s in ("uniform", "logsnr", "karras"))
     again = json.loads(json.dumps(dataclasses.asdict(found)))

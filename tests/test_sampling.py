@@ -9,7 +9,7 @@ import pytest
 from closed_form import Mixture
 
 import keras_ddpm as kd
-from keras_ddpm import sampling
+from keras_ddpm.samplers import loop as sampling
 
 
 def test_samples_depend_on_seed_and_index_alone(model):

@@ -61,8 +61,8 @@ def test_models_that_guide_each_other(model, monkeypatch):
 
     for each in (model, other):
         monkeypatch.setattr(each, "turn", Turn(each))
-    model.sample(2, DDIM, seed=0, guide=other, guidance_scale=2.0)
-    other.sample(2, DDIM, seed=0, guide=model, guidance_scale=2.0)
+    model.sample(2, DDIM, seed=0, guidance=kd.guidance.Guidance(guide=other), guidance_scale=2.0)
+    other.sample(2, DDIM, seed=0, guidance=kd.guidance.Guidance(guide=model), guidance_scale=2.0)
     assert len(held) == 4 and held[:2] == held[2:] and held[0] is not held[1]
 
 

@@ -12,13 +12,13 @@ from keras import ops
 
 import keras_ddpm as kd
 from keras_ddpm import layers
-from keras_ddpm import sampling
+from keras_ddpm.samplers import loop as sampling
 
 torch = pytest.importorskip("torch")
 if not TORCH:
     pytest.skip("only on PyTorch", allow_module_level=True)
 
-from keras_ddpm import _torch  # noqa: E402
+from keras_ddpm._backend import torch as fast  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def record(function, *arguments):
     """The result of the recorded function, and its recording; `None` if there is none."""
     recordings = {}
     with torch.no_grad():
-        result = _torch.recorded(function, recordings, _torch.RECORDED_FROM)(*arguments)
+        result = fast.recorded(function, recordings, fast.RECORDED_FROM)(*arguments)
     ((_, compute),) = recordings.values()
     return result, compute if isinstance(compute, torch.fx.GraphModule) else None
 
@@ -57,7 +57,7 @@ def test_fast_functions_are_called_where_they_belong(monkeypatch):
         return count
 
     for name in calls:
-        monkeypatch.setattr(_torch, name, counted(name, getattr(_torch, name)))
+        monkeypatch.setattr(fast, name, counted(name, getattr(fast, name)))
     network, _ = small_network()
     counts = {kind: sum(isinstance(layer, kind) for layer in network.layers) for kind in (layers.Conv2D,)}
     model = kd.DiffusionModel(network, seed=0)
@@ -117,7 +117,7 @@ def test_recordings_read_variables_anew_in_each_job(policy):
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
 def test_what_depends_on_weights_alone_is_computed_once(monkeypatch, policy):
     """No weight is converted, and convolutions add residuals themselves, unless their images are interleaved."""
-    monkeypatch.setattr(_torch, "batch_interleave", lambda x: 1)
+    monkeypatch.setattr(fast, "batch_interleave", lambda x: 1)
     keras.config.set_dtype_policy(policy)
     network, inputs = small_network()
     _, recording = record(lambda *inputs: network(list(inputs)), *inputs)
@@ -242,9 +242,9 @@ def test_weights_that_are_changed_on_the_way_are_no_constants():
     recordings = [{}, {}]
     for value in (1.0, 2.0, 3.0):
         with torch.no_grad():
-            recorded = _torch.recorded(function, recordings[0], 100)
+            recorded = fast.recorded(function, recordings[0], 100)
             np.testing.assert_array_equal(recorded(torch.full((2,), value)), [value, value, 0.0])
-    drawn = _torch.recorded(lambda x: x + torch.rand_like(weight), recordings[1], 100)
+    drawn = fast.recorded(lambda x: x + torch.rand_like(weight), recordings[1], 100)
     with torch.no_grad():
         assert not torch.equal(drawn(torch.zeros(3)), drawn(torch.zeros(3)))
     for recording in recordings:

@@ -11,7 +11,7 @@ from conftest import weights
 from keras import ops
 
 import keras_ddpm as kd
-from keras_ddpm import _devices
+from keras_ddpm._backend import devices
 
 
 @pytest.mark.parametrize(
@@ -154,13 +154,13 @@ def test_evaluation_needs_no_optimizer(model):
 def test_compilation_is_chosen_anew_where_a_file_is_loaded(model, monkeypatch):
     assert model.get_compile_config().get("jit_compile", "auto") == "auto"
     for choice in (True, False):
-        monkeypatch.setattr(_devices, "jit_compile", lambda: choice)
+        monkeypatch.setattr(devices, "jit_compile", lambda: choice)
         copy = kd.DiffusionModel.from_config(model.get_config())
         copy.compile_from_config(model.get_compile_config())
         assert copy.jit_compile is choice
     model.compile(loss="mse", optimizer="adam", jit_compile=False)
     assert model.get_compile_config()["jit_compile"] is False
-    monkeypatch.setattr(_devices, "jit_compile", lambda: True)
+    monkeypatch.setattr(devices, "jit_compile", lambda: True)
     model.compile(loss="mse", optimizer="adam", run_eagerly=True)
     assert model.jit_compile is False
 

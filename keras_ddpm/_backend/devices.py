@@ -18,6 +18,7 @@ from keras_ddpm._backend import replicas
 
 __all__ = [
     "FAST",
+    "arrange",
     "dtype_policy",
     "fast_on_torch",
     "has_accelerator",
@@ -30,15 +31,15 @@ __all__ = [
     "set_random_state",
 ]
 
-# Names of functions of `_torch`, and of those that are switched off. Tests compare fast and plain ones.
+# Names of functions of `_backend.torch`, and of those that are switched off. Tests compare fast and plain ones.
 FAST: set[str] = set()
 plain_functions: set[str] = set()
 
 
 def fast_on_torch(plain: Callable) -> Callable:
-    """Decorates a function that has a faster implementation of the same name in `_torch`.
+    """Decorates a function that has a faster implementation of the same name in `_backend.torch`.
 
-    On PyTorch the function of `_torch` is called first. If it returns `NotImplemented`, the plain function runs. On
+    On PyTorch the function of that module is called first. If it returns `NotImplemented`, the plain function runs. On
     other backends the plain function always runs. The two agree up to rounding.
     """
     name = plain.__name__
@@ -80,6 +81,11 @@ def random_state() -> list:
 @fast_on_torch
 def set_random_state(states: list) -> None:
     """Sets what `random_state` has returned. States of another backend or of other devices are ignored."""
+
+
+@fast_on_torch
+def arrange(variables: list) -> None:
+    """Arranges variables in memory as the backend reads them fastest. Only PyTorch needs it."""
 
 
 def has_accelerator() -> bool:

@@ -1,4 +1,4 @@
-"""What each fast function of `_torch.py` is worth: with it and without it, in turns.
+"""What each fast function of `fast.py` is worth: with it and without it, in turns.
 
     KERAS_BACKEND=torch python tests/benchmarks/fast_functions.py
     KERAS_BACKEND=torch python tests/benchmarks/fast_functions.py --dtype-policy mixed_bfloat16 --rounds 7
@@ -15,7 +15,7 @@ import keras
 import numpy as np
 
 import keras_ddpm as kd
-from keras_ddpm import _devices
+from keras_ddpm._backend import devices
 
 FUNCTIONS = {
     "training": ["arrange", "conv2d", "upsampled_conv2d", "group_norm", "attention", "adam_step"],
@@ -42,7 +42,7 @@ def make_task(model, task, args):
 
 def seconds(task, plain):
     """The time of a turn, with the functions `plain` switched off."""
-    with _devices.plain(plain):
+    with devices.plain(plain):
         start = time.perf_counter()
         task()
         return time.perf_counter() - start
@@ -52,7 +52,7 @@ def compare(task, name, args):
     """The ratios of the times without the function and with it."""
     tasks = []
     for plain in ([], [name]):
-        with _devices.plain(plain):  # `arrange` acts when a model is made
+        with devices.plain(plain):  # `arrange` acts when a model is made
             model = make_model(args)
         tasks.append((make_task(model, task, args), plain))
     for turn in tasks:

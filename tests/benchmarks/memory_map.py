@@ -57,7 +57,7 @@ def train(path):
     if not kept:  # every page once, as the first epoch would read it
         for start in range(0, len(x), 4096):
             x[start : start + 4096].max()
-            kd._cache.forget(x)
+            kd.datasets.cache.forget(x)
     for _ in range(4):
         start = time.perf_counter()
         model.fit(data, verbose=0)

@@ -206,7 +206,7 @@ def limit_task(args, dtype, entries):
     """A function that returns the seconds of the products alone, each in its fastest form."""
     import torch
 
-    from keras_ddpm import _torch
+    from keras_ddpm._backend import torch as fast
 
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     backward = args.task == "training"
@@ -226,7 +226,7 @@ def limit_task(args, dtype, entries):
             convolution = torch.nn.functional.conv_transpose2d if transposed else torch.nn.functional.conv2d
             padding, dilation = (kernel - 1) // 2, 1
             if (kernel, stride) == (3, 1):
-                dilation = (1, _torch.batch_interleave(x.permute(0, 2, 3, 1)))
+                dilation = (1, fast.batch_interleave(x.permute(0, 2, 3, 1)))
                 padding, x = dilation, x.reshape(len(x) // dilation[1], channels, height, -1).to(memory_format=layout)
             function = functools.partial(convolution, stride=stride, padding=padding, dilation=dilation)
         x.requires_grad_(backward)

@@ -19,7 +19,7 @@ import numpy as np
 from keras import ops
 
 import keras_ddpm as kd
-from keras_ddpm import _devices
+from keras_ddpm._backend import devices
 
 
 def bare(network):
@@ -33,7 +33,7 @@ def bare(network):
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        return tf.function(lambda x, t: network([x, t], training=False), jit_compile=_devices.jit_compile())
+        return tf.function(lambda x, t: network([x, t], training=False), jit_compile=devices.jit_compile())
     import torch
 
     return torch.no_grad()(lambda x, t: network([x, t], training=False))
