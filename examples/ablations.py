@@ -28,8 +28,7 @@ from typing import Any
 import common
 import keras
 import numpy as np
-from flowers import PRESETS
-from flowers import make_model
+from flowers import PRESETS, make_model
 
 import keras_ddpm as kd
 

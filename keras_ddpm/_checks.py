@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["ROUNDING", "array", "counts", "data", "is_between", "is_count", "is_positive", "require", "seed", "share"]
-
 ROUNDING = 1e-3  # by which data may lie outside the range
 
 

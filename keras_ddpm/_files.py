@@ -6,8 +6,6 @@ import pathlib
 import sys
 from collections.abc import Iterator
 
-__all__ = ["replacing"]
-
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path, temporary: pathlib.Path) -> Iterator[pathlib.Path]:

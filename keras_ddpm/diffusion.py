@@ -18,8 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from keras import ops
 
-from keras_ddpm import _checks
-from keras_ddpm import schedules
+from keras_ddpm import _checks, schedules
 
 __all__ = ["PREDICTIONS", "GaussianDiffusion", "posterior_coefficients"]
 

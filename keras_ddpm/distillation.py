@@ -22,9 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_ddpm import _checks
-from keras_ddpm import datasets
-from keras_ddpm import samplers
+from keras_ddpm import _checks, datasets, samplers
 from keras_ddpm.diffusion import GaussianDiffusion
 from keras_ddpm.model import DiffusionModel
 from keras_ddpm.samplers import loop

@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_ddpm import _checks
-from keras_ddpm import samplers
+from keras_ddpm import _checks, samplers
 from keras_ddpm.model import DiffusionModel
 from keras_ddpm.samplers import loop
 from keras_ddpm.schedules import Schedule

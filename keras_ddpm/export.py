@@ -11,17 +11,13 @@ import logging
 import pathlib
 import tempfile
 import warnings
-from collections.abc import Iterator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
 import numpy as np
 
-from keras_ddpm import _checks
-from keras_ddpm import editing
-from keras_ddpm import guidance
-from keras_ddpm import samplers
+from keras_ddpm import _checks, editing, guidance, samplers
 from keras_ddpm.model import DiffusionModel
 from keras_ddpm.schedules import Schedule
 

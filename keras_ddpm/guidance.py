@@ -13,8 +13,7 @@ In autoguidance, the worse prediction is that of another model, smaller or less 
 import dataclasses
 import difflib
 import warnings
-from collections.abc import Callable
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras

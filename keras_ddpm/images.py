@@ -9,8 +9,7 @@ from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import ArrayLike
-from PIL import Image
-from PIL import ImageOps
+from PIL import Image, ImageOps
 
 from keras_ddpm import _checks
 

@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import log_ndtr
 
-from keras_ddpm import _checks
-from keras_ddpm import images
+from keras_ddpm import _checks, images
 from keras_ddpm.diffusion import posterior_coefficients
 from keras_ddpm.model import DiffusionModel
 

@@ -15,25 +15,16 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_ddpm import _checks
-from keras_ddpm import _files
-from keras_ddpm import samplers
-from keras_ddpm import saving
-from keras_ddpm._backend import devices
-from keras_ddpm._backend import replicas
+from keras_ddpm import _checks, _files, samplers, saving
+from keras_ddpm._backend import devices, replicas
 from keras_ddpm.callbacks.watch import LossWatch
 from keras_ddpm.diffusion import GaussianDiffusion
 from keras_ddpm.ema import Average
-from keras_ddpm.guidance import Condition
-from keras_ddpm.guidance import Guidance
-from keras_ddpm.guidance import guided
-from keras_ddpm.guidance import without_condition
+from keras_ddpm.guidance import Condition, Guidance, guided, without_condition
 from keras_ddpm.samplers import loop
 from keras_ddpm.saving import compact
-from keras_ddpm.training import feed
-from keras_ddpm.training import running
-from keras_ddpm.training.corruption import Corruption
-from keras_ddpm.training.corruption import standard_normal
+from keras_ddpm.training import feed, running
+from keras_ddpm.training.corruption import Corruption, standard_normal
 
 __all__ = ["DiffusionModel"]
 

@@ -6,8 +6,7 @@ import re
 import keras
 import numpy as np
 import pytest
-from conftest import ROOT
-from conftest import check_error
+from conftest import ROOT, check_error
 
 import keras_ddpm as kd
 

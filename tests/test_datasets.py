@@ -12,9 +12,7 @@ from keras import ops
 from PIL import Image
 
 import keras_ddpm as kd
-from keras_ddpm import datasets
-from keras_ddpm import images
-from keras_ddpm import toys
+from keras_ddpm import datasets, images, toys
 
 ROWS = np.arange(10, dtype="float32")[:, None] / 10
 

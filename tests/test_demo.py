@@ -12,8 +12,7 @@ import keras
 import numpy as np
 import onnx_sampling
 import pytest
-from test_export import SHAPE
-from test_export import make_model
+from test_export import SHAPE, make_model
 
 import keras_ddpm as kd
 

@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_ddpm import GaussianDiffusion
-from keras_ddpm import samplers
-from keras_ddpm import schedules
+from keras_ddpm import GaussianDiffusion, samplers, schedules
 
 diffusers = pytest.importorskip("diffusers")
 training_utils = pytest.importorskip("diffusers.training_utils")

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_ddpm import GaussianDiffusion
-from keras_ddpm import schedules
+from keras_ddpm import GaussianDiffusion, schedules
 
 SCHEDULES = {"linear": schedules.linear(1000), "cosine": schedules.cosine(1000)}
 PREDICTIONS = ["epsilon", "x0", "v", "flow"]

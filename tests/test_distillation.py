@@ -3,11 +3,8 @@
 import keras
 import numpy as np
 import pytest
-from closed_form import GAUSSIAN
-from closed_form import TWO
-from conftest import image_network
-from conftest import randomize
-from conftest import weights
+from closed_form import GAUSSIAN, TWO
+from conftest import image_network, randomize, weights
 from keras import ops
 
 import keras_ddpm as kd

@@ -6,8 +6,7 @@ import json
 import re
 
 import pytest
-from conftest import ROOT
-from conftest import TORCH
+from conftest import ROOT, TORCH
 
 import keras_ddpm as kd
 

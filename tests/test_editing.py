@@ -12,8 +12,7 @@ from conftest import image_network
 from keras import ops
 
 import keras_ddpm as kd
-from keras_ddpm import editing
-from keras_ddpm import samplers
+from keras_ddpm import editing, samplers
 
 COVARIANCE = np.array([[1.0, 0.8], [0.8, 1.0]])
 LINEAR = kd.schedules.linear(1000)

@@ -15,10 +15,7 @@ import typing
 import keras
 import numpy as np
 import pytest
-from conftest import ROOT
-from conftest import check_error
-from conftest import image_network
-from conftest import randomize
+from conftest import ROOT, check_error, image_network, randomize
 from keras import ops
 from PIL import Image
 

@@ -7,10 +7,7 @@ import keras
 import numpy as np
 import onnx_sampling
 import pytest
-from conftest import TORCH
-from conftest import image_network
-from conftest import randomize
-from conftest import weights
+from conftest import TORCH, image_network, randomize, weights
 
 import keras_ddpm as kd
 

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 import keras_ddpm as kd
-from keras_ddpm import features
-from keras_ddpm import toys
+from keras_ddpm import features, toys
 
 
 def flatten(shape=(2, 2, 1), name="flatten"):

@@ -5,10 +5,8 @@ import dataclasses
 import keras
 import numpy as np
 import pytest
-from closed_form import TWO
-from closed_form import Mixture
-from conftest import TORCH
-from conftest import randomize
+from closed_form import TWO, Mixture
+from conftest import TORCH, randomize
 from keras import ops
 
 import keras_ddpm as kd

@@ -5,8 +5,7 @@ import pytest
 from matplotlib import pyplot
 from PIL import Image
 
-from keras_ddpm import images
-from keras_ddpm import plots
+from keras_ddpm import images, plots
 
 
 def read(path):

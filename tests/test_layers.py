@@ -6,12 +6,10 @@ On PyTorch, each test runs with the fast functions and with the plain ones.
 import keras
 import numpy as np
 import pytest
-from conftest import TORCH
-from conftest import randomize
+from conftest import TORCH, randomize
 from keras import ops
 
-from keras_ddpm import layers
-from keras_ddpm import networks
+from keras_ddpm import layers, networks
 from keras_ddpm._backend import devices
 
 

@@ -3,13 +3,9 @@
 import keras
 import numpy as np
 import pytest
-from test_features import draw
-from test_features import flatten
-from test_features import flowers
+from test_features import draw, flatten, flowers
 
-from keras_ddpm import features
-from keras_ddpm import metrics
-from keras_ddpm import toys
+from keras_ddpm import features, metrics, toys
 
 
 class Pixels(features.Extractor):

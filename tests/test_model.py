@@ -7,8 +7,7 @@ import sys
 import keras
 import numpy as np
 import pytest
-from conftest import small_unet
-from conftest import weights
+from conftest import small_unet, weights
 from keras import ops
 
 import keras_ddpm as kd

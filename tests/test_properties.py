@@ -2,10 +2,7 @@
 
 import keras
 import numpy as np
-from hypothesis import HealthCheck
-from hypothesis import given
-from hypothesis import settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 import keras_ddpm as kd
 

@@ -13,12 +13,10 @@ import json
 import keras
 import numpy as np
 import pytest
-from closed_form import GAUSSIAN
-from closed_form import TWO
+from closed_form import GAUSSIAN, TWO
 
 import keras_ddpm as kd
-from keras_ddpm import samplers
-from keras_ddpm import schedules
+from keras_ddpm import samplers, schedules
 from keras_ddpm.samplers import loop as sampling
 
 LINEAR = schedules.linear(1000)

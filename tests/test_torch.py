@@ -6,8 +6,7 @@
 import keras
 import numpy as np
 import pytest
-from conftest import TORCH
-from conftest import randomize
+from conftest import TORCH, randomize
 from keras import ops
 
 import keras_ddpm as kd

@@ -5,9 +5,7 @@ import inspect
 import keras
 import numpy as np
 import pytest
-from conftest import image_network
-from conftest import small_unet
-from conftest import weights
+from conftest import image_network, small_unet, weights
 from keras import ops
 
 import keras_ddpm as kd

@@ -7,29 +7,12 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import keras
 from keras import ops
 
 from keras_ddpm._backend import replicas
-
-__all__ = [
-    "FAST",
-    "arrange",
-    "dtype_policy",
-    "fast_on_torch",
-    "has_accelerator",
-    "jit_compile",
-    "keep_memory",
-    "max_dense_attention",
-    "plain",
-    "plain_functions",
-    "random_state",
-    "set_random_state",
-]
 
 # Names of functions of `_backend.torch`, and of those that are switched off. Tests compare fast and plain ones.
 FAST: set[str] = set()

@@ -14,22 +14,6 @@ import keras
 import numpy as np
 from keras import ops
 
-__all__ = [
-    "Seeds",
-    "by_chief",
-    "data_parts",
-    "in_scope",
-    "is_chief",
-    "joined",
-    "mean",
-    "part",
-    "program_parts",
-    "several",
-    "undivided",
-    "value_of",
-    "whole",
-]
-
 
 def _jax_distribution():
     return keras.distribution.distribution() if keras.backend.backend() == "jax" else None

@@ -10,18 +10,6 @@ import numpy as np
 import torch
 from keras import ops
 
-__all__ = [
-    "adam_step",
-    "arrange",
-    "attention",
-    "conv2d",
-    "group_norm",
-    "random_state",
-    "recorded",
-    "set_random_state",
-    "upsampled_conv2d",
-]
-
 # Jobs with at least this many network calls are recorded. A recording takes as long as fifty calls. Later jobs of the
 # same batch size use it again.
 RECORDED_FROM = 20

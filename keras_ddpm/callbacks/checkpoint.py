@@ -17,10 +17,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_ddpm import _checks
-from keras_ddpm import _files
-from keras_ddpm._backend import devices
-from keras_ddpm._backend import replicas
+from keras_ddpm import _checks, _files
+from keras_ddpm._backend import devices, replicas
 
 __all__ = ["Checkpoint", "variables_of"]
 

@@ -10,11 +10,9 @@ import keras
 import numpy as np
 from PIL import Image
 
-from keras_ddpm import _checks
-from keras_ddpm import images
+from keras_ddpm import _checks, images
 from keras_ddpm._backend import replicas
-from keras_ddpm.samplers import Sampler
-from keras_ddpm.samplers import loop
+from keras_ddpm.samplers import Sampler, loop
 
 __all__ = ["SampleGrid"]
 
@@ -128,8 +126,7 @@ class SampleGrid(_Sampling):
 
 def _event(image, step):
     """An image as TensorBoard reads it."""
-    from tensorboard.compat.proto import event_pb2
-    from tensorboard.compat.proto import summary_pb2
+    from tensorboard.compat.proto import event_pb2, summary_pb2
 
     file = io.BytesIO()
     image.save(file, "PNG")

@@ -7,15 +7,9 @@ To add a source, write a function that makes an array of images and passes it to
 TensorFlow, and only to read TensorFlow Datasets.
 """
 
-from keras_ddpm.datasets.batches import Batches as Batches
-from keras_ddpm.datasets.sources import ENDINGS as ENDINGS
-from keras_ddpm.datasets.sources import from_arrays as from_arrays
-from keras_ddpm.datasets.sources import from_folder as from_folder
-from keras_ddpm.datasets.sources import from_tfds as from_tfds
-from keras_ddpm.datasets.sources import oxford_flowers as oxford_flowers
-from keras_ddpm.datasets.toys import FLOWER_KINDS as FLOWER_KINDS
-from keras_ddpm.datasets.toys import moons as moons
-from keras_ddpm.datasets.toys import procedural_flowers as procedural_flowers
+from keras_ddpm.datasets.batches import Batches
+from keras_ddpm.datasets.sources import ENDINGS, from_arrays, from_folder, from_tfds, oxford_flowers
+from keras_ddpm.datasets.toys import FLOWER_KINDS, moons, procedural_flowers
 
 __all__ = [
     "Batches",

@@ -7,8 +7,7 @@ import functools
 import keras
 import numpy as np
 
-from keras_ddpm import _checks
-from keras_ddpm import images
+from keras_ddpm import _checks, images
 from keras_ddpm._backend import replicas
 from keras_ddpm.datasets import cache
 

@@ -13,15 +13,13 @@ import os
 import pathlib
 import time
 import zlib
-from collections.abc import Callable
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import keras
 import numpy as np
 
-from keras_ddpm import _checks
-from keras_ddpm import _files
+from keras_ddpm import _checks, _files
 from keras_ddpm._backend import replicas
 
 __all__ = ["decoded", "forget"]

@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image
 
-from keras_ddpm import _checks
-from keras_ddpm import images
+from keras_ddpm import _checks, images
 from keras_ddpm.datasets import cache as _cache
 from keras_ddpm.datasets.batches import Batches
 

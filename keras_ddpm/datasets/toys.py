@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.colors import hsv_to_rgb
 
-from keras_ddpm import _checks
-from keras_ddpm import images
+from keras_ddpm import _checks, images
 
 __all__ = ["FLOWER_KINDS", "moons", "procedural_flowers"]
 

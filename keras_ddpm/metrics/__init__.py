@@ -14,13 +14,9 @@ and on the extractor. Report both (`describe`), and the value for as many real i
 To add a metric, write a subclass of `_Distance`.
 """
 
-from keras_ddpm.metrics.distances import FrechetInceptionDistance as FrechetInceptionDistance
-from keras_ddpm.metrics.distances import KernelInceptionDistance as KernelInceptionDistance
-from keras_ddpm.metrics.distances import PrecisionRecall as PrecisionRecall
-from keras_ddpm.metrics.features import Extractor as Extractor
-from keras_ddpm.metrics.features import train_classifier as train_classifier
-from keras_ddpm.metrics.neighbors import Memorisation as Memorisation
-from keras_ddpm.metrics.neighbors import memorisation as memorisation
+from keras_ddpm.metrics.distances import FrechetInceptionDistance, KernelInceptionDistance, PrecisionRecall
+from keras_ddpm.metrics.features import Extractor, train_classifier
+from keras_ddpm.metrics.neighbors import Memorisation, memorisation
 
 __all__ = [
     "FrechetInceptionDistance",

@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from keras_ddpm import _checks
-from keras_ddpm.metrics.features import Extractor
-from keras_ddpm.metrics.features import ExtractorLike
+from keras_ddpm.metrics.features import Extractor, ExtractorLike
 from keras_ddpm.metrics.neighbors import share_inside
 
 __all__ = ["FrechetInceptionDistance", "KernelInceptionDistance", "PrecisionRecall"]

@@ -9,8 +9,8 @@ no label. A vector of zeros means no condition.
 To add a network, write a function that returns a `keras.Model` and uses `_embedding` for the time and the condition.
 """
 
-from keras_ddpm.networks.dit import dit as dit
-from keras_ddpm.networks.mlp import mlp as mlp
-from keras_ddpm.networks.unet import unet as unet
+from keras_ddpm.networks.dit import dit
+from keras_ddpm.networks.mlp import mlp
+from keras_ddpm.networks.unet import unet
 
 __all__ = ["dit", "layers", "mlp", "unet"]

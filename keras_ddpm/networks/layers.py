@@ -8,8 +8,7 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import layers
-from keras import ops
+from keras import layers, ops
 
 from keras_ddpm import _checks
 from keras_ddpm._backend import devices

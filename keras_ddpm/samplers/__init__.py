@@ -10,21 +10,9 @@ To add a sampler, subclass `Sampler` as a frozen dataclass. If each step calls t
 `steps`, which returns the rows of each step, and `evaluations`. Columns that are not given are 0.
 """
 
-from keras_ddpm.samplers.rows import NUM_PREVIOUS as NUM_PREVIOUS
-from keras_ddpm.samplers.rows import ROW as ROW
-from keras_ddpm.samplers.rows import add_noise_back as add_noise_back
-from keras_ddpm.samplers.rows import row as row
-from keras_ddpm.samplers.rows import step as step
-from keras_ddpm.samplers.searching import Trajectories as Trajectories
-from keras_ddpm.samplers.searching import optimized as optimized
-from keras_ddpm.samplers.solvers import DDIM as DDIM
-from keras_ddpm.samplers.solvers import DDPM as DDPM
-from keras_ddpm.samplers.solvers import IPNDM as IPNDM
-from keras_ddpm.samplers.solvers import DPMSolver as DPMSolver
-from keras_ddpm.samplers.solvers import Heun as Heun
-from keras_ddpm.samplers.solvers import Langevin as Langevin
-from keras_ddpm.samplers.solvers import Sampler as Sampler
-from keras_ddpm.samplers.solvers import UniPC as UniPC
+from keras_ddpm.samplers.rows import NUM_PREVIOUS, ROW, add_noise_back, row, step
+from keras_ddpm.samplers.searching import Trajectories, optimized
+from keras_ddpm.samplers.solvers import DDIM, DDPM, IPNDM, DPMSolver, Heun, Langevin, Sampler, UniPC
 
 __all__ = [
     "NUM_PREVIOUS",

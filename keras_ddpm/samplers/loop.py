@@ -17,8 +17,7 @@ import numpy as np
 from keras import ops
 
 from keras_ddpm import _checks
-from keras_ddpm._backend import devices
-from keras_ddpm._backend import replicas
+from keras_ddpm._backend import devices, replicas
 from keras_ddpm.diffusion import GaussianDiffusion
 from keras_ddpm.samplers import rows
 

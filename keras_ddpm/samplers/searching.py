@@ -7,8 +7,7 @@ import numpy as np
 
 from keras_ddpm import _checks
 from keras_ddpm.samplers.rows import Array
-from keras_ddpm.samplers.solvers import DDIM
-from keras_ddpm.samplers.solvers import Sampler
+from keras_ddpm.samplers.solvers import DDIM, Sampler
 from keras_ddpm.schedules import Schedule
 
 __all__ = ["Trajectories", "optimized"]

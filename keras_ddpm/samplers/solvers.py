@@ -2,8 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -11,11 +10,7 @@ import numpy as np
 
 from keras_ddpm import _checks
 from keras_ddpm.diffusion import posterior_coefficients
-from keras_ddpm.samplers.rows import NUM_PREVIOUS
-from keras_ddpm.samplers.rows import Array
-from keras_ddpm.samplers.rows import Columns
-from keras_ddpm.samplers.rows import add_noise_back
-from keras_ddpm.samplers.rows import row
+from keras_ddpm.samplers.rows import NUM_PREVIOUS, Array, Columns, add_noise_back, row
 from keras_ddpm.schedules import Schedule
 
 __all__ = ["DDIM", "DDPM", "IPNDM", "SPACINGS", "DPMSolver", "Heun", "Langevin", "Sampler", "UniPC"]

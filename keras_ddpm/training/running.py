@@ -8,8 +8,7 @@ import keras
 
 from keras_ddpm import _checks
 from keras_ddpm._backend import replicas
-from keras_ddpm.callbacks.checkpoint import Checkpoint
-from keras_ddpm.callbacks.checkpoint import variables_of
+from keras_ddpm.callbacks.checkpoint import Checkpoint, variables_of
 from keras_ddpm.training import feed
 
 __all__ = ["evaluating", "training"]

@@ -134,8 +134,7 @@ def diffusers_task(args, form):
 def denoising_diffusion_pytorch_task(args):
     """The same of denoising-diffusion-pytorch, as its Trainer does it; fewer than 1000 steps are of DDIM."""
     import torch
-    from denoising_diffusion_pytorch import GaussianDiffusion
-    from denoising_diffusion_pytorch import Unet
+    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
 
     device = torch_device()
     network = Unet(args.width)
