@@ -12,6 +12,7 @@ from keras import ops
 from PIL import Image
 
 import keras_ddpm as kd
+from keras_ddpm.saving import compact
 
 HERE = pathlib.Path(__file__).parent
 
@@ -48,7 +49,7 @@ def test_forgotten_arguments_without_keras_private_attribute(model, monkeypatch)
     """Such a version of Keras is taken to store all arguments itself."""
     loss = keras.losses.Huber(0.1)
     monkeypatch.delattr(loss, "_fn_kwargs")
-    assert "delta" not in kd.saving.portable(loss)["config"]
+    assert "delta" not in compact.portable(loss)["config"]
 
 
 @pytest.mark.parametrize(
