@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from test_features import draw, flatten, flowers
 
-from keras_ddpm.metrics import distances
 from keras_ddpm import features, metrics, toys
+from keras_ddpm.metrics import distances
 
 
 class Pixels(features.Extractor):

@@ -65,7 +65,9 @@ def draw_timesteps(kind, batches, batch_size, timesteps=10):
     diffusion = kd.GaussianDiffusion(kd.schedules.cosine(timesteps))
     model = kd.DiffusionModel(kd.networks.mlp(2, 8, 1), diffusion, timestep_sampling=kind)
     generator = keras.random.SeedGenerator(0)
-    return np.array([ops.convert_to_numpy(model.corruption.draw_timesteps(batch_size, generator)) for _ in range(batches)])
+    return np.array(
+        [ops.convert_to_numpy(model.corruption.draw_timesteps(batch_size, generator)) for _ in range(batches)]
+    )
 
 
 @pytest.mark.parametrize("kind", ["uniform", "batch", "stratified"])
