@@ -69,7 +69,7 @@ def test_files_name_no_backend(tmp_path, model, points, optimizer):
 
 
 def test_a_file_that_names_a_backend(model):
-    """As version 0.1 wrote it on PyTorch."""
+    """As Keras writes it on PyTorch."""
     config = model.get_compile_config()
     config["optimizer"]["module"] = "keras.src.backend.torch.optimizers.torch_adam"
     before = set(sys.modules)
