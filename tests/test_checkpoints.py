@@ -28,7 +28,7 @@ def uninterrupted(tmp_path_factory):
 
 
 class Interrupt(keras.callbacks.Callback):
-    """Raises an error before some batch of the run. Its state is no number, so it is not restored."""
+    """Raises an error before some batch of the run. It begins anew."""
 
     def __init__(self, batch=10**9):
         super().__init__()
@@ -37,6 +37,9 @@ class Interrupt(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch, logs=None):
         if next(self.left, None) is None:
             raise InterruptedError
+
+    def get_state(self):
+        return {}
 
 
 def assert_same(got, expected):
@@ -121,17 +124,9 @@ def test_a_damaged_file_is_named_and_the_one_before_is_taken(tmp_path, uninterru
 def test_damage_is_never_overlooked(tmp_path, number):
     """Flipped bits and truncated files."""
     path = tmp_path / "x.npz"
-    arrays: dict = {}
     random = np.random.default_rng(0)
     values = [random.standard_normal((5, 7)), np.arange(6), np.float32(3.0), np.array(3, "int64")]
-    state = {
-        "variables": checkpoints._encode(values, arrays),
-        "history": [],
-        "random": [],
-        "callbacks": [{"a": 1}],
-        "position": [0, 1],
-    }
-    checkpoints._write(path, state, arrays)
+    checkpoints._write(path, {"variables": values, "position": [0, 1]})
     content = path.read_bytes()
     read = checkpoints._read(path)
     assert all(map(np.array_equal, read["variables"], values)) and read["position"] == [0, 1]
@@ -188,8 +183,6 @@ def test_a_checkpoint_of_another_model(tmp_path, model, points):
     interrupted_run.run(tmp_path, epochs=1)
     with pytest.raises(ValueError, match="another model or optimizer"):
         model.fit(points, callbacks=[kd.callbacks.Checkpoint(tmp_path / "checkpoints")], verbose=0)
-    with pytest.raises(ValueError, match="other callbacks"):
-        interrupted_run.run(tmp_path, [keras.callbacks.Callback()], epochs=1)
     with pytest.raises(ValueError, match="can be one"):
         model.fit(points, callbacks=[kd.callbacks.Checkpoint(tmp_path) for _ in range(2)], verbose=0)
 

@@ -5,7 +5,6 @@ import hashlib
 import json
 import pathlib
 import random
-import re
 import signal
 import sys
 import threading
@@ -42,9 +41,9 @@ class Checkpoint(keras.callbacks.Callback):
     one that was not, also on another machine with the same software. The batches of the epoch that were seen before are
     read again, without training on them. A run that `EarlyStopping` ended is finished, until its patience is raised.
 
-    The state of Keras' callbacks is restored. Other callbacks opt in with two methods. `get_state()` returns a dict of
-    numbers, texts, `None`, arrays, and lists, tuples and dicts of them. `set_state(state)` gets it back after
-    `on_train_begin`, once or twice. A warning names callbacks that begin anew.
+    The state of Keras' callbacks is restored. Other callbacks opt in with two methods. `get_state()` returns a dict, in
+    which JSON and arrays may stand. `set_state(state)` gets it back after `on_train_begin`, once or twice. A warning
+    names callbacks that begin anew.
 
     A learning rate that is a number is part of the state, so a changed one has no effect. A changed schedule has.
 
@@ -92,9 +91,8 @@ class Checkpoint(keras.callbacks.Callback):
         self._signal = self._train_function = self._epoch = None
         self._stopped = False
         self._time = time.monotonic()
-        handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-        if threading.current_thread() is not threading.main_thread() or replicas.several():
-            handlers = {}
+        alone = threading.current_thread() is threading.main_thread() and not replicas.several()
+        handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL} if alone else {}
         self._handlers = {number: own for number, own in handlers.items() if signal.getsignal(number) == own}
         with _files.locked(self.folder) if replicas.is_chief() else contextlib.nullcontext():
             self._pending = self._newest(model)
@@ -186,25 +184,25 @@ class Checkpoint(keras.callbacks.Callback):
     @replicas.by_chief
     def _written(self, position, ended, values):
         """Writes a checkpoint, and returns what there is to say about it."""
-        floats = [value for value in values if keras.backend.is_float_dtype(value.dtype.name)]
-        history, arrays, states = self.model.history, {}, []
+        states = {}
         for name, callback in self._callbacks.items():
             state = _state_of(callback)
-            with contextlib.suppress(ValueError):  # which `fit` tells when it goes on
-                states.append([name, _encode(state, arrays)])
+            with contextlib.suppress(AttributeError, TypeError, ValueError):  # `fit` says so when it goes on
+                json.dumps(state, default=_dtype)
+                states[name] = state
         state = {
             "position": position,
             "earlier_epochs": self._earlier_epochs,
             "ended": ended,
-            "variables": _encode(values, arrays),
-            "callbacks": {"dict": states},
-            "history": _encode([history.epoch, history.history], arrays),
-            "random": _encode([random.getstate(), np.random.get_state(), devices.random_state()], arrays),  # noqa: NPY002
+            "variables": values,
+            "callbacks": states,
+            "history": [self.model.history.epoch, self.model.history.history],
+            "random": [random.getstate(), np.random.get_state(), devices.random_state()],  # noqa: NPY002
         }
         path = self.folder / f"{position[0]:06}-{position[1]:08}.npz"
         try:
-            _checks.require(all(np.all(np.isfinite(value)) for value in floats), "Values are NaN or infinite")
-            _write(path, state, arrays)
+            _checks.require(all(np.all(np.isfinite(value)) for value in values), "Values are NaN or infinite")
+            _write(path, state)
             for old in self._paths()[: -self.keep]:
                 old.unlink()
             return f"`fit` with the same checkpoint folder goes on from {path}."
@@ -221,16 +219,13 @@ class Checkpoint(keras.callbacks.Callback):
         for name, callback in self._callbacks.items():
             _set_state(callback, state["callbacks"].get(name))
         self.model.history.epoch, self.model.history.history = state["history"]
-        of_python, of_numpy, of_backend = state["random"]
-        random.setstate(of_python)
+        (version, numbers, gauss), of_numpy, of_backend = state["random"]
+        random.setstate((version, tuple(numbers), gauss))
         np.random.set_state(of_numpy)  # noqa: NPY002
         devices.set_random_state(of_backend)
 
     def _newest(self, model):
         """The state of the newest checkpoint that is whole, or `None`."""
-        if replicas.is_chief():
-            for temporary in self.folder.glob("*.npz.tmp"):  # of a run that was killed
-                temporary.unlink(missing_ok=True)
         for path in reversed(self._paths()):
             try:
                 state = _read(path)
@@ -240,12 +235,12 @@ class Checkpoint(keras.callbacks.Callback):
                     path.replace(path.with_suffix(".damaged"))
                 continue
             fits = list(map(np.shape, state["variables"])) == [tuple(v.shape) for v in variables_of(model)]
-            _checks.require(fits, f"{path} is a checkpoint of another model or optimizer")
+            _checks.require(fits, f"{path} is a checkpoint of another model or optimizer, or of another version")
             return state
         return None
 
     def _paths(self):
-        return sorted(path for path in self.folder.glob("*.npz") if re.fullmatch(r"\d{6}-\d{8}", path.stem))
+        return sorted(self.folder.glob(f"{'[0-9]' * 6}-{'[0-9]' * 8}.npz"))
 
     def _skip(self, *args):
         """Takes the place of Keras' `train_function`: reads the data, and changes nothing."""
@@ -315,64 +310,50 @@ def _set_state(callback, state):
 
 # Files. A checkpoint is an .npz file. The name of an array is its checksum; the state refers to arrays by these names.
 
-
-def _encode(value, arrays):
-    """Turns a value into one that JSON can store. Arrays are added to `arrays`, those of bfloat16 as integers.
-
-    Raises:
-        ValueError: if there is another object in it.
-    """
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    if isinstance(value, (np.ndarray, np.generic)):
-        dtype, array = keras.backend.standardize_dtype(value.dtype.name), np.asarray(value, order="C")
-        array = array.view(f"u{array.itemsize}") if array.dtype.kind == "V" else array
-        name = _checksum(array)
-        arrays[name] = array
-        return {"array": [name, dtype]}
-    if isinstance(value, list):
-        return [_encode(entry, arrays) for entry in value]
-    if isinstance(value, tuple):
-        return {"tuple": [_encode(entry, arrays) for entry in value]}
-    _checks.require(isinstance(value, dict), "A checkpoint cannot hold it", value=value)
-    return {"dict": [[_encode(key, arrays), _encode(entry, arrays)] for key, entry in value.items()]}
+ARRAY = "array of this checksum and dtype"
 
 
-def _decode(value, arrays):
-    if isinstance(value, list):
-        return [_decode(entry, arrays) for entry in value]
-    if not isinstance(value, dict):
-        return value
-    ((kind, content),) = value.items()
-    if kind == "array":
-        name, dtype = content
-        return arrays[name].view(keras.backend.standardize_dtype(dtype))[()]
-    if kind == "tuple":
-        return tuple(_decode(content, arrays))
-    return {_decode(key, arrays): _decode(entry, arrays) for key, entry in content}
+def _dtype(array):
+    """The name of the dtype, if it is one of Keras. Objects and parts with names are none."""
+    return keras.backend.standardize_dtype(array.dtype.name)
 
 
 def _checksum(array):
     return hashlib.sha256(f"{array.shape}".encode() + array.tobytes()).hexdigest()
 
 
-def _write(path, state, arrays):
-    text = np.frombuffer(json.dumps(state).encode(), "uint8")
+def _write(path, state):
+    arrays = {}
+
+    def store(value):
+        array = np.asarray(value, order="C")
+        array = array.view(f"u{array.itemsize}") if array.dtype.kind == "V" else array  # bfloat16, which files lack
+        name = _checksum(array)
+        arrays[name] = array
+        return {ARRAY: [name, _dtype(value)]}
+
+    text = np.frombuffer(json.dumps(state, default=store).encode(), "uint8")
     arrays["state-" + _checksum(text)] = text
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _files.replacing(path, path.with_suffix(".npz.tmp")) as temporary, temporary.open("wb") as file:
+    with _files.replacing(path, path.with_name("unfinished.tmp")) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
 
 
 def _read(path):
+    def fetch(entry):
+        if ARRAY not in entry:
+            return entry
+        name, dtype = entry[ARRAY]
+        return arrays[name].view(keras.backend.standardize_dtype(dtype))[()]
+
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             size = sum(entry.file_size for entry in file.zip.infolist())
             _checks.require(size <= path.stat().st_size, "It would unpack to more than its size")
             arrays = {name: file[name] for name in file.files}
-        _checks.require(all(array.dtype.kind in "biufc" for array in arrays.values()), "It holds more than numbers")
-        _checks.require(all(_checksum(array) == name.removeprefix("state-") for name, array in arrays.items()), "")
+        for name, array in arrays.items():
+            whole = array.dtype.kind in "biufc" and _checksum(array) == name.removeprefix("state-")
+            _checks.require(whole, "An array is another")
         (text,) = [array.tobytes() for name, array in arrays.items() if name.startswith("state-")]
-        return {name: _decode(value, arrays) for name, value in json.loads(text).items()}
+        return json.loads(text, object_hook=fetch)
     except Exception as error:  # a damaged file may raise anything
-        raise ValueError(f"The checkpoint {path} is damaged or of another version ({type(error).__name__})") from error
+        raise ValueError(f"The checkpoint {path} is damaged ({type(error).__name__})") from error
