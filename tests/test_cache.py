@@ -1,6 +1,6 @@
-"""Decoding into a file: once, taken up again after a kill, checked when it is opened."""
+"""Decoding into a file: once, by one of several processes, checked when it is opened."""
 
-import json
+import threading
 
 import keras
 import numpy as np
@@ -43,46 +43,48 @@ def test_a_file_holds_what_is_decoded_into_memory(folder, tmp_path, capsys):
         datasets.from_folder(folder, 8, strict=True, cache=cache)
 
 
-def test_decoding_goes_on_where_it_was(folder, tmp_path, monkeypatch, capsys):
-    expected = read(folder).x
-    monkeypatch.setattr(_cache, "BLOCK", 4)
-    monkeypatch.setattr(_cache, "SECONDS", 0.0)
-    load, cache, loaded = kd.images.load, tmp_path / "pictures.npy", []
+def test_a_file_has_its_name_when_it_is_whole(folder, tmp_path, monkeypatch):
+    """Decoding that was interrupted starts over, and leaves nothing. After a kill, others wait before they begin."""
+    expected, load, cache, clock = read(folder).x, kd.images.load, tmp_path / "pictures.npy", [0.0]
 
-    def killed(path, *args):
-        loaded.append(path.name)
+    def interrupted(path, *args):
         if path.name == "15.png":
+            assert [file.name for file in tmp_path.glob("*.npy*")] == ["pictures.npy.tmp"]
             raise KeyboardInterrupt
         return load(path, *args)
 
-    monkeypatch.setattr(kd.images, "load", killed)
-    with pytest.raises(KeyboardInterrupt):
-        datasets.from_folder(folder, 8, cache=cache)
-    done = json.loads(cache.with_suffix(".json").read_text())
-    assert 0 < done["read"] < 20 and len(done["labels"]) == done["read"] - len(done["skipped"])
-    with cache.open("ab") as file:  # of a block that was not finished
-        file.write(b"part of an image")
-    first, loaded[:] = set(loaded[: done["read"]]), []
-    monkeypatch.setattr(kd.images, "load", lambda path, *args: loaded.append(path.name) or load(path, *args))
-    assert np.array_equal(read(folder, cache=cache).x, expected)
-    assert len(loaded) == 20 - done["read"] and not first & set(loaded)
-    assert f"from number {done['read']} on" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(_cache, "BLOCK", 4)
+        patch.setattr(kd.images, "load", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            datasets.from_folder(folder, 8, cache=cache)
+    assert not list(tmp_path.glob("*.npy*"))
+    (tmp_path / "pictures.npy.tmp").write_bytes(b"of a run that was killed")
+    monkeypatch.setattr(_cache.time, "sleep", lambda seconds: clock.append(clock.pop() + 100))
+    monkeypatch.setattr(_cache.time, "monotonic", lambda: clock[-1])
+    assert np.array_equal(read(folder, cache=cache).x, expected) and clock[-1] > _cache.PATIENCE
+    assert [file.name for file in tmp_path.glob("*.npy*")] == ["pictures.npy"]
 
 
-def test_a_whole_index_comes_after_the_header(folder, tmp_path, monkeypatch):
-    """So another process never sees an index of all images next to a header that counts skipped ones."""
-    monkeypatch.setattr(_cache, "BLOCK", 4)
-    monkeypatch.setattr(_cache, "SECONDS", 0.0)
-    write, cache, whole = _cache._write_index, tmp_path / "pictures.npy", []
+def test_two_runs_at_once(folder, tmp_path, monkeypatch):
+    """One decodes. The other waits for all images, and has the same."""
+    expected, load, cache, number = read(folder).x, kd.images.load, tmp_path / "pictures.npy", []
+    waits = threading.Event()
 
-    def watched(path, index, *file):
-        write(path, index, *file)
-        if index["read"] == 20:
-            whole.append(len(np.load(path, mmap_mode="r")))
+    def slow(path, *args):
+        assert waits.wait(60)
+        number.append(path)
+        return load(path, *args)
 
-    monkeypatch.setattr(_cache, "_write_index", watched)
-    read(folder, cache=cache)
-    assert whole == [19]
+    def sleep(seconds):
+        waits.set()
+        runs[0].join()
+
+    monkeypatch.setattr(kd.images, "load", slow)
+    monkeypatch.setattr(_cache.time, "sleep", sleep)
+    items = sorted(folder.rglob("*.png"))
+    found = []
+    runs = [threading.Thread(target=lambda: found.append(_cache.decoded(items, load_one, 20, [], cache))) for _ in "ab"]
 
 
 def test_strict(folder, tmp_path, monkeypatch):

@@ -93,30 +93,29 @@ class Checkpoint(keras.callbacks.Callback):
         self._time = time.monotonic()
         alone = threading.current_thread() is threading.main_thread() and not replicas.several()
         handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL} if alone else {}
-        self._handlers = {number: own for number, own in handlers.items() if signal.getsignal(number) == own}
-        with _files.locked(self.folder) if replicas.is_chief() else contextlib.nullcontext():
+        lock = _files.locked(self.folder) if replicas.is_chief() else contextlib.nullcontext()
+        with lock, contextlib.ExitStack() as end, contextlib.ExitStack() as self._handlers:
+            end.callback(self._go_on, model)
             self._pending = self._newest(model)
             if self._pending:
                 initial_epoch, earlier_epochs = self._resumed()
             self._earlier_epochs = earlier_epochs
-            for number in self._handlers:
-                signal.signal(number, self._on_signal)
-            try:
-                yield initial_epoch, earlier_epochs
-            finally:
-                self._restore_handlers()
-                self._go_on(model)
+            for number, own in handlers.items():
+                if signal.getsignal(number) == own:
+                    self._handlers.callback(signal.signal, number, own)
+                    signal.signal(number, self._on_signal)
+            yield initial_epoch, earlier_epochs
 
     def _resumed(self):
         """The first epoch, and how many epochs the data had before it. Says which callbacks begin anew."""
         states, (epoch, _) = self._pending["callbacks"], self._pending["position"]
-        anew = [name for name, c in self._callbacks.items() if states.get(name) is None and _state_of(c) != {}]
+        anew = [name for name, c in self._callbacks.items() if name not in states and _state_of(c) != {}]
         if anew:
             warnings.warn(f"{self.folder} holds no state of these callbacks, which begin anew: {anew}", stacklevel=4)
         for name, callback in self._callbacks.items():
             if isinstance(callback, keras.callbacks.CSVLogger) and replicas.is_chief():
                 _rewind(callback, epoch)
-            state = states.get(name) or {}
+            state = states.get(name, {})
             if isinstance(callback, keras.callbacks.EarlyStopping) and state.get("stopped_epoch"):
                 epoch = sys.maxsize if state["wait"] >= callback.patience else epoch
         return epoch, self._pending["earlier_epochs"]
@@ -124,18 +123,17 @@ class Checkpoint(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         """Restores the state before the batches that are skipped, as the data may no longer have any after them."""
         first, self._epoch = self._epoch is None, epoch
-        if not self._pending:
-            return
-        if not first:  # the data had fewer batches than before
+        if self._pending and first:
+            self._restore()
+            if self._pending["ended"]:
+                self._pending = None
+                self.model.reset_metrics()  # as Keras does before this call
+            elif getattr(self.model, "train_function", None):  # otherwise Keras trains until the state is restored
+                logs = self.model.get_metrics_result()
+                self._logs = {name: ops.convert_to_numpy(value) for name, value in logs.items()}
+                self._train_function, self.model.train_function = self.model.train_function, self._skip
+        elif self._pending:  # the data had fewer batches than before
             self._go_on(self.model)
-            return
-        self._restore()
-        if self._pending["ended"]:
-            self._pending = None
-            self.model.reset_metrics()  # as Keras does before this call
-        elif getattr(self.model, "train_function", None):  # without it, Keras trains, and the state is restored later
-            self._logs = {name: ops.convert_to_numpy(value) for name, value in self.model.get_metrics_result().items()}
-            self._train_function, self.model.train_function = self.model.train_function, self._skip
 
     def on_train_batch_begin(self, batch, logs=None):
         position = [self._epoch, batch]
@@ -186,10 +184,10 @@ class Checkpoint(keras.callbacks.Callback):
         """Writes a checkpoint, and returns what there is to say about it."""
         states = {}
         for name, callback in self._callbacks.items():
-            state = _state_of(callback)
-            with contextlib.suppress(AttributeError, TypeError, ValueError):  # `fit` says so when it goes on
-                json.dumps(state, default=_dtype)
-                states[name] = state
+            if (state := _state_of(callback)) is not None:
+                with contextlib.suppress(AttributeError, TypeError, ValueError):  # `fit` says so when it goes on
+                    json.dumps(state, default=_dtype)
+                    states[name] = state
         state = {
             "position": position,
             "earlier_epochs": self._earlier_epochs,
@@ -216,8 +214,12 @@ class Checkpoint(keras.callbacks.Callback):
         state = self._pending
         for v, value in zip(variables_of(self.model), state["variables"]):
             v.assign(value)
-        for name, callback in self._callbacks.items():
-            _set_state(callback, state["callbacks"].get(name))
+        for name, found in state["callbacks"].items():
+            callback = self._callbacks.get(name)
+            if hasattr(callback, "set_state"):
+                callback.set_state(found)
+            elif callback:  # no other attributes, as the file may be of a stranger
+                vars(callback).update({key: found[key] for key in STATE_OF_KERAS if key in found})
         self.model.history.epoch, self.model.history.history = state["history"]
         (version, numbers, gauss), of_numpy, of_backend = state["random"]
         random.setstate((version, tuple(numbers), gauss))
@@ -258,11 +260,7 @@ class Checkpoint(keras.callbacks.Callback):
 
     def _on_signal(self, number, frame):
         self._signal = number
-        self._restore_handlers()
-
-    def _restore_handlers(self):
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        self._handlers.close()
 
 
 def variables_of(model: keras.Model) -> list:
@@ -298,14 +296,6 @@ def _state_of(callback):
     if known or attributes.keys() <= vars(base()).keys():
         return {name: attributes[name] for name in STATE_OF_KERAS if name in attributes}
     return None
-
-
-def _set_state(callback, state):
-    if state and hasattr(callback, "set_state"):
-        callback.set_state(state)
-    elif state:
-        for name in set(state) & set(STATE_OF_KERAS):  # no other attributes, as the file may be of a stranger
-            setattr(callback, name, state[name])
 
 
 # Files. A checkpoint is an .npz file. The name of an array is its checksum; the state refers to arrays by these names.

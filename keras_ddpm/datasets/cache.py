@@ -25,6 +25,7 @@ from keras_ddpm._backend import replicas
 __all__ = ["decoded", "forget"]
 
 BLOCK = 256  # images that are decoded at once
+AT_ONCE = 2**24  # bytes that are checked at once
 PATIENCE = 600.0  # seconds for which another process waits for more images
 
 
@@ -126,15 +127,13 @@ def _opened(path, key):
     hint = f"Delete {path} to decode the images again"
     try:
         x = np.lib.format.open_memmap(path, mode="r")
-        with path.open("rb") as file:
-            file.seek(x.offset + x.nbytes)
-            text = file.read()
-        told, checksum = json.loads(text[:-8]), 0
-        for start in range(0, len(x), BLOCK):
-            checksum = zlib.crc32(x[start : start + BLOCK], checksum)
-            forget(x)
-        whole = zlib.crc32(text[:-8], checksum) == int(text[-8:], 16) and x.dtype == "uint8"
-        _checks.require(whole and len(x) == len(told["labels"]), "The checksum is another")
+        rest, checksum = np.memmap(path, mode="r", offset=x.offset), 0
+        for start in range(0, len(rest) - 8, AT_ONCE):
+            checksum = zlib.crc32(rest[start : min(start + AT_ONCE, len(rest) - 8)], checksum)
+            forget(rest)
+        told = json.loads(rest[x.nbytes : -8].tobytes())
+        whole = checksum == int(rest[-8:].tobytes(), 16) and x.dtype == "uint8" and len(x) == len(told["labels"])
+        _checks.require(whole, "The checksum is another")
     except Exception as error:  # a damaged file may raise anything
         raise ValueError(f"{path} is damaged, or no cache of this version ({type(error).__name__}). {hint}.") from error
     _checks.require(told["key"] == key, f"{path} was made of other data or with other settings. {hint}")
