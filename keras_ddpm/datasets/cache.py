@@ -41,7 +41,8 @@ def decoded(
         num: number of items.
         key: what determines the images, as JSON stores it.
         cache: name of a file in which the images are kept, or `None` for an array in memory. Of several processes, the
-            first one writes the file, and the others wait for it. Every opening reads the file once to check it.
+            first one writes the file, and the others wait for it. Every call reads the whole file to check it, half a
+            second for a gigabyte that the system has in its cache.
 
     Returns:
         uint8 array `(images, height, width, channels)`, mapped from the file if there is one; the labels; and why items
@@ -54,8 +55,7 @@ def decoded(
     told: dict[str, Any] = {"key": key, "labels": [], "skipped": []}
     blocks = _blocks(items, load, told)
     if cache is None:
-        images = list(blocks)
-        return np.concatenate(images) if images else np.empty(0, "uint8"), told["labels"], told["skipped"]
+        return np.concatenate(list(blocks) or [np.empty(0, "uint8")]), told["labels"], told["skipped"]
     path = pathlib.Path(cache)
     _checks.require(path.suffix == ".npy", "The name of a cache must end in .npy", cache=cache)
     temporary = path.with_suffix(".npy.tmp")
@@ -73,16 +73,15 @@ def decoded(
 
 def _blocks(items, load, told):
     """Yields the images of one block of items after another, and adds what is told of them."""
-    iterator, shape = iter(items), None
+    iterator, shapes = iter(items), set()
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         while block := list(itertools.islice(iterator, BLOCK)):
             results = list(pool.map(load, block))
             told["skipped"] += [result for result in results if isinstance(result, str)]
             pairs = [result for result in results if not isinstance(result, str)]
             told["labels"] += [label for _, label in pairs]
-            shape = shape or (pairs[0][0].shape if pairs else None)
-            same = all(image.shape == shape for image, _ in pairs)
-            _checks.require(same, "The images differ in size: give `image_size`")
+            shapes |= {image.shape for image, _ in pairs}
+            _checks.require(len(shapes) <= 1, "The images differ in size: give `image_size`")
             if pairs:
                 yield np.stack([image for image, _ in pairs])
 
@@ -91,19 +90,18 @@ def _write(path, temporary, blocks, num, told):
     """Writes the file. Raises FileExistsError if another run does."""
     temporary.touch(exist_ok=False)
     print(f"Decoding {num} images into {path}.")
-    progress, shape, checksum = keras.utils.Progbar(num, unit_name="image"), (), 0
+    progress, checksum = keras.utils.Progbar(num, unit_name="image"), 0
     with _files.replacing(path, temporary), temporary.open("wb") as file:
-        for images in blocks:
-            if not shape:
-                shape = images.shape[1:]
-                _write_header(file, num, shape)
+        first = next(blocks, np.empty(0, "uint8"))
+        _write_header(file, num, first.shape[1:])
+        for images in itertools.chain([first], blocks):
             file.write(images)
             checksum = zlib.crc32(images, checksum)
             progress.update(len(told["labels"]) + len(told["skipped"]))
         text = json.dumps(told).encode()
         file.write(text + b"%08x" % zlib.crc32(text, checksum))
         file.seek(0)
-        _write_header(file, len(told["labels"]), shape)
+        _write_header(file, len(told["labels"]), first.shape[1:])
 
 
 def _write_header(file, num, shape):
@@ -117,7 +115,9 @@ def _awaited(path, temporary):
     size, last = None, time.monotonic()
     while not path.exists() and time.monotonic() - last <= PATIENCE:
         time.sleep(1)
-        before, size = size, temporary.stat().st_size if temporary.exists() else 0
+        before = size
+        with contextlib.suppress(FileNotFoundError):
+            size = temporary.stat().st_size
         last = time.monotonic() if size != before else last
     return path.exists()
 
@@ -135,7 +135,8 @@ def _opened(path, key):
         whole = checksum == int(rest[-8:].tobytes(), 16) and x.dtype == "uint8" and len(x) == len(told["labels"])
         _checks.require(whole, "The checksum is another")
     except Exception as error:  # a damaged file may raise anything
-        raise ValueError(f"{path} is damaged, or no cache of this version ({type(error).__name__}). {hint}.") from error
+        reason = f"is damaged, or was not made by this version ({type(error).__name__})"
+        raise ValueError(f"{path} {reason}. {hint}.") from error
     _checks.require(told["key"] == key, f"{path} was made of other data or with other settings. {hint}")
     return x, told["labels"], told["skipped"]
 
