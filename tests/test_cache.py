@@ -162,7 +162,7 @@ def test_the_wait_for_the_chief_ends(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(_cache.time, "monotonic", lambda: clock[-1])
     with pytest.raises(TimeoutError, match="added nothing to .*pictures.npy.tmp for 600 seconds"):
         datasets.from_folder(folder, 8, cache=tmp_path / "pictures.npy")
-    assert clock == [800.0]
+    assert clock == [700.0]
 
 
 def test_a_data_set_of_tensorflow(data_dir, tmp_path, monkeypatch):
