@@ -58,6 +58,12 @@ class SampleMetrics(_Sampling):
             self._found = self.metric.values()
         logs.update({f"val_{name}": value for name, value in self._found.items()})
 
+    def get_state(self):  # for `Checkpoint`
+        return self._found
+
+    def set_state(self, state):
+        self._found = state
+
 
 class LossByTimestep(keras.callbacks.Callback):
     """Adds the loss at several times to Keras' logs, such as "loss_at_100", after every epoch.

@@ -83,8 +83,8 @@ def from_folder(
         strict: whether a file that cannot be read is an error. Otherwise it is skipped with a warning.
         max_pixels: largest number of pixels of a file. Larger files cannot be read.
         cache: name of an `.npy` file. The images are decoded into it once, and read from it without filling the memory.
-            If that is interrupted, the same call continues where it was. An index lies next to it, in JSON. Names and
-            sizes of the image files tell whether they are the same: delete both files after other changes.
+            If that is interrupted, the same call starts over. Names and sizes of the image files tell whether they are
+            the same: delete the file after other changes. Each call reads the file once to check it.
         **kwargs: arguments of `Batches`.
 
     Returns:
@@ -121,7 +121,7 @@ def from_folder(
     if cache:
         stats = [(str(file.relative_to(path)), file.stat().st_size) for file in files]
         key += [hashlib.sha256(json.dumps(stats).encode()).hexdigest()]
-    x, classes, skipped = _cache.decoded(lambda start: files[start:], load, len(files), key, cache)
+    x, classes, skipped = _cache.decoded(files, load, len(files), key, cache)
     _checks.require(not (strict and skipped), "".join(skipped[:1]))
     for reason in skipped:
         warnings.warn("Skipped " + reason.replace(UNREADABLE, "which " + UNREADABLE), stacklevel=2)
@@ -250,8 +250,7 @@ def _read_tfds(name, split, image_size, data_dir, labels, cache=None):
         return x, int(example["label"]) if labels else None
 
     key = [name, str(builder.version), split, image_size, labels]
-    items = lambda start: tfds.as_numpy(examples.skip(start))  # noqa: E731
-    x, numbers, _ = _cache.decoded(items, load, len(examples), key, cache)
+    x, numbers, _ = _cache.decoded(tfds.as_numpy(examples), load, len(examples), key, cache)
     if not labels:
         return x, None, None
     return x, np.array(numbers), getattr(builder.info.features["label"], "names", None)
