@@ -570,7 +570,7 @@ class DiffusionModel(keras.Model):
 
         It computes in float32. `export.onnx` also writes what other programs need to sample with it.
         """
-        network = keras.models.clone_model(self.network, clone_function=compact.in_float32)
+        network = keras.models.clone_model(self.network, clone_function=compact.in_float32, recursive=True)
         network.set_weights([keras.ops.convert_to_numpy(v) for v in self.ema_weights])
         inputs = [keras.ops.zeros((1, *v.shape[1:]), v.dtype) for v in network.inputs]
         network(inputs)  # Keras exports no model to ONNX that was never called
