@@ -50,7 +50,7 @@ def arrays(path: str | pathlib.Path) -> dict[str, np.ndarray]:
     """Reads an `.npz` file: its arrays by name. The array of an `.npy` file is mapped into memory, and called "x".
 
     Raises:
-        OSError: if the file cannot be opened.
+        FileNotFoundError: if there is no such file.
         ValueError: if it is damaged, holds objects or records, or an array is larger than its part of the file.
     """
     regular(path)
@@ -69,7 +69,7 @@ def arrays(path: str | pathlib.Path) -> dict[str, np.ndarray]:
                 fits = not dtype.hasobject and math.prod(shape) * dtype.itemsize <= entry.file_size
                 _checks.require(fits, f"{entry.filename} must be an array of numbers", dtype=dtype, shape=shape)
             return dict(loaded)
-    except OSError:
+    except FileNotFoundError:
         raise
     except Exception as error:  # a damaged file may raise anything
         raise ValueError(f"{path} cannot be read as arrays. {_checks.reason(error)}") from error

@@ -139,7 +139,8 @@ def main(number, seed=0):
             else:
                 same = expected is None or all(map(np.array_equal, got, expected))
                 assert same, (index, name, "another result without an error")
-            faulthandler.cancel_dump_traceback_later()
+            finally:
+                faulthandler.cancel_dump_traceback_later()
     print(f"{number} files, of which were refused: {counts}")
 
 
