@@ -19,6 +19,7 @@ import numpy as np
 
 from keras_ddpm import _checks, editing, guidance, samplers
 from keras_ddpm.model import DiffusionModel
+from keras_ddpm.samplers import rows
 from keras_ddpm.schedules import Schedule
 
 __all__ = ["default_tables", "onnx", "safetensors"]
@@ -146,7 +147,7 @@ def _described(table: np.ndarray, model: DiffusionModel, asked: guidance.Guidanc
     t = table["t"].astype("int64")
     arrival = np.append(t[1:], 0)
     from_x, from_y = model.diffusion.x0_coefficients()[t].T
-    columns = {name: table[name] for name in table.dtype.names} | {
+    columns = {name: table[name] for name in rows.COLUMNS} | {
         "guidance_scale": asked.scales(guidance_scale, t),
         "x_0_from_x": from_x,
         "x_0_from_y": from_y,
