@@ -97,17 +97,31 @@ def onnx(
 def safetensors(model: DiffusionModel, path: str | pathlib.Path) -> None:
     """Writes the averaged weights in the format of the package `safetensors`, by their paths in the network.
 
+    The path of a weight in a nested model begins with the names of the models around it.
+
     Args:
         model: a `DiffusionModel`.
         path: the file.
 
     Raises:
         ModuleNotFoundError: if the package is not installed.
+        ValueError: if two weights have the same path.
     """
-    weights = zip(model.network.weights, model.ema_weights)
+    paths = dict(_paths(model.network))
     # The package writes the memory of an array whatever the order of its axes there.
-    arrays = {v.path: np.ascontiguousarray(keras.ops.convert_to_numpy(average)) for v, average in weights}
+    values = [np.ascontiguousarray(keras.ops.convert_to_numpy(average)) for average in model.ema_weights]
+    arrays = {paths[id(v)]: value for v, value in zip(model.network.weights, values)}
+    _checks.require(len(arrays) == len(values), "Two weights have the same path", paths=sorted(paths.values()))
     _import("safetensors.numpy").save_file(arrays, path)
+
+
+def _paths(model: keras.Model, before: str = "") -> Iterator[tuple[int, str]]:
+    """Yields the identity and the path of each weight of a model and of the models in it."""
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            yield from _paths(layer, f"{before}{layer.name}/")
+        else:
+            yield from ((id(v), before + v.path) for v in layer.weights)
 
 
 def default_tables(model: DiffusionModel) -> dict[str, samplers.Sampler]:

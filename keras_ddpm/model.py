@@ -506,15 +506,16 @@ class DiffusionModel(keras.Model):
     def save(self, filepath: Any, overwrite: bool = True, zipped: bool | None = None, **kwargs) -> None:
         """`keras.Model.save` to a `.keras` file. A file of this name stays whole until the new one is.
 
-        Of several processes, the first one writes.
+        Of several processes, the first one writes. A link keeps its target, which is replaced. Keras writes to an
+        address, such as "hf://USER/REPOSITORY".
 
         Raises:
             ValueError: if the file name has another ending.
         """
-        path = pathlib.Path(filepath)
-        _checks.require(path.suffix == ".keras", "The file name must end in .keras", filepath=filepath)
+        path, is_address = pathlib.Path(filepath), "://" in str(filepath)
+        _checks.require(is_address or path.suffix == ".keras", "The file name must end in .keras", filepath=filepath)
         # Keras asks, writes a folder, or writes to another machine.
-        if not overwrite and path.exists() or zipped is False or "://" in str(filepath):
+        if not overwrite and path.exists() or zipped is False or is_address:
             return super().save(filepath, overwrite, zipped, **kwargs)
         with _files.replacing(path, path.with_name(f"{path.stem}.saving.keras")) as temporary:
             super().save(temporary, **kwargs)
@@ -558,32 +559,31 @@ class DiffusionModel(keras.Model):
         return copy
 
     @classmethod
-    def from_preset(cls, preset: str | pathlib.Path, **options: Any) -> "DiffusionModel":
-        """Loads a trained model.
+    def from_preset(cls, preset: str | pathlib.Path, **options: Any) -> Any:
+        """Loads a trained model. A `DiffusionModel` in the file becomes one of this class.
 
         Args:
-            preset: name of a model that comes with the package, the path of a `.keras` file, or an address that
-                `keras.saving.load_model` knows, such as "hf://USER/REPOSITORY".
-            **options: as in `keras.saving.load_model`.
+            preset: name of a model that comes with the package, or the path or address of a file, as in
+                `saving.load_model`.
+            **options: as in `saving.load_model`.
 
         Raises:
             FileNotFoundError: if there is no such preset or file.
             ValueError: as in `load_model`.
         """
-        if "://" in str(preset):
-            return keras.saving.load_model(preset, **options)
-        path = saving.PRESETS / f"{preset}.keras"
-        if not path.exists() and not pathlib.Path(preset).exists():
-            names = ", ".join(sorted(file.stem for file in saving.PRESETS.glob("*.keras")))
-            raise FileNotFoundError(f"There is no model file {preset}. Presets of the package: {names}.")
-        return saving.load_model(path if path.exists() else preset, **options)
+        presets = {path.stem: path for path in sorted(saving.PRESETS.glob("*.keras"))}
+        path = presets.get(str(preset), preset)
+        if "://" not in str(path) and not pathlib.Path(path).exists():
+            raise FileNotFoundError(f"There is no model file {preset}. Presets of the package: {', '.join(presets)}.")
+        with keras.saving.custom_object_scope({"keras_ddpm>DiffusionModel": cls}):
+            return saving.load_model(path, **options)
 
     def export(self, filepath: Any, *args, **kwargs) -> None:
         """`keras.Model.export` of the network with the averaged weights: a function of x_t, t and the condition.
 
         It computes in float32. `export.onnx` also writes what other programs need to sample with it.
         """
-        network = keras.models.clone_model(self.network, clone_function=compact.in_float32)
+        network = keras.models.clone_model(self.network, clone_function=compact.in_float32, recursive=True)
         network.set_weights([keras.ops.convert_to_numpy(v) for v in self.ema_weights])
         inputs = [keras.ops.zeros((1, *v.shape[1:]), v.dtype) for v in network.inputs]
         network(inputs)  # Keras exports no model to ONNX that was never called
