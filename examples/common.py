@@ -11,7 +11,6 @@ import shutil
 import sys
 import tempfile
 import time
-import types
 import typing
 import zlib
 
@@ -317,22 +316,25 @@ class Estimate(keras.callbacks.Callback):
     def __init__(self, seconds=10):
         super().__init__()
         self.seconds = seconds
-        self.run = types.SimpleNamespace(times=[], epochs_left=0)  # a checkpoint would hold plain attributes
+        self.times, self.epochs_left = [], 0
+
+    def get_state(self):
+        return {}  # so each run says its own
 
     def on_epoch_begin(self, epoch, logs=None):
-        self.run.epochs_left = self.params["epochs"] - epoch
+        self.epochs_left = self.params["epochs"] - epoch
 
     def on_train_batch_end(self, batch, logs=None):
-        if self.run.times is None:
+        if self.times is None:
             return
-        self.run.times.append(time.monotonic())
-        recent = np.diff(self.run.times[-4:])
+        self.times.append(time.monotonic())
+        recent = np.diff(self.times[-4:])
         steady = len(recent) == 3 and max(recent) < 3 * min(recent)  # neither compiled nor skipped
-        if steady and self.run.times[-1] - self.run.times[0] > self.seconds:
+        if steady and self.times[-1] - self.times[0] > self.seconds:
             step = np.median(recent)
-            minutes = max(1, round(step * (self.run.epochs_left * self.params["steps"] - batch - 1) / 60))
+            minutes = max(1, round(step * (self.epochs_left * self.params["steps"] - batch - 1) / 60))
             print(f"\nThe training will take about {minutes} min, at {step:.2f} s per batch.", flush=True)
-            self.run.times = None
+            self.times = None
 
 
 def checksum(*arrays):

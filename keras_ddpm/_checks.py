@@ -3,6 +3,7 @@
 import math
 import numbers
 import random
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,12 @@ def _short(value: Any, most: int = 100) -> str:
     """The representation of a value in one line of at most `most` characters."""
     text = " ".join(repr(value).split())
     return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def reason(error: Exception) -> str:
+    """What an error of another package says, in one line. Keras puts configurations before it, and lists after it."""
+    text = str(error).rpartition("Exception encountered: ")[2].partition("\n\nList of objects")[0]
+    return textwrap.shorten(text, 250, placeholder="...") or type(error).__name__
 
 
 def counts(low: int = 1, optional: bool = False, **values: Any) -> None:

@@ -1,18 +1,31 @@
-"""Files that are replaced at once."""
+"""Files: replaced at once, locked by one run, and read within bounds."""
 
 import contextlib
+import math
 import os
 import pathlib
 import sys
+import zipfile
 from collections.abc import Iterator
+
+import numpy as np
+
+from keras_ddpm import _checks
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path, temporary: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A context that writes the file `temporary`, which then takes the place of `path`.
+    """A context that writes the file `temporary`, which then takes the place of `path`. A link keeps its target.
 
     A kill leaves the file `path` as it was, or replaces it by the whole new one, which has reached the disk.
     """
+    path = path.resolve()
+    temporary = path.with_name(temporary.name)
     try:
         yield temporary
         with temporary.open("rb+") as file:
@@ -24,3 +37,65 @@ def replacing(path: pathlib.Path, temporary: pathlib.Path) -> Iterator[pathlib.P
             os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder: pathlib.Path) -> Iterator[None]:
+    """A context in which a folder, made if it is missing, belongs to one run. A kill ends it, too.
+
+    Windows and some network disks have no such locks.
+
+    Raises:
+        ValueError: if it belongs to another run.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        if fcntl:
+            number = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, number)
+            try:
+                fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                _checks.require(not isinstance(error, BlockingIOError), f"Another run uses the folder {folder}")
+        yield
+
+
+def regular(path: str | pathlib.Path) -> None:
+    """Raises ValueError if `path` is a folder, a pipe or a device. Opening a pipe waits for the other end."""
+    _checks.require(not os.path.exists(path) or os.path.isfile(path), f"{path} is not a regular file")
+
+
+def bounded(archive: zipfile.ZipFile, ratio: int, floor: int) -> None:
+    """Raises ValueError if a part of a zip file has more than `floor` bytes, and `ratio` times its size in the file."""
+    for entry in archive.infolist():
+        most = max(floor, ratio * entry.compress_size)
+        _checks.require(entry.file_size <= most, f"{entry.filename} unpacks to too much", bytes=entry.file_size)
+
+
+def arrays(path: str | pathlib.Path) -> dict[str, np.ndarray]:
+    """Reads an `.npz` file: its arrays by name. The array of an `.npy` file is mapped into memory, and called "x".
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged, holds objects or records, or an array is larger than its part of the file.
+    """
+    regular(path)
+    try:
+        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return {"x": loaded}
+        with loaded:
+            bounded(loaded.zip, ratio=100, floor=2**32)
+            for entry in loaded.zip.infolist():
+                with loaded.zip.open(entry) as stream:
+                    version = np.lib.format.read_magic(stream)
+                    is_first = version == (1, 0)
+                    read = np.lib.format.read_array_header_1_0 if is_first else np.lib.format.read_array_header_2_0
+                    shape, _, dtype = read(stream)
+                fits = not dtype.hasobject and math.prod(shape) * dtype.itemsize <= entry.file_size
+                _checks.require(fits, f"{entry.filename} must be an array of numbers", dtype=dtype, shape=shape)
+            return dict(loaded)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged file may raise anything
+        raise ValueError(f"{path} cannot be read as arrays. {_checks.reason(error)}") from error

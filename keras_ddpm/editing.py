@@ -257,8 +257,8 @@ def interpolate(
     _checks.counts(low=2, num=num)
     a, b = _images(model, images_a, "images_a"), _images(model, images_b, "images_b")
     _checks.require(a.shape == b.shape, "Expected images of the same shape", shapes=(a.shape, b.shape))
-    noises = [encode(model, images, num_steps=num_steps, **options) for images in (a, b)]
-    mixed = (_slerp(*noises, fraction) for fraction in np.linspace(0, 1, num)[1:-1])
+    start, end = (encode(model, images, num_steps=num_steps, **options) for images in (a, b))
+    mixed = (_slerp(start, end, fraction) for fraction in np.linspace(0, 1, num)[1:-1])
     return np.stack([a, *(decode(model, noise, num_steps=num_steps, **options) for noise in mixed), b])
 
 

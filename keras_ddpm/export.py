@@ -19,6 +19,7 @@ import numpy as np
 
 from keras_ddpm import _checks, editing, guidance, samplers
 from keras_ddpm.model import DiffusionModel
+from keras_ddpm.samplers import rows
 from keras_ddpm.schedules import Schedule
 
 __all__ = ["default_tables", "onnx", "safetensors"]
@@ -96,17 +97,31 @@ def onnx(
 def safetensors(model: DiffusionModel, path: str | pathlib.Path) -> None:
     """Writes the averaged weights in the format of the package `safetensors`, by their paths in the network.
 
+    The path of a weight in a nested model begins with the names of the models around it.
+
     Args:
         model: a `DiffusionModel`.
         path: the file.
 
     Raises:
         ModuleNotFoundError: if the package is not installed.
+        ValueError: if two weights have the same path.
     """
-    weights = zip(model.network.weights, model.ema_weights)
+    paths = dict(_paths(model.network))
     # The package writes the memory of an array whatever the order of its axes there.
-    arrays = {v.path: np.ascontiguousarray(keras.ops.convert_to_numpy(average)) for v, average in weights}
+    values = [np.ascontiguousarray(keras.ops.convert_to_numpy(average)) for average in model.ema_weights]
+    arrays = {paths[id(v)]: value for v, value in zip(model.network.weights, values)}
+    _checks.require(len(arrays) == len(values), "Two weights have the same path", paths=sorted(paths.values()))
     _import("safetensors.numpy").save_file(arrays, path)
+
+
+def _paths(model: keras.Model, before: str = "") -> Iterator[tuple[int, str]]:
+    """Yields the identity and the path of each weight of a model and of the models in it."""
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            yield from _paths(layer, f"{before}{layer.name}/")
+        else:
+            yield from ((id(v), before + v.path) for v in layer.weights)
 
 
 def default_tables(model: DiffusionModel) -> dict[str, samplers.Sampler]:
@@ -132,7 +147,7 @@ def _described(table: np.ndarray, model: DiffusionModel, asked: guidance.Guidanc
     t = table["t"].astype("int64")
     arrival = np.append(t[1:], 0)
     from_x, from_y = model.diffusion.x0_coefficients()[t].T
-    columns = {name: table[name] for name in table.dtype.names} | {
+    columns = {name: table[name] for name in rows.COLUMNS} | {
         "guidance_scale": asked.scales(guidance_scale, t),
         "x_0_from_x": from_x,
         "x_0_from_y": from_y,

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import os
 import pathlib
 import re
 from collections.abc import Iterable
@@ -11,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image, ImageOps
 
-from keras_ddpm import _checks
+from keras_ddpm import _checks, _files
 
 __all__ = ["MAX_PIXELS", "from_uint8", "grid", "load", "resize", "save", "save_gif", "to_pil", "to_uint8"]
 
@@ -68,7 +67,7 @@ def load(path: str | pathlib.Path, size: int, channels: int = 3, max_pixels: int
     Transparent images are drawn on white. Gray images of 16 bits keep their upper 8 bits.
 
     Args:
-        path: file in any format that Pillow reads, or an open file.
+        path: file in any format that Pillow reads without another program, or an open file.
         size: side of the result in pixels.
         channels: 3 for color, 1 for gray.
         max_pixels: largest number of pixels of the file.
@@ -78,31 +77,42 @@ def load(path: str | pathlib.Path, size: int, channels: int = 3, max_pixels: int
 
     Raises:
         OSError: if the file cannot be read as an image.
-        ValueError: if its pixels are not integers of at most 16 bits, there are too many of them, or the file is no
-            regular file or holds several images.
+        ValueError: if its pixels are not integers of at most 16 bits, there are too many of them, or the file is
+            damaged, not a regular file, a PostScript program, or holds several images.
     """
     _checks.counts(size=size, max_pixels=max_pixels)
     _checks.require(channels in (1, 3), "`channels` must be 1 or 3", channels=channels)
     opened = hasattr(path, "read")
-    _checks.require(opened or not os.path.exists(path) or os.path.isfile(path), f"{path} is not a regular file")
-    # Pillow maps a file given by its name into memory, and scrambles it if it is an uncompressed TIFF to be turned.
-    with contextlib.nullcontext(path) if opened else open(path, "rb") as stream, Image.open(stream) as file:
-        count, pixels = getattr(file, "n_frames", 1), math.prod(file.size)
-        _checks.require(count == 1, f"The file holds {count} images")
-        _checks.require(
-            pixels <= max_pixels, f"The file has {pixels} pixels, more than `max_pixels`", max_pixels=max_pixels
-        )
-        image = ImageOps.exif_transpose(file)
-        if image.mode[0] in "IF":  # more than 8 bits, which `convert` would clip to 255
-            pixels = np.asarray(image)
-            if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
-                raise ValueError(f"Pixels must be integers of at most 16 bits. Received: mode {image.mode}")
-            eight_bits = image.mode == "I" and pixels.max() <= 255
-            image = Image.fromarray((pixels if eight_bits else pixels >> 8).astype("uint8"))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return resize(image.convert({1: "L", 3: "RGB"}[channels]), size)
+    if not opened:
+        _files.regular(path)
+    try:
+        # Pillow maps a file given by its name into memory, and scrambles an uncompressed TIFF that must be turned.
+        with contextlib.nullcontext(path) if opened else open(path, "rb") as stream, Image.open(stream) as file:
+            return _loaded(file, size, channels, max_pixels)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # a damaged file may raise anything
+        raise ValueError(_checks.reason(error)) from error
+
+
+def _loaded(file, size, channels, max_pixels):
+    """Reads an image file that Pillow has opened, without its pixels so far."""
+    count, pixels = getattr(file, "n_frames", 1), math.prod(file.size)
+    _checks.require(file.format != "EPS", "The file is a program in PostScript")  # which Pillow would run
+    _checks.require(count == 1, f"The file holds {count} images")
+    fits = pixels <= max_pixels
+    _checks.require(fits, f"The file has {pixels} pixels, more than `max_pixels`", max_pixels=max_pixels)
+    image = ImageOps.exif_transpose(file)
+    if image.mode[0] in "IF":  # more than 8 bits, which `convert` would clip to 255
+        pixels = np.asarray(image)
+        if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
+            raise ValueError(f"Pixels must be integers of at most 16 bits. Received: mode {image.mode}")
+        eight_bits = image.mode == "I" and pixels.max() <= 255
+        image = Image.fromarray((pixels if eight_bits else pixels >> 8).astype("uint8"))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return resize(image.convert({1: "L", 3: "RGB"}[channels]), size)
 
 
 def grid(x: ArrayLike, columns: int | None = None, padding: int = 2) -> np.ndarray:

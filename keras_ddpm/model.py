@@ -29,6 +29,22 @@ from keras_ddpm.training.corruption import Corruption, standard_normal
 __all__ = ["DiffusionModel"]
 
 
+def _like(own):
+    """Decorates a method that has the signature of `own`, and gets its arguments as a dict by name."""
+
+    def decorate(method):
+        @functools.wraps(method)
+        def wrapped(self, *args: Any, **kwargs: Any) -> Any:
+            given = dict(inspect.signature(own).bind(self, *args, **kwargs).arguments)
+            del given["self"]
+            return method(self, given.pop("kwargs", {}) | given)
+
+        vars(wrapped)["__signature__"] = inspect.signature(own)  # which editors show
+        return wrapped
+
+    return decorate
+
+
 @keras.saving.register_keras_serializable(package="keras_ddpm")
 class DiffusionModel(keras.Model):
     """A denoising diffusion probabilistic model.
@@ -153,13 +169,14 @@ class DiffusionModel(keras.Model):
 
     # Training.
 
+    @_like(keras.Model.compile)
     @replicas.in_scope
-    def compile(self, *args, **kwargs) -> None:
+    def compile(self, given) -> None:
         """`keras.Model.compile`. `jit_compile="auto"` selects what is fastest for this package on each backend.
 
         With a network in mixed float16, the optimizer becomes a `LossScaleOptimizer` unless `auto_scale_loss=False`.
         """
-        given = self._compiled_with = _arguments(keras.Model.compile, self, *args, **kwargs)
+        self._compiled_with = given
         super().compile(**given)
         if given.get("jit_compile", "auto") == "auto" and not self.run_eagerly:
             self.jit_compile = devices.jit_compile()
@@ -180,8 +197,9 @@ class DiffusionModel(keras.Model):
         self.compute_metrics(None, zeros, zeros)
         self.reset_metrics()
 
+    @_like(keras.Model.fit)
     @replicas.in_scope
-    def fit(self, *args, **kwargs) -> keras.callbacks.History:
+    def fit(self, given) -> keras.callbacks.History:
         """`keras.Model.fit` on clean data. It checks the data first.
 
         Arrays are checked completely. Of other sources, the first batch is checked. Labels in the data are ignored if
@@ -194,7 +212,6 @@ class DiffusionModel(keras.Model):
             ValueError: if the data do not have the shape of the network's input, lie outside `clip_range`, contain NaN,
                 or lack the condition of the network; or if the loss is not finite.
         """
-        given = _arguments(keras.Model.fit, self, *args, **kwargs)
         _checks.require(self.compiled, "Call `compile` before `fit`")
         given["x"], first, weight = self._opened(given.get("x"), given.get("y"))
         given["y"] = feed.with_labels(given["x"], given.get("y"), given.get("sample_weight"))
@@ -213,10 +230,10 @@ class DiffusionModel(keras.Model):
         with running.training(self, watch, given) as arranged:
             return super().fit(**arranged)
 
+    @_like(keras.Model.evaluate)
     @replicas.in_scope
-    def evaluate(self, *args, **kwargs) -> Any:
+    def evaluate(self, given) -> Any:
         """`keras.Model.evaluate` of the average on clean data as of `fit`, with the same t and noise at each call."""
-        given = _arguments(keras.Model.evaluate, self, *args, **kwargs)
         self._test_random.state.assign([0, 0])
         if given.get("_use_cached_eval_dataset"):  # `fit` calls, which has checked the data
             return super().evaluate(**given)
@@ -227,10 +244,6 @@ class DiffusionModel(keras.Model):
 
     def _maybe_symbolic_build(self, *args, **kwargs):
         """Does nothing: `compile` has built everything, and Keras fails here with several processes of TensorFlow."""
-
-    compile.__signature__ = inspect.signature(keras.Model.compile)
-    fit.__signature__ = inspect.signature(keras.Model.fit)
-    evaluate.__signature__ = inspect.signature(keras.Model.evaluate)
 
     def _opened(self, data, labels=None):
         """Checks data. Returns them as Keras reads them, and the x_0 and the weights that were checked."""
@@ -476,13 +489,13 @@ class DiffusionModel(keras.Model):
         if guided_calls == "none":
             return predict
         if guide is None:
-            worse_and_better = without_condition(predict, self.condition.null_label)
-            return guided(predict, worse_and_better, guided_calls == "some")
+            null_label = self.condition.null_label if self.condition else 0
+            return guided(predict, without_condition(predict, null_label), guided_calls == "some")
 
-        def worse_and_better(*inputs):
+        def predict_both(*inputs):
             return guide.average.predict(*inputs[: len(guide.network.inputs)]), predict(*inputs)
 
-        function = guided(predict, worse_and_better, guided_calls == "some")
+        function: Any = guided(predict, predict_both, guided_calls == "some")
         function.variables = guide.variables  # which the sampling program reads, too
         return function
 
@@ -493,15 +506,16 @@ class DiffusionModel(keras.Model):
     def save(self, filepath: Any, overwrite: bool = True, zipped: bool | None = None, **kwargs) -> None:
         """`keras.Model.save` to a `.keras` file. A file of this name stays whole until the new one is.
 
-        Of several processes, the first one writes.
+        Of several processes, the first one writes. A link keeps its target, which is replaced. Keras writes to an
+        address, such as "hf://USER/REPOSITORY".
 
         Raises:
             ValueError: if the file name has another ending.
         """
-        path = pathlib.Path(filepath)
-        _checks.require(path.suffix == ".keras", "The file name must end in .keras", filepath=filepath)
+        path, is_address = pathlib.Path(filepath), "://" in str(filepath)
+        _checks.require(is_address or path.suffix == ".keras", "The file name must end in .keras", filepath=filepath)
         # Keras asks, writes a folder, or writes to another machine.
-        if not overwrite and path.exists() or zipped is False or "://" in str(filepath):
+        if not overwrite and path.exists() or zipped is False or is_address:
             return super().save(filepath, overwrite, zipped, **kwargs)
         with _files.replacing(path, path.with_name(f"{path.stem}.saving.keras")) as temporary:
             super().save(temporary, **kwargs)
@@ -545,32 +559,31 @@ class DiffusionModel(keras.Model):
         return copy
 
     @classmethod
-    def from_preset(cls, preset: str | pathlib.Path, **options: Any) -> "DiffusionModel":
-        """Loads a trained model.
+    def from_preset(cls, preset: str | pathlib.Path, **options: Any) -> Any:
+        """Loads a trained model. A `DiffusionModel` in the file becomes one of this class.
 
         Args:
-            preset: name of a model that comes with the package, the path of a `.keras` file, or an address that
-                `keras.saving.load_model` knows, such as "hf://USER/REPOSITORY".
-            **options: as in `keras.saving.load_model`.
+            preset: name of a model that comes with the package, or the path or address of a file, as in
+                `saving.load_model`.
+            **options: as in `saving.load_model`.
 
         Raises:
             FileNotFoundError: if there is no such preset or file.
             ValueError: as in `load_model`.
         """
-        if "://" in str(preset):
-            return keras.saving.load_model(preset, **options)
-        path = saving.PRESETS / f"{preset}.keras"
-        if not path.exists() and not pathlib.Path(preset).exists():
-            names = ", ".join(sorted(file.stem for file in saving.PRESETS.glob("*.keras")))
-            raise FileNotFoundError(f"There is no model file {preset}. Presets of the package: {names}.")
-        return saving.load_model(path if path.exists() else preset, **options)
+        presets = {path.stem: path for path in sorted(saving.PRESETS.glob("*.keras"))}
+        path = presets.get(str(preset), preset)
+        if "://" not in str(path) and not pathlib.Path(path).exists():
+            raise FileNotFoundError(f"There is no model file {preset}. Presets of the package: {', '.join(presets)}.")
+        with keras.saving.custom_object_scope({"keras_ddpm>DiffusionModel": cls}):
+            return saving.load_model(path, **options)
 
     def export(self, filepath: Any, *args, **kwargs) -> None:
         """`keras.Model.export` of the network with the averaged weights: a function of x_t, t and the condition.
 
         It computes in float32. `export.onnx` also writes what other programs need to sample with it.
         """
-        network = keras.models.clone_model(self.network, clone_function=compact.in_float32)
+        network = keras.models.clone_model(self.network, clone_function=compact.in_float32, recursive=True)
         network.set_weights([keras.ops.convert_to_numpy(v) for v in self.ema_weights])
         inputs = [keras.ops.zeros((1, *v.shape[1:]), v.dtype) for v in network.inputs]
         network(inputs)  # Keras exports no model to ONNX that was never called
@@ -600,7 +613,7 @@ class DiffusionModel(keras.Model):
 
     @classmethod
     def from_config(cls, config):
-        # `from_model` may give objects in place of their configurations, and files of version 0.1 have no sampler.
+        # `from_model` may give objects in place of their configurations.
         stored = {name: config.get(name) for name in ("network", "diffusion", "sampler")}
         made = {name: keras.saving.deserialize_keras_object(of) for name, of in stored.items() if isinstance(of, dict)}
         return cls(**config | made)
@@ -616,20 +629,13 @@ class DiffusionModel(keras.Model):
         states = {f"random_{index}": state for index, state in enumerate(self._states_of_dropout())}
         states["fit_random"] = self._fit_random.state
         for key, state in states.items():
-            if key in store.keys():  # files of version 0.1 have no states of dropout
-                state.assign(store[key])
+            state.assign(store[key])
         super().load_own_variables({key: store[key] for key in store.keys() if key not in states})
 
     def _states_of_dropout(self):
         """The random states of the network's layers."""
         weights = {id(v) for v in self.network.weights}
         return [v for v in self.network.variables if id(v) not in weights]
-
-
-def _arguments(function, *args, **kwargs):
-    """The arguments of a call as a dict by name, without `self`."""
-    arguments = inspect.signature(function).bind(*args, **kwargs).arguments
-    return {**arguments.pop("kwargs", {}), **{name: value for name, value in arguments.items() if name != "self"}}
 
 
 def _layers(model):

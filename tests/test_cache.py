@@ -1,6 +1,9 @@
-"""Decoding into a file: once, taken up again after a kill, checked when it is opened."""
+"""Decoding into a file: once, by one of several processes, checked when it is opened."""
 
-import json
+import concurrent.futures
+import functools
+import threading
+import time
 
 import keras
 import numpy as np
@@ -43,46 +46,44 @@ def test_a_file_holds_what_is_decoded_into_memory(folder, tmp_path, capsys):
         datasets.from_folder(folder, 8, strict=True, cache=cache)
 
 
-def test_decoding_goes_on_where_it_was(folder, tmp_path, monkeypatch, capsys):
-    expected = read(folder).x
-    monkeypatch.setattr(_cache, "BLOCK", 4)
-    monkeypatch.setattr(_cache, "SECONDS", 0.0)
-    load, cache, loaded = kd.images.load, tmp_path / "pictures.npy", []
+def test_a_file_has_its_name_when_it_is_whole(folder, tmp_path, monkeypatch):
+    """Decoding that was interrupted starts over, and leaves nothing. After a kill, others wait before they begin."""
+    expected, load, cache, clock = read(folder).x, kd.images.load, tmp_path / "pictures.npy", [0.0]
 
-    def killed(path, *args):
-        loaded.append(path.name)
+    def interrupted(path, *args):
         if path.name == "15.png":
+            assert [file.name for file in tmp_path.glob("*.npy*")] == ["pictures.npy.tmp"]
             raise KeyboardInterrupt
         return load(path, *args)
 
-    monkeypatch.setattr(kd.images, "load", killed)
-    with pytest.raises(KeyboardInterrupt):
-        datasets.from_folder(folder, 8, cache=cache)
-    done = json.loads(cache.with_suffix(".json").read_text())
-    assert 0 < done["read"] < 20 and len(done["labels"]) == done["read"] - len(done["skipped"])
-    with cache.open("ab") as file:  # of a block that was not finished
-        file.write(b"part of an image")
-    first, loaded[:] = set(loaded[: done["read"]]), []
-    monkeypatch.setattr(kd.images, "load", lambda path, *args: loaded.append(path.name) or load(path, *args))
-    assert np.array_equal(read(folder, cache=cache).x, expected)
-    assert len(loaded) == 20 - done["read"] and not first & set(loaded)
-    assert f"from number {done['read']} on" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(_cache, "BLOCK", 4)
+        patch.setattr(kd.images, "load", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            datasets.from_folder(folder, 8, cache=cache)
+    assert not list(tmp_path.glob("*.npy*"))
+    (tmp_path / "pictures.npy.tmp").write_bytes(b"of a run that was killed")
+    monkeypatch.setattr(_cache.time, "sleep", lambda seconds: clock.append(clock.pop() + 100))
+    monkeypatch.setattr(_cache.time, "monotonic", lambda: clock[-1])
+    assert np.array_equal(read(folder, cache=cache).x, expected) and clock[-1] > _cache.PATIENCE
+    assert [file.name for file in tmp_path.glob("*.npy*")] == ["pictures.npy"]
 
 
-def test_a_whole_index_comes_after_the_header(folder, tmp_path, monkeypatch):
-    """So another process never sees an index of all images next to a header that counts skipped ones."""
-    monkeypatch.setattr(_cache, "BLOCK", 4)
-    monkeypatch.setattr(_cache, "SECONDS", 0.0)
-    write, cache, whole = _cache._write_index, tmp_path / "pictures.npy", []
+def test_two_runs_at_once(tmp_path, monkeypatch):
+    """One decodes. The other waits for all images, and has the same."""
+    waits, loaded, sleep = threading.Event(), [], time.sleep
 
-    def watched(path, index, *file):
-        write(path, index, *file)
-        if index["read"] == 20:
-            whole.append(len(np.load(path, mmap_mode="r")))
+    def load(number):
+        assert waits.wait(60)
+        loaded.append(number)
+        return np.full((4, 4, 1), number, "uint8"), number
 
-    monkeypatch.setattr(_cache, "_write_index", watched)
-    read(folder, cache=cache)
-    assert whole == [19]
+    monkeypatch.setattr(_cache.time, "sleep", lambda seconds: waits.set() or sleep(0.01))
+    run = functools.partial(_cache.decoded, range(20), load, 20, ["numbers"], tmp_path / "x.npy")
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for x, labels, skipped in pool.map(lambda _: run(), "ab"):
+            assert x[:, 3, 3, 0].tolist() == labels == list(range(20)) and not skipped
+    assert sorted(loaded) == list(range(20))
 
 
 def test_strict(folder, tmp_path, monkeypatch):
@@ -100,27 +101,43 @@ def test_a_file_is_checked_when_it_is_opened(folder, tmp_path):
     with pytest.raises(ValueError, match="must end in .npy"):
         datasets.from_folder(folder, 8, cache=tmp_path / "pictures.bin")
     read(folder, cache=cache)
-    with pytest.raises(ValueError, match=r"made of other data or with other settings. Delete .*pictures.npy and"):
+    with pytest.raises(ValueError, match=r"made of other data or with other settings. Delete .*pictures.npy to"):
         datasets.from_folder(folder, 16, cache=cache)
     whole = cache.read_bytes()
-    cache.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(ValueError, match="is damaged"):
-        datasets.from_folder(folder, 8, cache=cache)
-    cache.write_bytes(whole[:-100])
-    with pytest.raises(ValueError, match="damaged"):
-        datasets.from_folder(folder, 8, cache=cache)
-    cache.write_bytes(whole)
-    cache.with_suffix(".json").write_text("{")
-    with pytest.raises(ValueError, match="its index is damaged"):
-        datasets.from_folder(folder, 8, cache=cache)
-    cache.with_suffix(".json").unlink()
-    with pytest.raises(ValueError, match="is no cache: there is no index"):
-        datasets.from_folder(folder, 8, cache=cache)
+    for content in (whole[:-1], whole[:-100], whole[:-2000], whole[:100], b"", whole + b"0", b"no array"):
+        cache.write_bytes(content)
+        with pytest.raises(ValueError, match="pictures.npy is damaged, or was not made by this version"):
+            datasets.from_folder(folder, 8, cache=cache)
     cache.unlink()
     read(folder, cache=cache)
     Image.new("RGB", (8, 8)).save(folder / "a/new.png")
     with pytest.raises(ValueError, match="made of other data"):
         datasets.from_folder(folder, 8, cache=cache)
+
+
+def test_a_flipped_bit_is_noticed(tmp_path):
+    """In the header, the images, the labels and the checksum, unless the header means the same."""
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (20, 4, 4, 1), "uint8")
+    run = functools.partial(_cache.decoded, range(20), lambda i: (images[i], i), 20, [], tmp_path / "x.npy")
+    run()
+    whole = (tmp_path / "x.npy").read_bytes()
+    for place in random.choice(len(whole), 150, replace=False):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << random.integers(8)
+        (tmp_path / "x.npy").write_bytes(damaged)
+        try:
+            x, labels, _ = run()
+        except ValueError as error:
+            assert "is damaged" in str(error)
+        else:
+            assert np.array_equal(x, images) and labels == list(range(20)) and place < 128
+
+
+def test_nothing_can_be_read(tmp_path):
+    for _ in range(2):
+        x, labels, skipped = _cache.decoded("ab", str, 2, [], tmp_path / "x.npy")
+        assert len(x) == 0 and labels == [] and skipped == ["a", "b"]
 
 
 def test_another_process_waits_for_the_chief(folder, tmp_path, monkeypatch):
@@ -143,7 +160,7 @@ def test_the_wait_for_the_chief_ends(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(kd._backend.replicas, "_process", lambda: (1, 2))
     monkeypatch.setattr(_cache.time, "sleep", lambda seconds: clock.append(clock.pop() + 100))
     monkeypatch.setattr(_cache.time, "monotonic", lambda: clock[-1])
-    with pytest.raises(TimeoutError, match="added nothing to .*pictures.npy for 600 seconds"):
+    with pytest.raises(TimeoutError, match="added nothing to .*pictures.npy.tmp for 600 seconds"):
         datasets.from_folder(folder, 8, cache=tmp_path / "pictures.npy")
     assert clock == [700.0]
 
@@ -156,12 +173,6 @@ def test_a_data_set_of_tensorflow(data_dir, tmp_path, monkeypatch):
     for _ in range(2):
         data = datasets.from_tfds(name, "test[:100]", 16, cache=cache, **options)
         assert np.array_equal(data.x, expected.x) and np.array_equal(data.labels, expected.labels)
-        index = json.loads(cache.with_suffix(".json").read_text())
-        # As if it had been killed after 64 images.
-        size = index["start"] + 64 * 16 * 16
-        index |= {"read": 64, "labels": index["labels"][:64]}
-        index["checksum"] = _cache.zlib.crc32(cache.read_bytes()[size - 16 * 16 : size])
-        cache.with_suffix(".json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="made of other data"):
         datasets.from_tfds(name, "test[:99]", 16, cache=cache, **options)
 

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import pytest
 from conftest import weights
+from keras import ops
 
 import keras_ddpm as kd
 from keras_ddpm.callbacks import checkpoint as checkpoints
@@ -28,7 +29,7 @@ def uninterrupted(tmp_path_factory):
 
 
 class Interrupt(keras.callbacks.Callback):
-    """Raises an error before some batch of the run. Its state is no number, so it is not restored."""
+    """Raises an error before some batch of the run. It begins anew."""
 
     def __init__(self, batch=10**9):
         super().__init__()
@@ -37,6 +38,9 @@ class Interrupt(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch, logs=None):
         if next(self.left, None) is None:
             raise InterruptedError
+
+    def get_state(self):
+        return {}
 
 
 def assert_same(got, expected):
@@ -121,17 +125,9 @@ def test_a_damaged_file_is_named_and_the_one_before_is_taken(tmp_path, uninterru
 def test_damage_is_never_overlooked(tmp_path, number):
     """Flipped bits and truncated files."""
     path = tmp_path / "x.npz"
-    arrays: dict = {}
     random = np.random.default_rng(0)
     values = [random.standard_normal((5, 7)), np.arange(6), np.float32(3.0), np.array(3, "int64")]
-    state = {
-        "variables": checkpoints._encode(values, arrays),
-        "history": [],
-        "random": [],
-        "callbacks": [{"a": 1}],
-        "position": [0, 1],
-    }
-    checkpoints._write(path, state, arrays)
+    checkpoints._write(path, {"variables": values, "position": [0, 1]})
     content = path.read_bytes()
     read = checkpoints._read(path)
     assert all(map(np.array_equal, read["variables"], values)) and read["position"] == [0, 1]
@@ -188,8 +184,6 @@ def test_a_checkpoint_of_another_model(tmp_path, model, points):
     interrupted_run.run(tmp_path, epochs=1)
     with pytest.raises(ValueError, match="another model or optimizer"):
         model.fit(points, callbacks=[kd.callbacks.Checkpoint(tmp_path / "checkpoints")], verbose=0)
-    with pytest.raises(ValueError, match="other callbacks"):
-        interrupted_run.run(tmp_path, [keras.callbacks.Callback()], epochs=1)
     with pytest.raises(ValueError, match="can be one"):
         model.fit(points, callbacks=[kd.callbacks.Checkpoint(tmp_path) for _ in range(2)], verbose=0)
 
@@ -246,3 +240,250 @@ def test_other_data_go_on_too(tmp_path, model, points):
     model.fit(points, batch_size=64, callbacks=[keras.callbacks.Callback(), checkpoint], epochs=2, verbose=0)
     assert int(model.optimizer.iterations) == 8
     assert np.all(np.isfinite(np.concatenate([w.ravel() for w in weights(model.weights)])))
+
+
+# Callbacks. They opt in to being restored.
+
+
+def small_model():
+    model = kd.DiffusionModel(kd.networks.mlp(2, 8, 1), kd.GaussianDiffusion(kd.schedules.cosine(25), "x0"), seed=3)
+    model.compile(loss="mse", optimizer=keras.optimizers.SGD(1e-2), run_eagerly=True)
+    return model
+
+
+def fit(folder, *callbacks, epochs=2, num=12, every=1e9, **options):
+    """Trains, or goes on training, on batches of 4 examples."""
+    data = kd.datasets.Batches(np.random.default_rng(0).uniform(-1, 1, (num, 2)), batch_size=4)
+    callbacks = [kd.callbacks.Checkpoint(folder, every), *callbacks]
+    model = small_model()
+    model.fit(data, epochs=epochs, verbose=0, callbacks=callbacks, **options)
+    return model
+
+
+class StandsStill(Interrupt):
+    """A validation loss that stands still up to 5e-5."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        logs["val_loss"] = 0.1 + (epoch == 0) * 1e-3 + 5e-5 * (epoch % 2)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: keras.callbacks.ReduceLROnPlateau(patience=2),
+        lambda: keras.callbacks.EarlyStopping(patience=3, min_delta=1e-4),
+    ],
+)
+def test_the_sign_of_min_delta(tmp_path, make):
+    """Keras turns it once in a run. The rate falls, and the run ends, when they do without an interruption."""
+
+    def run(name, batch):
+        model = fit(tmp_path / name, StandsStill(batch), make(), epochs=8, every=0)
+        return float(ops.convert_to_numpy(model.optimizer.learning_rate)), len(model.history.epoch)
+
+    expected = run("a", 10**9)
+    assert expected[0] < 2e-3 or expected[1] == 5
+    with pytest.raises(InterruptedError):
+        run("b", 10)
+    assert run("b", 10**9) == expected
+
+
+class Counts(keras.callbacks.Callback):
+    """Has a state, and a large attribute that is none."""
+
+    def __init__(self, more=None):
+        super().__init__()
+        self.state, self.large = {"batches": 0, "more": more}, np.zeros(10**5)
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.state["batches"] += 1
+
+    def get_state(self):
+        return self.state
+
+    def set_state(self, state):
+        self.state = state
+
+
+def test_states_follow_callbacks_that_change_places(tmp_path):
+    def callbacks():
+        best = keras.callbacks.ModelCheckpoint(tmp_path / "best.keras", "loss", save_best_only=True)
+        return [Counts("first"), best, Counts("second"), keras.callbacks.EarlyStopping("loss", patience=9)]
+
+    before, after = callbacks(), callbacks()
+    fit(tmp_path / "a", *before)
+    first, best, second, stopping = after
+    first.state = second.state = best.best = None
+    fit(tmp_path / "a", stopping, first, best, second)
+    assert first.state == {"batches": 6, "more": "first"} and second.state == {"batches": 6, "more": "second"}
+    assert best.best == before[1].best == min(before[1].model.history.history["loss"])
+    assert stopping.best_epoch == before[3].best_epoch
+    fit(tmp_path / "a", epochs=3)  # without them
+
+
+class Lazy(keras.callbacks.Callback):
+    """Does not say which of its attributes are its state."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+
+BFLOAT16 = keras.ops.convert_to_numpy(keras.ops.cast([1.5, -2.0], "bfloat16"))
+
+
+STORED = [BFLOAT16, np.float32(0.1), [1, {"a": np.arange(3)}]]
+NOT_STORED = [np.array(["a", None], object), np.zeros(2, "i4,i4"), np.array(["a"]), {1, 2}, {(1, 2): 3}]
+
+
+@pytest.mark.parametrize(("value", "stored"), [*((v, True) for v in STORED), *((v, False) for v in NOT_STORED)])
+def test_states_that_cannot_be_stored_are_named(tmp_path, value, stored):
+    """They damage no file, and what can be stored comes back as it was."""
+    fit(tmp_path, Counts(value), Lazy(), Counts())
+    (path,) = tmp_path.iterdir()
+    assert path.stat().st_size < 10**5
+    names = r"\['Lazy 0'\]" if stored else r"\['Counts 0', 'Lazy 0'\]"
+    counts = [Counts(), Counts()]
+    with pytest.warns(UserWarning, match=f"no state of these callbacks, which begin anew: {names}"):
+        fit(tmp_path, counts[0], Lazy(), counts[1], epochs=3)
+    assert [count.state["batches"] for count in counts] == ([9, 9] if stored else [3, 9])
+    if stored:
+        keras.tree.map_structure(np.testing.assert_array_equal, counts[0].state["more"], value)
+        assert getattr(counts[0].state["more"], "dtype", None) == getattr(value, "dtype", None)
+
+
+def test_best_weights_of_bfloat16(tmp_path):
+    keras.config.set_dtype_policy("bfloat16")
+    stopping = [keras.callbacks.EarlyStopping("loss", patience=9, restore_best_weights=True) for _ in range(2)]
+    for callback in stopping:
+        model = fit(tmp_path, callback, validation_data=np.zeros((4, 2)))
+    assert any(v.dtype == "bfloat16" for v in model.weights)
+    for got, expected in zip(stopping[1].best_weights, stopping[0].best_weights, strict=True):
+        assert got.dtype == expected.dtype and np.array_equal(got, expected)
+
+
+def test_a_list_of_keras(tmp_path):
+    inside = keras.callbacks.CallbackList([kd.callbacks.Checkpoint(tmp_path), keras.callbacks.Callback()])
+    small_model().fit(np.zeros((4, 2)), verbose=0, callbacks=[[inside]])
+    assert len(list(tmp_path.glob("*.npz"))) == 1
+
+
+def test_a_run_that_early_stopping_ended_is_finished(tmp_path, capsys):
+    def run(patience, epochs=20):
+        return fit(
+            tmp_path, StandsStill(), keras.callbacks.EarlyStopping(patience=patience, min_delta=1), epochs=epochs
+        )
+
+    assert len(run(2).history.epoch) == 3
+    for _ in range(2):
+        model = run(2)
+        assert len(model.history.epoch) == 3 and int(model.optimizer.iterations) == 9
+        assert "holds a finished run" in capsys.readouterr().out
+    assert len(run(4).history.epoch) == 5
+    assert len(fit(tmp_path, epochs=6).history.epoch) == 6  # without the callback
+
+
+def test_the_rest_of_an_epoch_is_left_for_the_next_call(tmp_path, uninterrupted):
+    """A callback that looks at the clock stops the run inside an epoch, again and again, also in its last batch."""
+
+    class Stops(Interrupt):
+        def on_train_batch_begin(self, batch, logs=None):
+            self.model.stop_training = next(self.left, None) is None
+
+    for batch in (2, 7, 9):
+        interrupted_run.run(tmp_path, [Stops(batch)], every=1e9)
+    assert max(tmp_path.glob("checkpoints/*")).name == "000002-00000005.npz"
+    assert_same(interrupted_run.run(tmp_path, [Interrupt()], every=1e9), uninterrupted)
+
+
+def test_data_that_have_become_fewer(tmp_path):
+    """At the end of the epoch, callbacks see the restored model, and the next epoch is trained."""
+    seen = []
+
+    class Looks(Interrupt):
+        def on_epoch_end(self, epoch, logs=None):
+            seen.append((epoch, int(self.model.optimizer.iterations), logs["loss"] > 0))
+
+    with pytest.raises(InterruptedError):
+        fit(tmp_path, Interrupt(17), num=40, every=0)
+    fit(tmp_path, Looks(), num=20, epochs=3)
+    assert seen == [(1, 17, True), (2, 22, True)]
+
+
+def test_keras_may_rename_its_function(tmp_path, uninterrupted, monkeypatch):
+    """Then batches that were seen are trained again, and the state is restored after them."""
+
+    def renamed(value, name, default):
+        return default if name == "train_function" else getattr(value, name, default)
+
+    monkeypatch.setattr(checkpoints, "getattr", renamed, raising=False)
+    monkeypatch.setattr(kd.callbacks.Checkpoint, "_skip", None)
+    with pytest.raises(InterruptedError):
+        interrupted_run.run(tmp_path, [Interrupt(8)])
+    assert_same(interrupted_run.run(tmp_path, [Interrupt()]), uninterrupted)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no locks")
+def test_a_folder_belongs_to_one_run(tmp_path):
+    """Another run would write files of the same names, and delete those of this one."""
+
+    def another(epoch, logs):
+        with pytest.raises(ValueError, match=f"Another run uses the folder {tmp_path}"):
+            fit(tmp_path)
+
+    fit(tmp_path, keras.callbacks.LambdaCallback(on_epoch_begin=another))
+    fit(tmp_path, epochs=3)
+    with pytest.raises(ValueError, match="each sets the first epoch"):
+        fit(tmp_path, keras.callbacks.BackupAndRestore(tmp_path / "backup"))
+
+
+def test_the_last_measurement_is_repeated(tmp_path):
+    """`SampleMetrics` measures in the first epoch and in every fifth."""
+
+    class Numbers:
+        num_real, name, number = 1, "numbers", 0
+
+        def compare(self, x):
+            self.number += 1
+
+        def values(self):
+            return {"number": self.number}
+
+    def run(epochs):
+        metrics = kd.callbacks.SampleMetrics(Numbers(), 1, every=5, sampler=kd.samplers.DDIM(1))
+        return fit(tmp_path, metrics, epochs=epochs).history.history["val_number"]
+
+    run(2)
+    assert run(5) == [2] * 5  # and 3 in the last epoch if it had measured in the third
+
+
+# Files of strangers.
+
+
+def test_files_of_strangers(tmp_path):
+    """They hold numbers alone, no more than their size, and set no attributes but the state."""
+    path = tmp_path / "x.npz"
+    for value in (np.array(["a", None], object), np.zeros(2, "i4,i4"), np.array(["a"]), np.zeros(2, "V8")):
+        name = checkpoints._checksum(value)
+        text = np.frombuffer(b"{}", "uint8")
+        np.savez(path, **{name: value, "state-" + checkpoints._checksum(text): text})
+        with pytest.raises(ValueError, match="is damaged"):
+            checkpoints._read(path)
+    zeros = np.zeros(10**6, "uint8")
+    np.savez_compressed(path, **{checkpoints._checksum(zeros): zeros, "state-" + checkpoints._checksum(text): text})
+    with pytest.raises(ValueError, match="is damaged"):
+        checkpoints._read(path)
+
+
+def test_other_attributes_stay(tmp_path):
+    fit(tmp_path, keras.callbacks.EarlyStopping("loss", patience=9))
+    (path,) = tmp_path.iterdir()
+    state = checkpoints._read(path)
+    state["callbacks"]["EarlyStopping 0"] |= {"patience": 0, "min_delta": 5.0}
+    checkpoints._write(path, state)
+    stopping = keras.callbacks.EarlyStopping("loss", patience=9)
+    fit(tmp_path, stopping)
+    assert stopping.patience == 9 and stopping.min_delta == 0 and stopping.best is not None
+    checkpoints._write(path, state | {"variables": [{"array": "0"} for _ in state["variables"]]})
+    with pytest.raises(ValueError, match="or of another version"):
+        fit(tmp_path, stopping)

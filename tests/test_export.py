@@ -59,8 +59,9 @@ MODELS = {
 def test_onnx_runtime_samples_what_the_model_samples(tmp_path, kind):
     """From the same x_T, with three images in a batch, although the network was traced with another number."""
     model = make_model(**MODELS[kind])
-    guidance = {"guidance_scale": 2.0, "guidance_interval": (5, 40)} if kind == "guided" else {}
-    folder = kd.export.onnx(model, tmp_path / "exported", TABLES, **guidance)
+    scale, interval = (2.0, (5, 40)) if kind == "guided" else (1.0, None)
+    folder = kd.export.onnx(model, tmp_path / "exported", TABLES, guidance_scale=scale, guidance_interval=interval)
+    guidance = {"guidance_scale": scale, "guidance": kd.guidance.Guidance(interval=interval)} if interval else {}
     labels = np.array([2, 0, 1], "int32") if model.condition else None
     x_t = kd.samplers.loop.prior(model.diffusion, SHAPE, 3, np.arange(3))
     for name, sampler in TABLES.items():
@@ -134,6 +135,50 @@ def test_safetensors(tmp_path):
     assert len(arrays) == len(model.ema_weights)
     for v, value in zip(model.network.weights, weights(model.ema_weights)):
         np.testing.assert_array_equal(arrays[v.path], value)
+
+
+def nested():
+    """A network of two models whose layers have the same names."""
+
+    def inner(name):
+        x = keras.Input((2,))
+        h = keras.layers.Dense(4, activation="tanh", name="first")(x)
+        return keras.Model(x, keras.layers.Dense(2, name="last")(h), name=name)
+
+    x_t, t = keras.Input((2,), name="x_t"), keras.Input((), dtype="int32", name="t")
+    return keras.Model([x_t, t], inner("right")(inner("left")(x_t)))
+
+
+def test_safetensors_of_nested_models(tmp_path, monkeypatch):
+    """Four of eight tensors had the names of the others."""
+    read = pytest.importorskip("safetensors.numpy")
+    model = kd.DiffusionModel(nested())
+    randomize(model.network)
+    model = kd.DiffusionModel(model.network)
+    kd.export.safetensors(model, tmp_path / "x.safetensors")
+    arrays = read.load_file(tmp_path / "x.safetensors")
+    names = [
+        f"{model}/{layer}/{v}" for model in ("left", "right") for layer in ("first", "last") for v in ("bias", "kernel")
+    ]
+    assert sorted(arrays) == sorted(names)
+    np.testing.assert_array_equal(arrays["right/last/kernel"], weights(model.ema_weights)[-2])
+    monkeypatch.setattr(kd.export, "_paths", lambda network: [(id(v), "same") for v in network.weights])
+    with pytest.raises(ValueError, match="Two weights have the same path"):
+        kd.export.safetensors(model, tmp_path / "y.safetensors")
+
+
+def test_nested_models_compute_in_float32(tmp_path, monkeypatch):
+    """Of the exported network, as Keras 3.15 writes no nested models in ONNX on PyTorch."""
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    model = kd.DiffusionModel(nested())
+    exported = []
+    monkeypatch.setattr(keras.Model, "export", lambda self, *args, **kwargs: exported.append(self))
+    model.export(tmp_path / "x")
+    (network,) = exported
+    dense = [layer for inner in network.layers for layer in getattr(inner, "layers", []) if layer.weights]
+    assert [layer.compute_dtype for layer in dense] == ["float32"] * 4
+    for got, expected in zip(weights(network.weights), weights(model.ema_weights), strict=True):
+        np.testing.assert_array_equal(got, expected)
 
 
 def test_bad_exports(tmp_path, monkeypatch):

@@ -1,8 +1,10 @@
-"""Files: complete, for every backend, and bounded."""
+"""Files: complete, and for every backend. tests/attacks has those that are refused."""
 
+import hashlib
 import json
 import pathlib
 import sys
+import types
 import zipfile
 
 import keras
@@ -69,7 +71,7 @@ def test_files_name_no_backend(tmp_path, model, points, optimizer):
 
 
 def test_a_file_that_names_a_backend(model):
-    """As version 0.1 wrote it on PyTorch."""
+    """As Keras writes it on PyTorch."""
     config = model.get_compile_config()
     config["optimizer"]["module"] = "keras.src.backend.torch.optimizers.torch_adam"
     before = set(sys.modules)
@@ -119,30 +121,10 @@ def test_other_endings(tmp_path, model, name):
         model.save(tmp_path / name)
 
 
-def write(path, **entries):
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in entries.items():
-            archive.writestr(name.replace("_json", ".json"), content)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda path: path.write_bytes(b""), "not a zip file"),
-        (lambda path: path.write_text("nothing"), "not a zip file"),
-        (lambda path: path.mkdir(), "directory"),
-        (lambda path: write(path, other="x"), "no .keras file"),
-        (lambda path: write(path, config_json=" " * 2**27), "config is too large"),
-        (lambda path: write(path, config_json="{}", weights="0" * 10**7), "far more than its size"),
-        (lambda path: keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)]).save(path), "not a diffusion model"),
-    ],
-)
-def test_files_that_are_no_models(tmp_path, make, message):
-    path = tmp_path / "x.keras"
-    make(path)
-    with pytest.raises(ValueError, match=message) as raised:
-        kd.saving.load_model(path)
-    assert "\n" not in str(raised.value)
+def test_another_kind_of_model(tmp_path):
+    keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)]).save(tmp_path / "x.keras")
+    with pytest.raises(ValueError, match="It is not a diffusion model of class DiffusionModel.*Sequential"):
+        kd.saving.load_model(tmp_path / "x.keras")
 
 
 def test_a_file_that_does_not_exist(tmp_path):
@@ -247,9 +229,76 @@ def test_presets(tmp_path, model, monkeypatch):
     assert kd.DiffusionModel.from_preset(tmp_path / "points.keras").data_shape == (2,)
     with pytest.raises(FileNotFoundError, match="no model file lines. Presets of the package: points"):
         kd.DiffusionModel.from_preset("lines")
-    monkeypatch.setattr(keras.saving, "load_model", lambda path, **options: (path, options))
-    loaded = kd.DiffusionModel.from_preset("hf://someone/points", compile=False)
-    assert loaded == ("hf://someone/points", {"compile": False})
+    asked = []
+
+    def snapshot_download(repository, allow_patterns):
+        asked.append((repository, allow_patterns))
+        with zipfile.ZipFile(tmp_path / "points.keras") as archive:
+            archive.extractall(tmp_path / "snapshot")
+        return str(tmp_path / "snapshot")
+
+    client = types.SimpleNamespace(snapshot_download=snapshot_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", client)
+    assert kd.DiffusionModel.from_preset("hf://someone/points", compile=False).data_shape == (2,)
+    assert asked == [("someone/points", ["config.json", "metadata.json", "model.weights.h5"])]
+
+
+def test_an_address_that_tensorflow_reads(tmp_path, model):
+    pytest.importorskip("tensorflow")
+    model.save(tmp_path / "x.keras")
+    assert kd.saving.load_model(f"file://{tmp_path}/x.keras").data_shape == (2,)
+    with pytest.raises(ValueError, match="^https://example.com/x.keras cannot be loaded as a model"):
+        kd.saving.load_model("https://example.com/x.keras")
+
+
+class OfMyOwn(kd.DiffusionModel):
+    """Not registered with Keras."""
+
+
+class Other(kd.DiffusionModel):
+    """Neither."""
+
+
+def test_a_subclass_keeps_its_class(tmp_path, model):
+    model.save(tmp_path / "x.keras")
+    assert type(OfMyOwn.from_preset(tmp_path / "x.keras")) is OfMyOwn
+    OfMyOwn.from_preset(tmp_path / "x.keras").save(tmp_path / "y.keras")
+    own = {"OfMyOwn": OfMyOwn}
+    assert type(kd.saving.load_model(tmp_path / "y.keras", custom_objects=own)) is OfMyOwn
+    with pytest.raises(ValueError, match="not a diffusion model of class DiffusionModel. Received: found='OfMyOwn'"):
+        kd.saving.load_model(tmp_path / "y.keras")
+    with pytest.raises(ValueError, match="It is not a diffusion model of class Other"):
+        Other.from_preset(tmp_path / "y.keras")
+
+
+def test_options_of_loading(tmp_path):
+    """As Keras names them. Without the safe mode, the file's own code is read."""
+    x_t, t = keras.Input((2,)), keras.Input((), dtype="int32")
+    double = keras.layers.Lambda(lambda x: 2 * x, output_shape=(2,))
+    model = kd.DiffusionModel(keras.Model([x_t, t], double(keras.layers.Dense(2)(x_t))))
+    model.compile(loss="mse", optimizer="adam")
+    model.save(tmp_path / "x.keras")
+    with pytest.raises(ValueError, match="cannot be loaded as a model. Requested the deserialization of a .*[Ll]ambda"):
+        kd.saving.load_model(tmp_path / "x.keras")
+    loaded = kd.saving.load_model(tmp_path / "x.keras", safe_mode=False, compile=False)
+    assert not loaded.compiled
+    x = np.ones((1, 2), "float32")
+    np.testing.assert_allclose(*(ops.convert_to_numpy(of((x, np.ones(1, "int32")))) for of in (model, loaded)))
+
+
+def test_saving_to_an_address_and_through_a_link(tmp_path, model, monkeypatch):
+    """Keras writes to an address. A link stays one, and the file that it leads to is replaced."""
+    (tmp_path / "all").mkdir()
+    (tmp_path / "latest.keras").symlink_to("all/v1.keras")
+    for save in (model.save, model.save_compact):
+        (tmp_path / "all/v1.keras").write_text("old")
+        save(tmp_path / "latest.keras")
+        assert (tmp_path / "latest.keras").is_symlink() and zipfile.is_zipfile(tmp_path / "all/v1.keras")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["all", "latest.keras", "v1.keras"]
+    asked = []
+    monkeypatch.setattr(keras.Model, "save", lambda self, path, *args, **kwargs: asked.append(path))
+    model.save("hf://someone/points")
+    assert asked == ["hf://someone/points"]
 
 
 def test_flowers64():
@@ -261,3 +310,5 @@ def test_flowers64():
     assert np.mean(np.abs(kd.images.grid(x, 4) - expected)) < 2 / 127.5
     assert (kd.saving.PRESETS / "flowers64.keras").stat().st_size < 16 * 2**20
     assert (kd.saving.PRESETS / "flowers64.md").exists()
+    content = (kd.saving.PRESETS / "flowers64.keras").read_bytes()
+    assert hashlib.sha256(content).hexdigest() == "7990deecebf4a277e3b6cc10fcdec15cc290cc007d4d4b70f640c6461299350e"

@@ -5,7 +5,6 @@ import hashlib
 import json
 import pathlib
 import random
-import re
 import signal
 import sys
 import threading
@@ -22,6 +21,14 @@ from keras_ddpm._backend import devices, replicas
 
 __all__ = ["Checkpoint", "variables_of"]
 
+# What Keras' callbacks know of the steps before. `min_delta` is no part of it: Keras turns its sign at the first use.
+# Keras may rename the private ones. Then these begin anew.
+STATE_OF_KERAS = (
+    *("best", "best_epoch", "best_weights", "wait", "stopped_epoch", "cooldown_counter", "keys"),
+    *("_batches_seen_since_last_saving", "_last_batch_seen", "_global_train_batch", "_global_test_batch"),
+    "_ema_weights_in_model",
+)
+
 
 class Checkpoint(keras.callbacks.Callback):
     """Writes checkpoints during `DiffusionModel.fit`, and lets `fit` go on from the newest one in the folder.
@@ -29,10 +36,14 @@ class Checkpoint(keras.callbacks.Callback):
     >>> model.fit(data, epochs=100, callbacks=[Checkpoint("runs/checkpoints")])
 
     The same call starts a run and resumes it. A checkpoint holds the weights, the average, the optimizer, all random
-    seeds, the epoch, the batch, the metrics so far, the history, and what has changed in the attributes of the other
-    callbacks. With data whose order depends on the epoch alone, such as `datasets.Batches`, a run that was interrupted
-    ends with the same bits as one that was not, also on another machine with the same software. The batches of the
-    epoch that were seen before are read again, without training on them.
+    seeds, the epoch, the batch, the metrics so far, the history, and the state of the other callbacks. With data whose
+    order depends on the epoch alone, such as `datasets.Batches`, a run that was interrupted ends with the same bits as
+    one that was not, also on another machine with the same software. The batches of the epoch that were seen before are
+    read again, without training on them. A run that `EarlyStopping` ended is finished, until its patience is raised.
+
+    The state of Keras' callbacks is restored. Other callbacks opt in with two methods. `get_state()` returns a dict, in
+    which JSON and arrays may stand. `set_state(state)` gets it back after `on_train_begin`, once or twice. A warning
+    names callbacks that begin anew.
 
     A learning rate that is a number is part of the state, so a changed one has no effect. A changed schedule has.
 
@@ -50,7 +61,8 @@ class Checkpoint(keras.callbacks.Callback):
         keep: number of checkpoints to keep.
 
     Raises:
-        ValueError: if an argument is out of range, or before training if the newest checkpoint is of another model.
+        ValueError: if an argument is out of range, or before training if the newest checkpoint is of another model,
+            another run uses the folder, or there is a `keras.callbacks.BackupAndRestore`, too.
     """
 
     def __init__(self, folder: str | pathlib.Path, every: float = 600.0, keep: int = 3):
@@ -60,7 +72,6 @@ class Checkpoint(keras.callbacks.Callback):
         self.folder = pathlib.Path(folder)
         self.every = every
         self.keep = keep
-        self._pending = None
 
     @contextlib.contextmanager
     def running(
@@ -70,57 +81,81 @@ class Checkpoint(keras.callbacks.Callback):
 
         Args:
             model: the compiled model.
-            callbacks: the other callbacks, whose changes belong to a checkpoint.
+            callbacks: the other callbacks, whose state belongs to a checkpoint.
             initial_epoch: the first epoch if there is no checkpoint.
             earlier_epochs: epochs of the data in earlier calls of `fit`, if there is no checkpoint.
         """
-        self._callbacks = callbacks
-        self._unchanged = [_attributes(callback, {}) for callback in callbacks]
-        self._signal = self._train_function = self._epoch = self._history = None
-        self._logs = {}
+        rival = any(isinstance(callback, keras.callbacks.BackupAndRestore) for callback in callbacks)
+        _checks.require(not rival, "Give `Checkpoint` or `BackupAndRestore`, as each sets the first epoch")
+        self._callbacks = _named(callbacks)
+        self._signal = self._train_function = self._epoch = None
+        self._stopped = False
         self._time = time.monotonic()
-        self._pending = self._newest(model)
-        if self._pending:
-            initial_epoch, earlier_epochs = self._pending["position"][0], self._pending["earlier_epochs"]
-            for callback in callbacks:
-                if isinstance(callback, keras.callbacks.CSVLogger) and replicas.is_chief():
-                    _rewind(callback, initial_epoch)
-        self._earlier_epochs = earlier_epochs
-        handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-        if threading.current_thread() is not threading.main_thread() or replicas.several():
-            handlers = {}
-        self._handlers = {number: own for number, own in handlers.items() if signal.getsignal(number) == own}
-        for number in self._handlers:
-            signal.signal(number, self._on_signal)
-        try:
+        alone = threading.current_thread() is threading.main_thread() and not replicas.several()
+        handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL} if alone else {}
+        lock = _files.locked(self.folder) if replicas.is_chief() else contextlib.nullcontext()
+        with lock, contextlib.ExitStack() as end, contextlib.ExitStack() as self._handlers:
+            end.callback(self._go_on, model)
+            self._pending = self._newest(model)
+            if self._pending:
+                initial_epoch, earlier_epochs = self._resumed()
+            self._earlier_epochs = earlier_epochs
+            for number, own in handlers.items():
+                if signal.getsignal(number) == own:
+                    self._handlers.callback(signal.signal, number, own)
+                    signal.signal(number, self._on_signal)
             yield initial_epoch, earlier_epochs
-        finally:
-            self._restore_handlers()
-            self._pending = None
-            self._stop_skipping(model)
 
-    def on_train_begin(self, logs=None):
-        if self._pending and self._pending["position"][1]:
-            self._train_function, self.model.train_function = self.model.train_function, self._skip
+    def _resumed(self):
+        """The first epoch, and how many epochs the data had before it. Says which callbacks begin anew."""
+        states, (epoch, _) = self._pending["callbacks"], self._pending["position"]
+        anew = [name for name, c in self._callbacks.items() if name not in states and _state_of(c) != {}]
+        if anew:
+            warnings.warn(f"{self.folder} holds no state of these callbacks, which begin anew: {anew}", stacklevel=4)
+        for name, callback in self._callbacks.items():
+            if isinstance(callback, keras.callbacks.CSVLogger) and replicas.is_chief():
+                _rewind(callback, epoch)
+            state = states.get(name, {})
+            if isinstance(callback, keras.callbacks.EarlyStopping) and state.get("stopped_epoch"):
+                epoch = sys.maxsize if state["wait"] >= callback.patience else epoch
+        return epoch, self._pending["earlier_epochs"]
 
     def on_epoch_begin(self, epoch, logs=None):
-        self._epoch = epoch
-        if self._pending and self._pending["ended"]:
+        """Restores the state before the batches that are skipped, as the data may no longer have any after them."""
+        first, self._epoch = self._epoch is None, epoch
+        if self._pending and first:
             self._restore()
-            self.model.reset_metrics()  # as Keras does before this call
-        self._restore_history()
+            if self._pending["ended"]:
+                self._pending = None
+                self.model.reset_metrics()  # as Keras does before this call
+            elif getattr(self.model, "train_function", None):  # otherwise Keras trains until the state is restored
+                logs = self.model.get_metrics_result()
+                self._logs = {name: ops.convert_to_numpy(value) for name, value in logs.items()}
+                self._train_function, self.model.train_function = self.model.train_function, self._skip
+        elif self._pending:  # the data had fewer batches than before
+            self._go_on(self.model)
 
     def on_train_batch_begin(self, batch, logs=None):
         position = [self._epoch, batch]
         if self._pending:
             if position >= self._pending["position"]:
                 self._restore()
-                self._restore_history()
+                self._go_on(self.model)
         elif self._signal or time.monotonic() - self._time >= self.every:
             self._save(position)
 
     def on_train_batch_end(self, batch, logs=None):
-        self._logs = logs or {}
+        self._batch = batch
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Leaves the rest of the epoch to the next call of `fit` if a callback has stopped the run after a batch."""
+        if self.model.stop_training and not self._stopped:
+            self._stopped = True
+            if not self._pending:
+                self._save([self._epoch, self._batch + 1])
+
+    def on_test_begin(self, logs=None):
+        self.on_epoch_end(self._epoch)  # before validation resets the metrics
 
     def on_train_end(self, logs=None):
         if self._epoch is None:  # no epoch was left
@@ -128,8 +163,7 @@ class Checkpoint(keras.callbacks.Callback):
                 if replicas.is_chief():
                     print(f"{self.folder} holds a finished run, so nothing was trained. Give more epochs to go on.")
                 self._restore()
-            self._restore_history()
-        else:
+        elif not self._stopped:
             self._save([self._epoch + 1, 0], ended=True)
 
     def _save(self, position, ended=False):
@@ -148,29 +182,25 @@ class Checkpoint(keras.callbacks.Callback):
     @replicas.by_chief
     def _written(self, position, ended, values):
         """Writes a checkpoint, and returns what there is to say about it."""
-        floats = [value for value in values if keras.backend.is_float_dtype(value.dtype.name)]
-        arrays: dict = {}
-        changed = []
-        for callback, unchanged in zip(self._callbacks, self._unchanged):
-            found: dict = {}
-            attributes = _attributes(callback, found)
-            changed.append({name: value for name, value in attributes.items() if unchanged.get(name) != value})
-            arrays |= found if changed[-1] else {}
-        history = self.model.history
+        states = {}
+        for name, callback in self._callbacks.items():
+            if (state := _state_of(callback)) is not None:
+                with contextlib.suppress(AttributeError, TypeError, ValueError):  # `fit` says so when it goes on
+                    json.dumps(state, default=_dtype)
+                    states[name] = state
         state = {
             "position": position,
             "earlier_epochs": self._earlier_epochs,
             "ended": ended,
-            "variables": _encode(values, arrays),
-            "callbacks": changed,
-            "history": _encode([history.epoch, history.history], arrays),
-            "logs": {name: float(value) for name, value in self._logs.items()},
-            "random": _encode([random.getstate(), np.random.get_state(), devices.random_state()], arrays),  # noqa: NPY002
+            "variables": values,
+            "callbacks": states,
+            "history": [self.model.history.epoch, self.model.history.history],
+            "random": [random.getstate(), np.random.get_state(), devices.random_state()],  # noqa: NPY002
         }
         path = self.folder / f"{position[0]:06}-{position[1]:08}.npz"
         try:
-            _checks.require(all(np.all(np.isfinite(value)) for value in floats), "Values are NaN or infinite")
-            _write(path, state, arrays)
+            _checks.require(all(np.all(np.isfinite(value)) for value in values), "Values are NaN or infinite")
+            _write(path, state)
             for old in self._paths()[: -self.keep]:
                 old.unlink()
             return f"`fit` with the same checkpoint folder goes on from {path}."
@@ -181,31 +211,23 @@ class Checkpoint(keras.callbacks.Callback):
 
     def _restore(self):
         """Puts the pending checkpoint into the model and the callbacks."""
-        state, self._pending = self._pending, None
-        self._stop_skipping(self.model)
+        state = self._pending
         for v, value in zip(variables_of(self.model), state["variables"]):
-            v.assign(value.view(ops.convert_to_numpy(v).dtype) if value.dtype.kind == "V" else value)
-        for callback, attributes in zip(self._callbacks, state["callbacks"]):
-            for name, value in attributes.items():
-                setattr(callback, name, value)
-        self._history = state["history"]
-        self._logs = state["logs"]
-        of_python, of_numpy, of_backend = state["random"]
-        random.setstate(of_python)
+            v.assign(value)
+        for name, found in state["callbacks"].items():
+            callback = self._callbacks.get(name)
+            if hasattr(callback, "set_state"):
+                callback.set_state(found)
+            elif callback:  # no other attributes, as the file may be of a stranger
+                vars(callback).update({key: found[key] for key in STATE_OF_KERAS if key in found})
+        self.model.history.epoch, self.model.history.history = state["history"]
+        (version, numbers, gauss), of_numpy, of_backend = state["random"]
+        random.setstate((version, tuple(numbers), gauss))
         np.random.set_state(of_numpy)  # noqa: NPY002
         devices.set_random_state(of_backend)
 
-    def _restore_history(self):
-        """Keras clears the history when training begins, after this callback."""
-        if self._history:
-            self.model.history.epoch, self.model.history.history = self._history
-            self._history = None
-
     def _newest(self, model):
         """The state of the newest checkpoint that is whole, or `None`."""
-        if replicas.is_chief():
-            for temporary in self.folder.glob("*.npz.tmp"):  # of a run that was killed
-                temporary.unlink(missing_ok=True)
         for path in reversed(self._paths()):
             try:
                 state = _read(path)
@@ -214,16 +236,13 @@ class Checkpoint(keras.callbacks.Callback):
                 with contextlib.suppress(OSError):
                     path.replace(path.with_suffix(".damaged"))
                 continue
-            expected = [tuple(v.shape) for v in variables_of(model)]
-            fits = [value.shape for value in state["variables"]] == expected
-            names = len(state["callbacks"]) == len(self._callbacks)
-            _checks.require(fits, f"{path} is a checkpoint of another model or optimizer")
-            _checks.require(names, f"{path} was written with other callbacks", number=len(self._callbacks))
+            fits = list(map(np.shape, state["variables"])) == [tuple(v.shape) for v in variables_of(model)]
+            _checks.require(fits, f"{path} is a checkpoint of another model or optimizer, or of another version")
             return state
         return None
 
     def _paths(self):
-        return sorted(path for path in self.folder.glob("*.npz") if re.fullmatch(r"\d{6}-\d{8}", path.stem))
+        return sorted(self.folder.glob(f"{'[0-9]' * 6}-{'[0-9]' * 8}.npz"))
 
     def _skip(self, *args):
         """Takes the place of Keras' `train_function`: reads the data, and changes nothing."""
@@ -231,19 +250,17 @@ class Checkpoint(keras.callbacks.Callback):
         if hasattr(data, "__next__"):  # on PyTorch the data themselves
             for _ in range(self.model.steps_per_execution):
                 next(data)
-        return (dict(self._pending["logs"]), *state) if state else dict(self._pending["logs"])
+        return (dict(self._logs), *state) if state else dict(self._logs)
 
-    def _stop_skipping(self, model):
+    def _go_on(self, model):
+        """Ends the skipping of batches."""
+        self._pending = None
         if self._train_function is not None:
             model.train_function, self._train_function = self._train_function, None
 
     def _on_signal(self, number, frame):
         self._signal = number
-        self._restore_handlers()
-
-    def _restore_handlers(self):
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        self._handlers.close()
 
 
 def variables_of(model: keras.Model) -> list:
@@ -261,72 +278,72 @@ def _rewind(logger, epoch):
         path.write_bytes(header + b"".join(kept))
 
 
+# States of callbacks. They have a name that stays when callbacks change places.
+
+
+def _named(callbacks):
+    """The callbacks by the name of their class and their number among those of this class."""
+    names = [type(callback).__name__ for callback in callbacks]
+    return {f"{name} {names[:i].count(name)}": callback for i, (name, callback) in enumerate(zip(names, callbacks))}
+
+
+def _state_of(callback):
+    """The state of a callback, or `None` if it has attributes and does not say which are its state."""
+    if hasattr(callback, "get_state"):
+        return callback.get_state()
+    attributes, base = vars(callback), keras.callbacks.Callback
+    known = any(kind.__module__.startswith(("keras.", "keras_ddpm.")) for kind in set(type(callback).__mro__) - {base})
+    if known or attributes.keys() <= vars(base()).keys():
+        return {name: attributes[name] for name in STATE_OF_KERAS if name in attributes}
+    return None
+
+
 # Files. A checkpoint is an .npz file. The name of an array is its checksum; the state refers to arrays by these names.
 
-
-def _attributes(callback, arrays):
-    """The attributes that can be stored, encoded."""
-    encoded = {}
-    for name, value in vars(callback).items():
-        with contextlib.suppress(TypeError):
-            if name not in ("params", "_model"):  # which Keras sets
-                encoded[name] = _encode(value, arrays)
-    return encoded
+ARRAY = "array of this checksum and dtype"
 
 
-def _encode(value, arrays):
-    """Turns a value into one that JSON can store. Arrays are added to `arrays`."""
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    if isinstance(value, (np.ndarray, np.generic)):
-        array = np.asarray(value, order="C")
-        name = _checksum(array)
-        arrays[name] = array
-        return {"array": name}
-    if isinstance(value, list):
-        return [_encode(entry, arrays) for entry in value]
-    if isinstance(value, tuple):
-        return {"tuple": [_encode(entry, arrays) for entry in value]}
-    if isinstance(value, dict):
-        return {"dict": [[_encode(key, arrays), _encode(entry, arrays)] for key, entry in value.items()]}
-    raise TypeError
-
-
-def _decode(value, arrays):
-    if isinstance(value, list):
-        return [_decode(entry, arrays) for entry in value]
-    if not isinstance(value, dict):
-        return value
-    ((kind, content),) = value.items()
-    if kind == "array":
-        return arrays[content][()]
-    if kind == "tuple":
-        return tuple(_decode(content, arrays))
-    return {_decode(key, arrays): _decode(entry, arrays) for key, entry in content}
+def _dtype(array):
+    """The name of the dtype, if it is one of Keras. Objects and parts with names are none."""
+    return keras.backend.standardize_dtype(array.dtype.name)
 
 
 def _checksum(array):
     return hashlib.sha256(f"{array.shape}".encode() + array.tobytes()).hexdigest()
 
 
-def _write(path, state, arrays):
-    text = np.frombuffer(json.dumps(state).encode(), "uint8")
+def _write(path, state):
+    arrays = {}
+
+    def store(value):
+        array = np.asarray(value, order="C")
+        array = array.view(f"u{array.itemsize}") if array.dtype.kind == "V" else array  # bfloat16, which files lack
+        name = _checksum(array)
+        arrays[name] = array
+        return {ARRAY: [name, _dtype(value)]}
+
+    text = np.frombuffer(json.dumps(state, default=store).encode(), "uint8")
     arrays["state-" + _checksum(text)] = text
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _files.replacing(path, path.with_suffix(".npz.tmp")) as temporary, temporary.open("wb") as file:
+    with _files.replacing(path, path.with_name("unfinished.tmp")) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
 
 
 def _read(path):
+    def fetch(entry):
+        if ARRAY not in entry:
+            return entry
+        name, dtype = entry[ARRAY]
+        return arrays[name].view(keras.backend.standardize_dtype(dtype))[()]
+
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            size = sum(entry.file_size for entry in file.zip.infolist())
+            _checks.require(size <= path.stat().st_size, "It would unpack to more than its size")
             arrays = {name: file[name] for name in file.files}
-        _checks.require(all(_checksum(array) == name.removeprefix("state-") for name, array in arrays.items()), "")
+        for name, array in arrays.items():
+            whole = array.dtype.kind in "biufc" and _checksum(array) == name.removeprefix("state-")
+            _checks.require(whole, "An array is another")
         (text,) = [array.tobytes() for name, array in arrays.items() if name.startswith("state-")]
-        state = json.loads(text)
-        state["callbacks"] = [
-            {name: _decode(value, arrays) for name, value in attributes.items()} for attributes in state["callbacks"]
-        ]
-        return state | {name: _decode(state[name], arrays) for name in ("variables", "history", "random")}
+        return json.loads(text, object_hook=fetch)
     except Exception as error:  # a damaged file may raise anything
         raise ValueError(f"The checkpoint {path} is damaged ({type(error).__name__})") from error

@@ -42,7 +42,7 @@ class SampleMetrics(_Sampling):
     def __init__(self, metric: Any, num_samples: int = 1000, every: int = 1, **options):
         super().__init__(every, num_samples, **options)
         self.metric = metric
-        self._found = {}
+        self._found: dict[str, float] = {}
 
     def on_train_begin(self, logs=None):
         super().on_train_begin(logs)
@@ -57,6 +57,12 @@ class SampleMetrics(_Sampling):
             self.metric.compare(self.sample())
             self._found = self.metric.values()
         logs.update({f"val_{name}": value for name, value in self._found.items()})
+
+    def get_state(self):  # for `Checkpoint`
+        return self._found
+
+    def set_state(self, state):
+        self._found = state
 
 
 class LossByTimestep(keras.callbacks.Callback):

@@ -13,9 +13,8 @@ from pathlib import Path
 import keras
 import numpy as np
 from numpy.typing import ArrayLike
-from PIL import Image
 
-from keras_ddpm import _checks, images
+from keras_ddpm import _checks, _files, images
 from keras_ddpm.datasets import cache as _cache
 from keras_ddpm.datasets.batches import Batches
 
@@ -43,14 +42,13 @@ def from_arrays(
         `Batches`.
 
     Raises:
-        ValueError: if a file has no entry `x`, the array holds integers other than uint8, `image_size` is given for an
-            array that does not hold uint8 images, or `Batches` raises it.
+        ValueError: if a file is damaged, holds Python objects or has no entry `x`, the array holds integers other than
+            uint8, `image_size` is given for an array that does not hold uint8 images, or `Batches` raises it.
     """
     if isinstance(x, (str, Path)):
-        path, x = x, np.load(x, mmap_mode="r")
-        if isinstance(x, np.lib.npyio.NpzFile):
-            _checks.require("x" in x, f"{path} must have an entry 'x'", entries=sorted(x))
-            x, labels = x["x"], x["labels"] if "labels" in x else labels
+        arrays = _files.arrays(x)
+        _checks.require("x" in arrays, f"{x} must have an entry 'x'", entries=sorted(arrays))
+        x, labels = arrays["x"], arrays.get("labels", labels)
     x = np.asarray(x)
     is_uint8 = x.dtype == "uint8"
     _checks.require(is_uint8 or np.issubdtype(x.dtype, np.floating), "Expected uint8 images or floats", dtype=x.dtype)
@@ -83,8 +81,8 @@ def from_folder(
         strict: whether a file that cannot be read is an error. Otherwise it is skipped with a warning.
         max_pixels: largest number of pixels of a file. Larger files cannot be read.
         cache: name of an `.npy` file. The images are decoded into it once, and read from it without filling the memory.
-            If that is interrupted, the same call continues where it was. An index lies next to it, in JSON. Names and
-            sizes of the image files tell whether they are the same: delete both files after other changes.
+            If that is interrupted, the same call starts over. Names and sizes of the image files tell whether they are
+            the same: delete the file after other changes. Each call reads the file once to check it.
         **kwargs: arguments of `Batches`.
 
     Returns:
@@ -111,8 +109,8 @@ def from_folder(
     def load(file):
         try:
             return images.load(file, image_size, channels, max_pixels), file.relative_to(path).parts[0]
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises
-            reason = f"{file} {UNREADABLE}: {error}"
+        except (OSError, ValueError) as error:
+            reason = f"{file} {UNREADABLE}: {error}".rstrip(".")
             if strict:
                 raise ValueError(f"{reason}.") from error
             return reason
@@ -121,7 +119,7 @@ def from_folder(
     if cache:
         stats = [(str(file.relative_to(path)), file.stat().st_size) for file in files]
         key += [hashlib.sha256(json.dumps(stats).encode()).hexdigest()]
-    x, classes, skipped = _cache.decoded(lambda start: files[start:], load, len(files), key, cache)
+    x, classes, skipped = _cache.decoded(files, load, len(files), key, cache)
     _checks.require(not (strict and skipped), "".join(skipped[:1]))
     for reason in skipped:
         warnings.warn("Skipped " + reason.replace(UNREADABLE, "which " + UNREADABLE), stacklevel=2)
@@ -135,13 +133,15 @@ def from_folder(
 
 
 def _visible_files(path):
-    """Yields files that are not hidden. Links are followed unless they lead back to a parent folder."""
+    """Yields files that are not hidden. Links are followed unless they lead to a parent folder or one seen before."""
+    seen = set()
     for folder, folders, files in os.walk(path, followlinks=True):
-        visible = [name for name in folders if not name.startswith(".") and name != "__MACOSX"]
-        here = os.path.join(os.path.realpath(folder), "")
-        folders[:] = [
-            name for name in visible if not here.startswith(os.path.realpath(os.path.join(folder, name)) + os.sep)
-        ]
+        here, above = os.path.realpath(folder), os.path.realpath(os.path.dirname(os.path.abspath(folder)))
+        if here in seen or above.startswith(os.path.join(here, "")):
+            folders[:] = []
+            continue
+        seen.add(here)
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
         yield from (Path(folder, name) for name in files if not name.startswith("."))
 
 
@@ -250,8 +250,7 @@ def _read_tfds(name, split, image_size, data_dir, labels, cache=None):
         return x, int(example["label"]) if labels else None
 
     key = [name, str(builder.version), split, image_size, labels]
-    items = lambda start: tfds.as_numpy(examples.skip(start))  # noqa: E731
-    x, numbers, _ = _cache.decoded(items, load, len(examples), key, cache)
+    x, numbers, _ = _cache.decoded(tfds.as_numpy(examples), load, len(examples), key, cache)
     if not labels:
         return x, None, None
     return x, np.array(numbers), getattr(builder.info.features["label"], "names", None)

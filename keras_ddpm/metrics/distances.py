@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from keras_ddpm import _checks
+from keras_ddpm import _checks, _files
 from keras_ddpm.metrics.features import Extractor, ExtractorLike
 from keras_ddpm.metrics.neighbors import share_inside
 
@@ -83,10 +83,10 @@ class _Distance(abc.ABC):
         Raises:
             ValueError: if the file belongs to another metric or extractor.
         """
-        arrays = dict(np.load(path))
+        arrays = _files.arrays(path)
         found = [str(arrays.get(key, "?")) for key in ("metric", "extractor", "hash")]
         expected = [type(self).__name__, self.extractor.name, self.extractor.hash]
-        valid = found[::2] == expected[::2] and "features" in arrays
+        valid = found[::2] == expected[::2] and np.ndim(arrays.get("features")) == 2
         _checks.require(valid, f"{path} must hold features of {' '.join(expected)}", found=" ".join(found))
         self._real = [arrays["features"]]
 

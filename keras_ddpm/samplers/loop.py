@@ -171,7 +171,7 @@ class Loop:
         table = np.concatenate(job.steps)
         arrival, schedule = np.append(table["t"][1:], 0).astype("int64"), self.diffusion.schedule
         arguments = {
-            "rows": {name: _padded(table[name]) for name in table.dtype.names},
+            "rows": {name: _padded(table[name]) for name in rows.COLUMNS},
             "columns": tuple(map(_padded, columns)),  # in order, which JAX does not keep in a dict
             "arrival": [_padded(schedule.alpha[arrival]), _padded(schedule.sigma[arrival])],
             "calls": np.int32(num_batches * len(table)),
@@ -194,7 +194,7 @@ class Loop:
             indices = np.minimum(np.arange(batch * batch_size, (batch + 1) * batch_size), num - 1)
             for name, several in arrays.items():
                 arguments[name] = tuple(array[indices] for array in several)
-            keys = np.zeros((batch_size, 2), "uint32")
+            keys: Any = np.zeros((batch_size, 2), "uint32")
             if needs_keys:  # 2 ms for 256 examples
                 keys = [np.random.SeedSequence([job.seed, job.first + index]).generate_state(2) for index in indices]
             arguments["keys"] = np.array(_signed(keys), "int32")

@@ -32,13 +32,9 @@ Columns = dict[str, Any]  # from names of `ROW` to numbers or arrays
 # How many earlier predictions of x_0 a row can use. A multistep solver of fourth order needs three.
 NUM_PREVIOUS = 3
 
-# The network is called at the integer time t. With keep = 1 `previous` stays as it is, and gains this call with 0.
-ROW = np.dtype(
-    {
-        "names": ["t", "from_x", "from_x_0", "from_previous", "std", "remember_x_0", "remember_x", "keep"],
-        "formats": ["f8", "f8", "f8", f"{NUM_PREVIOUS}f8", "f8", "f8", "f8", "f8"],
-    }
-)
+# The network is called at the integer time t. keep = 0 stores this call in `previous`, keep = 1 leaves it unchanged.
+COLUMNS = ("t", "from_x", "from_x_0", "from_previous", "std", "remember_x_0", "remember_x", "keep")
+ROW = np.dtype([(name, "f8", NUM_PREVIOUS if name == "from_previous" else ()) for name in COLUMNS])
 
 
 def row(t: Any, **columns: Any) -> Array:

@@ -80,7 +80,7 @@ class Corruption:
         batch_size = ops.shape(x_0)[0]
         t = self.draw_timesteps(batch_size, generator)
         noise = self.draw_noise(x_0, generator) if noise is None else ops.cast(noise, "float32")
-        inputs = (self.diffusion.q_sample(x_0, t, noise), t)
+        inputs: tuple = (self.diffusion.q_sample(x_0, t, noise), t)
         if self.condition:
             kept = keras.random.uniform((batch_size,), seed=generator) >= self.label_dropout
             inputs = (*inputs, self.condition.drop(condition, kept))

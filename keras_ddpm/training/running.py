@@ -60,10 +60,12 @@ def evaluating(model: Any, given: dict) -> Iterator[dict]:
 
 
 def _listed(callbacks):
-    """The callbacks as a list. Keras takes one, a list, a `CallbackList` or `None`."""
+    """The callbacks as a list. Keras takes one, a list, a `CallbackList`, lists of these, or `None`."""
     if isinstance(callbacks, keras.callbacks.CallbackList):
         callbacks = callbacks.callbacks
-    return [callbacks] if isinstance(callbacks, keras.callbacks.Callback) else list(callbacks or [])
+    if isinstance(callbacks, keras.callbacks.Callback):
+        return [callbacks]
+    return [callback for entry in callbacks or () for callback in _listed(entry)]
 
 
 class _Epochs(keras.callbacks.Callback):

@@ -1,0 +1,1 @@
+"""What exists because of one backend, of several devices, or of several processes."""
