@@ -234,6 +234,6 @@ def image_network(shape, **kwargs):
 
 def small_unet(**kwargs):
     """A compiled model of 8x8 images."""
-    model = kd.DiffusionModel(kd.networks.unet((8, 8, 1), 8, (1, 2), 1, (4,), 4), seed=0, **kwargs)
+    model = kd.DiffusionModel(kd.networks.unet((8, 8, 1), 8, (1,), 1, (), 4), seed=0, **kwargs)
     model.compile(loss="mse", optimizer=keras.optimizers.Adam(1e-3))
     return model

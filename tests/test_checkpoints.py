@@ -209,7 +209,7 @@ def test_rows_of_a_log_are_not_repeated(tmp_path):
 def test_a_killed_run_is_the_uninterrupted_one(popen, tmp_path, kills):
     """SIGKILL at random moments, in the middle of steps and of files."""
     epochs = max(6, kills)
-    expected = interrupted_run.run(tmp_path / "a", epochs=epochs)
+    expected = interrupted_run.run(tmp_path / "a", epochs=epochs, run_eagerly=False)
     random = np.random.default_rng(kills)
     command = [sys.executable, str(SCRIPT), str(tmp_path / "b"), str(epochs)]
     for _ in range(kills):

@@ -159,7 +159,7 @@ def test_a_process_that_is_not_the_chief_writes_nothing(monkeypatch, tmp_path, c
         monkeypatch.setattr(replicas, "_process", lambda number=number: (number, 2))
         folder = tmp_path / f"{number}"
         model = kd.DiffusionModel(image_network((8, 8, 1)), seed=0)
-        model.compile(loss="mse", optimizer="sgd")
+        model.compile(loss="mse", optimizer="sgd", run_eagerly=True)
         callbacks = [
             kd.callbacks.SampleGrid(folder / "grid.png", num_samples=1, sampler=kd.samplers.DDIM(1)),
             kd.callbacks.Checkpoint(folder / "checkpoints"),
