@@ -3,7 +3,7 @@
 import hashlib
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 import numpy as np
@@ -110,7 +110,7 @@ def _inception():
 
 
 # What functions accept as an extractor: an `Extractor`, or the argument of its constructor.
-ExtractorLike = Callable[[np.ndarray], ArrayLike] | keras.Model | str | pathlib.Path | None
+ExtractorLike: TypeAlias = Callable[[np.ndarray], ArrayLike] | keras.Model | str | pathlib.Path | None
 
 
 def efficientnet_lite0() -> Extractor:
