@@ -600,7 +600,7 @@ class DiffusionModel(keras.Model):
 
     @classmethod
     def from_config(cls, config):
-        # `from_model` may give objects in place of their configurations, and files of version 0.1 have no sampler.
+        # `from_model` may give objects in place of their configurations.
         stored = {name: config.get(name) for name in ("network", "diffusion", "sampler")}
         made = {name: keras.saving.deserialize_keras_object(of) for name, of in stored.items() if isinstance(of, dict)}
         return cls(**config | made)
@@ -616,8 +616,7 @@ class DiffusionModel(keras.Model):
         states = {f"random_{index}": state for index, state in enumerate(self._states_of_dropout())}
         states["fit_random"] = self._fit_random.state
         for key, state in states.items():
-            if key in store.keys():  # files of version 0.1 have no states of dropout
-                state.assign(store[key])
+            state.assign(store[key])
         super().load_own_variables({key: store[key] for key in store.keys() if key not in states})
 
     def _states_of_dropout(self):

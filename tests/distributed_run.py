@@ -56,11 +56,8 @@ if not hasattr(strategy, "scope"):
 import keras_ddpm as kd  # noqa: E402
 
 
-class SameDraws(kd.DiffusionModel):
-    def draw_noise(self, x_0, generator):
-        return ops.sin(1000 * x_0)
-
-    def _draw_timesteps(self, batch_size, generator):
+class SameDraws(kd.training.corruption.Corruption):
+    def draw_timesteps(self, batch_size, generator):
         return ops.full((batch_size,), 25, "int32")
 
 
@@ -74,7 +71,10 @@ with strategy.scope():
     network = kd.networks.dit((8, 8, 1), patch_size=4, width=8, depth=1, num_heads=1, num_classes=3)
     diffusion = kd.GaussianDiffusion(kd.schedules.linear(50), "x0")
     options = {"seed": 0, "label_dropout": 0.0 if args.same_draws else 0.1}
-    model = (SameDraws if args.same_draws else kd.DiffusionModel)(network, diffusion, **options)
+    model = kd.DiffusionModel(network, diffusion, **options)
+    if args.same_draws:
+        noise = lambda x_0, generator: ops.sin(1000 * x_0)  # noqa: E731
+        model.corruption = SameDraws(diffusion, model.condition, label_dropout=0.0, draw_noise=noise)
     model.compile(loss="mse", optimizer=keras.optimizers.SGD(0.1, momentum=0.9))
 grid = kd.callbacks.SampleGrid(folder / "{epoch}.png", num_samples=5, sampler=kd.samplers.DDPM(3))
 callbacks = [

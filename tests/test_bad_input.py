@@ -96,7 +96,6 @@ TABLE = [
     (lambda: kd.networks.unet(16), "`image_shape` must be .height, width, channels."),
     (lambda: kd.DiffusionModel(kd.networks.mlp()).fit(X), "Call `compile` before `fit`"),
     (lambda: kd.images.to_uint8(np.linspace(0, 255, 5)), "The images lie in 0..255"),
-    (lambda: sample(2, steps=5), "Choose the number of steps by `sampler="),
     (lambda: kd.GaussianDiffusion(LINEAR, "noise"), r"Expected one of \['epsilon'"),
     (lambda: kd.GaussianDiffusion(LINEAR, None), r"Expected one of \['epsilon'"),
     (lambda: kd.GaussianDiffusion(LINEAR, clip_range="ab"), r"`clip_range` must be \(low, high\) or None"),

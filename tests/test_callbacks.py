@@ -32,38 +32,42 @@ def small_model(num_classes=None, prediction="epsilon"):
 IMAGES = np.random.default_rng(0).uniform(-1, 1, (16, 8, 8, 1)).astype("float32")
 
 
-def test_validation_sees_the_average_and_files_do_not(tmp_path, model, points):
-    """The validation loss is that of a model whose raw weights are the average; the checkpoint holds raw weights."""
-    history = model.fit(
-        points,
-        epochs=3,
-        batch_size=32,
-        validation_data=points,
-        callbacks=[kd.callbacks.EMAWeights(), keras.callbacks.ModelCheckpoint(tmp_path / "{epoch}.keras")],
-        verbose=0,
-    ).history
+def test_evaluation_sees_the_average_and_files_hold_both(tmp_path, model, points):
+    """The loss is that of a model whose raw weights are the average, in validation and in `evaluate`."""
+    file = keras.callbacks.ModelCheckpoint(tmp_path / "{epoch}.keras")
+    options = {"epochs": 3, "batch_size": 32, "validation_data": points, "callbacks": [file], "verbose": 0}
+    history = model.fit(points, **options).history
     raw, average = weights(model.network.trainable_variables), weights(model.ema_weights)
     assert not np.allclose(raw[0], average[0])
-    raw_loss = model.evaluate(points, verbose=0)
-    average_loss = model.evaluate(points, callbacks=[kd.callbacks.EMAWeights()], verbose=0)
-    assert history["val_loss"][-1] == average_loss != raw_loss
+    loss = model.evaluate(points, verbose=0)
+    assert history["val_loss"][-1] == loss
     assert all(map(np.array_equal, raw, weights(model.network.trainable_variables)))
 
     saved = keras.saving.load_model(tmp_path / "3.keras")
     assert all(map(np.array_equal, raw, weights(saved.network.trainable_variables)))
     assert all(map(np.array_equal, average, weights(saved.ema_weights)))
-    for v, a in zip(saved.network.trainable_variables, average):
-        v.assign(a)
-    assert abs(saved.evaluate(points, verbose=0) - average_loss) < 1e-6
+    assert abs(saved.evaluate(points, verbose=0) - loss) < 1e-6
+    for v, value in zip(saved.ema_weights, weights(saved.network.weights)):
+        v.assign(value)
+    assert abs(saved.evaluate(points, verbose=0) - loss) > 1e-4
+
+
+def test_the_average_stays_in_the_network(model, points):
+    """At the end of training, and the model can be trained on and saved, on JAX too."""
+    options = {"batch_size": 32, "callbacks": [kd.callbacks.EMAWeights()], "verbose": 0}
+    for _ in range(2):
+        model.fit(points, epochs=2, **options)
+        assert all(map(np.array_equal, weights(model.network.weights), weights(model.ema_weights)))
+    assert np.array_equal(model.sample(4, seed=0, use_ema=False), model.sample(4, seed=0))
 
 
 def test_training_on_is_not_disturbed(model, points):
-    """With and without validation of the average, the same weights come out."""
+    """With and without validation, the same weights come out."""
     copy = kd.DiffusionModel.from_config(model.get_config())
     copy.compile(loss="mse", optimizer=keras.optimizers.Adam(1e-2))
     copy.set_weights(model.get_weights())
     options = {"epochs": 3, "batch_size": 32, "shuffle": False, "verbose": 0}
-    model.fit(points, validation_data=points, callbacks=[kd.callbacks.EMAWeights()], **options)
+    model.fit(points, validation_data=points, **options)
     copy.fit(points, **options)
     for got, expected in zip(weights(model.network.weights), weights(copy.network.weights)):
         np.testing.assert_allclose(got, expected, atol=1e-6)
@@ -78,21 +82,20 @@ def test_an_interrupted_validation_leaves_the_weights_alone(model, points):
     raw, average = weights(model.network.weights), [model.sample(2, seed=0)]
     loss = model.evaluate(points, verbose=0)
     with pytest.raises(KeyboardInterrupt):
-        stop = keras.callbacks.LambdaCallback(on_test_batch_end=interrupt)
-        model.evaluate(points, callbacks=[kd.callbacks.EMAWeights(), stop], verbose=0)
-    assert np.array_equal(*average)  # `sample` uses the average in an evaluation of the average, too
+        model.evaluate(points, callbacks=[keras.callbacks.LambdaCallback(on_test_batch_end=interrupt)], verbose=0)
+    assert np.array_equal(*average)  # `sample` uses the average within an evaluation, too
     assert all(map(np.array_equal, raw, weights(model.network.weights)))
     assert model.evaluate(points, verbose=0) == loss
 
 
-def test_evaluation_is_compiled_once_for_each_kind_of_weights(model, points):
-    callback = kd.callbacks.EMAWeights()
-    model.evaluate(points, verbose=0)
-    functions = [model.test_function]
-    for callbacks in ([callback], [], callback, None):
+def test_callbacks_come_in_every_form_that_keras_takes(model, points):
+    """And evaluation is compiled once."""
+    seen, functions = [], set()
+    callback = keras.callbacks.LambdaCallback(on_test_end=lambda logs: seen.append(logs["loss"]))
+    for callbacks in ([callback], callback, (callback,), keras.callbacks.CallbackList([callback]), None):
         model.evaluate(points, callbacks=callbacks, verbose=0)
-        functions.append(model.test_function)
-    assert functions[0] is functions[2] is functions[4] is not functions[1] is functions[3]
+        functions.add(model.test_function)
+    assert len(seen) == 4 and len({*seen}) == 1 and len(functions) == 1
 
 
 @pytest.mark.parametrize(

@@ -257,7 +257,7 @@ def test_a_network_that_never_answers(monkeypatch):
 
     monkeypatch.setattr("requests.head", hang)
     with pytest.raises(multiprocessing.TimeoutError):
-        datasets._check_reachable("https://example.org", seconds=0.1)
+        datasets.sources._check_reachable("https://example.org", seconds=0.1)
     end.set()
 
 

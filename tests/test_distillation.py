@@ -112,7 +112,11 @@ def test_a_distilled_model_starts_as_its_teacher(model):
     """But for what it is told."""
     told = {"sampler": kd.samplers.DDIM(1), "diffusion": kd.GaussianDiffusion(COSINE), "timestep_sampling": "half_at_T"}
     fast = kd.DiffusionModel.from_model(model, **told)
-    assert (fast.sampler, fast.diffusion.timesteps, fast.timestep_sampling) == (kd.samplers.DDIM(1), 200, "half_at_T")
+    assert (fast.sampler, fast.diffusion.timesteps, fast.corruption.timestep_sampling) == (
+        kd.samplers.DDIM(1),
+        200,
+        "half_at_T",
+    )
     for got, expected in zip(weights(fast.network.weights), weights(model.ema_weights), strict=True):
         assert np.array_equal(got, expected)
 

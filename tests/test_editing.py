@@ -122,7 +122,7 @@ def test_every_image_has_its_own_mask():
 
 def test_resampled_steps(monkeypatch):
     tables = []
-    monkeypatch.setattr(pixels(), "run", lambda steps, *args, **kwargs: tables.append(steps))
+    monkeypatch.setattr(pixels(), "run", lambda job, **options: tables.append(job.steps))
     images, masks = draw(1), np.ones((1, 1, 2, 1))
     corrected = samplers.Langevin(predictor=samplers.DPMSolver(6))
     for sampler in (samplers.DPMSolver(6), samplers.IPNDM(6), samplers.Heun(6), corrected):
@@ -146,7 +146,7 @@ def test_resampled_steps(monkeypatch):
 def test_starts_on_schedules_whose_noise_is_not_1(monkeypatch):
     schedule = kd.schedules.Schedule(np.ones(101), np.linspace(0, 10, 101))
     model = kd.DiffusionModel(kd.networks.mlp(1, 8, 1), kd.GaussianDiffusion(schedule, clip_range=None))
-    monkeypatch.setattr(model, "run", lambda steps, start, num, *args, **kwargs: start(np.arange(num)))
+    monkeypatch.setattr(model, "run", lambda job, **options: job.start(np.arange(job.num)))
     images = np.zeros((4000, 1))
     for start, std in (
         (editing.variations(model, images, 0.5, seed=0), 5.0),
@@ -214,7 +214,7 @@ def test_encoding_and_decoding():
 def test_encoding_calls_the_network_with_times(monkeypatch):
     """Mistake of others: the index of a step instead of its time. Decoding visits the same times backward."""
     tables = []
-    monkeypatch.setattr(pixels(), "run", lambda steps, *args, **kwargs: tables.append(np.concatenate(steps)["t"]))
+    monkeypatch.setattr(pixels(), "run", lambda job, **options: tables.append(np.concatenate(job.steps)["t"]))
     editing.encode(pixels(), draw(2), num_steps=7)
     editing.decode(pixels(), draw(2), num_steps=7)
     visited = samplers.DDIM(7, spacing="logsnr").timesteps(LINEAR)[:-1]

@@ -57,5 +57,5 @@ def test_sample_reads_the_chosen_weights(model, points):
 def test_average_of_counts():
     """Weights that are no floats, as the counts of some of Keras' layers."""
     average, count = (keras.Variable(value, dtype="int32", trainable=False) for value in (0, 3))
-    ema.move_averages([average], [count], ops.convert_to_tensor(0.0))
+    ema._move_averages([average], [count], ops.convert_to_tensor(0.0))
     assert int(average) == 3

@@ -67,10 +67,12 @@ def test_onnx_runtime_samples_what_the_model_samples(tmp_path, kind):
         if name == "noise":
             continue
         got = onnx_sampling.sample(folder, "sample", name, x_t, labels)
-        expected = model.sample(3, sampler, seed=3, **({} if labels is None else {"labels": labels}), **guidance)
+        asked = kd.guidance.Guidance(interval=guidance.get("guidance_interval"))
+        scale = guidance.get("guidance_scale", 1.0)
+        expected = model.sample(3, sampler, seed=3, labels=labels, guidance_scale=scale, guidance=asked)
         np.testing.assert_allclose(got, expected, atol=1e-3 * np.abs(expected).max(), err_msg=name)
     described = json.loads((folder / "model.json").read_text())
-    assert described["shape"] == list(SHAPE) and described["opset"] == kd.export.OPSET
+    assert described["shape"] == list(SHAPE) and described["opset"] == kd.export._OPSET
     assert described["inputs"] == ["x_t", "t"] + (["label"] if labels is not None else [])
     assert described["class_names"] == (["kind 0", "kind 1", "kind 2"] if model.condition else None)
 

@@ -142,12 +142,6 @@ def test_upsampled_convolution_is_a_convolution_of_repeated_pixels(policy):
     np.testing.assert_allclose(y, expected, rtol=rounding, atol=tolerance)
     from_config = layers.UpsampledConv2D.from_config(ours.get_config())
     assert from_config.get_config() == ours.get_config()
-    old = layers.UpsampledConv2D(6, transposed=True, dtype=policy)  # as version 0.1 stored it
-    old.build(x.shape)
-    old.set_weights([kernel.transpose(0, 1, 3, 2), bias])
-    np.testing.assert_allclose(
-        ops.convert_to_numpy(ops.cast(old(x), "float32")), expected, rtol=rounding, atol=tolerance
-    )
 
 
 def test_timestep_embedding():

@@ -6,6 +6,7 @@ import pytest
 from test_features import draw, flatten, flowers
 
 from keras_ddpm import features, metrics, toys
+from keras_ddpm.metrics import distances
 
 
 def pixels(images):
@@ -71,7 +72,7 @@ def test_fid_of_known_moments():
         spectra = rng.uniform(0.01, 2, (2, 4))
         c, d = ((a * s) @ a.T for a, s in zip([axes[0], axes[0 if same_axes else 1]], spectra))
         means = rng.normal(size=(2, 4))
-        got = metrics._frechet_distance((means[0], c), (means[1], d))
+        got = distances._frechet_distance((means[0], c), (means[1], d))
         if same_axes:
             cross = np.sqrt(spectra[0] * spectra[1]).sum()
         else:
@@ -168,7 +169,7 @@ def test_p_values_of_the_same_distribution_are_uniform():
 def test_distances_of_many_images_are_summed_in_parts():
     """The kernel matrix of many images is summed in parts, with the result of the whole matrix."""
     x, y = (draw(num, seed).reshape(num, 4).astype("float64") for seed, num in enumerate((1300, 900)))
-    (got,) = metrics._squared_discrepancies(*metrics._united(x, y))
+    (got,) = distances._squared_discrepancies(*distances._united(x, y))
     k = (np.concatenate([x, y]) @ np.concatenate([x, y]).T / 4 + 1) ** 3
     expected = (k[:1300, :1300].sum() - np.trace(k[:1300, :1300])) / (1300 * 1299)
     expected += (k[1300:, 1300:].sum() - np.trace(k[1300:, 1300:])) / (900 * 899)

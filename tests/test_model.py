@@ -87,7 +87,8 @@ def test_config():
     model = kd.DiffusionModel(kd.networks.mlp(2, 16, 1), diffusion, 0.9, diffusion.min_snr_weight(), "batch", seed=5)
     copy = kd.DiffusionModel.from_config(model.get_config())
     assert copy.get_config() == model.get_config()
-    assert np.array_equal(copy.loss_weight, model.loss_weight) and copy.timestep_sampling == "batch"
+    assert np.array_equal(copy.corruption.loss_weight, model.corruption.loss_weight)
+    assert copy.corruption.timestep_sampling == "batch"
     copy.set_weights(model.get_weights())
     assert np.array_equal(copy.sample(2, kd.samplers.DDIM(3), seed=0), model.sample(2, kd.samplers.DDIM(3), seed=0))
 

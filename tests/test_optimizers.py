@@ -68,3 +68,11 @@ def test_the_optimizer_is_saved(tmp_path, points):
     assert loaded.optimizer.get_config() == model.optimizer.get_config()
     for ours, theirs in zip(model.optimizer.variables, loaded.optimizer.variables):
         assert np.array_equal(ops.convert_to_numpy(ours), ops.convert_to_numpy(theirs))
+
+
+@pytest.mark.skipif(not TORCH, reason="nothing is fused on the other backends")
+def test_an_optimizer_with_other_private_names_is_not_fused():
+    from keras_ddpm._backend import torch as fast
+
+    variable = keras.Variable(np.ones(3, "float32"))
+    assert fast.adam_step(object(), variable.value, variable, 0.1) is NotImplemented

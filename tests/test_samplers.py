@@ -246,7 +246,7 @@ def test_ipndm_is_the_papers(schedule, num_steps):
     np.testing.assert_allclose(run(sampler, start, clipped, schedule), x, rtol=1e-9)
     network = keras.Input((3,)), keras.Input((), dtype="int32")
     model = kd.DiffusionModel(keras.Model(network, network[0]), kd.GaussianDiffusion(schedule, "x0"))
-    got = model.run(sampler.steps(schedule), lambda indices: start[None].astype("float32"), 1, 0)
+    got = model.run(sampling.Job(sampler.steps(schedule), lambda indices: start[None].astype("float32"), 1))
     # In float32. Where there is little signal, the noise that is remembered has large factors.
     np.testing.assert_allclose(got[0], x, atol=5e-4)
 
@@ -434,7 +434,7 @@ def test_predictions_are_clipped_before_they_are_used_and_remembered():
         for y, clip_range in [(inputs[0], (-1, 1)), (keras.ops.clip(inputs[0], -1, 1), None), (inputs[0], None)]:
             diffusion = kd.GaussianDiffusion(schedules.cosine(50), "x0", clip_range)
             model = kd.DiffusionModel(keras.Model(inputs, y), diffusion)
-            found.append(model.run(sampler.steps(diffusion.schedule), lambda indices: start, 1))
+            found.append(model.run(sampling.Job(sampler.steps(diffusion.schedule), lambda indices: start, 1)))
         np.testing.assert_allclose(found[0], found[1], atol=1e-5)
         assert np.abs(found[0] - found[2]).max() > 0.1, sampler
 

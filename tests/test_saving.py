@@ -12,6 +12,7 @@ from keras import ops
 from PIL import Image
 
 import keras_ddpm as kd
+from keras_ddpm.saving import compact
 
 HERE = pathlib.Path(__file__).parent
 
@@ -48,7 +49,7 @@ def test_forgotten_arguments_without_keras_private_attribute(model, monkeypatch)
     """Such a version of Keras is taken to store all arguments itself."""
     loss = keras.losses.Huber(0.1)
     monkeypatch.delattr(loss, "_fn_kwargs")
-    assert "delta" not in kd.saving.portable(loss)["config"]
+    assert "delta" not in compact.portable(loss)["config"]
 
 
 @pytest.mark.parametrize(
@@ -68,7 +69,7 @@ def test_files_name_no_backend(tmp_path, model, points, optimizer):
 
 
 def test_a_file_that_names_a_backend(model):
-    """As version 0.1 wrote it on PyTorch."""
+    """As Keras writes it on PyTorch."""
     config = model.get_compile_config()
     config["optimizer"]["module"] = "keras.src.backend.torch.optimizers.torch_adam"
     before = set(sys.modules)

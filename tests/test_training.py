@@ -50,7 +50,7 @@ def test_fit_reports_the_true_loss(timestep_sampling, weighted):
     generator = keras.random.SeedGenerator(3)
     losses, errors = [], []
     for x_0 in (images[:8], images[8:]):
-        t = ops.convert_to_numpy(model._draw_timesteps(8, generator))
+        t = ops.convert_to_numpy(model.corruption.draw_timesteps(8, generator))
         noise = ops.convert_to_numpy(keras.random.normal(x_0.shape, seed=generator)).astype("float64")
         schedule = model.diffusion.schedule
         alpha, sigma = (table[t][:, None, None, None] for table in (schedule.alpha, schedule.sigma))
@@ -65,7 +65,9 @@ def draw_timesteps(kind, batches, batch_size, timesteps=10):
     diffusion = kd.GaussianDiffusion(kd.schedules.cosine(timesteps))
     model = kd.DiffusionModel(kd.networks.mlp(2, 8, 1), diffusion, timestep_sampling=kind)
     generator = keras.random.SeedGenerator(0)
-    return np.array([ops.convert_to_numpy(model._draw_timesteps(batch_size, generator)) for _ in range(batches)])
+    return np.array(
+        [ops.convert_to_numpy(model.corruption.draw_timesteps(batch_size, generator)) for _ in range(batches)]
+    )
 
 
 @pytest.mark.parametrize("kind", ["uniform", "batch", "stratified"])

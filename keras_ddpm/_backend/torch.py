@@ -104,8 +104,11 @@ def adam_step(optimizer, gradient, variable, learning_rate):
     """Uses PyTorch's fused Adam on a CPU if all tensors have the same layout in memory."""
     from torch.optim.adam import adam
 
-    index = optimizer._get_variable_index(variable)
-    slots = optimizer._momentums[index].value, optimizer._velocities[index].value
+    try:
+        index = optimizer._get_variable_index(variable)
+        slots = optimizer._momentums[index].value, optimizer._velocities[index].value
+    except AttributeError:  # another version of Keras names them otherwise
+        return NotImplemented
     tensors = [variable.value, gradient, *slots]
     layouts = {(x.dtype, *(stride for stride, size in zip(x.stride(), x.shape) if size > 1)) for x in tensors}
     if optimizer.amsgrad or gradient.device.type != "cpu" or len(layouts) > 1:

@@ -153,8 +153,6 @@ class UpsampledConv2D(layers.Layer):
     Args:
         filters: number of channels of the result.
         kernel_initializer: initializer of the 3x3 kernel.
-        transposed: whether the kernel is stored as `(3, 3, filters, channels)`, as version 0.1 did, instead of Keras'
-            `(3, 3, channels, filters)`.
 
     Call arguments:
         x: `(batch, height, width, channels)`.
@@ -163,43 +161,33 @@ class UpsampledConv2D(layers.Layer):
         `(batch, 2 height, 2 width, filters)`.
     """
 
-    def __init__(self, filters: int, kernel_initializer: Any = "glorot_uniform", transposed: bool = False, **kwargs):
+    def __init__(self, filters: int, kernel_initializer: Any = "glorot_uniform", **kwargs):
         super().__init__(**kwargs)
         self.filters = filters
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.transposed = transposed
 
     def build(self, input_shape):
-        channels = (self.filters, input_shape[-1]) if self.transposed else (input_shape[-1], self.filters)
-        self.kernel = self.add_weight(shape=(3, 3, *channels), initializer=self.kernel_initializer, name="kernel")
+        shape = (3, 3, input_shape[-1], self.filters)
+        self.kernel = self.add_weight(shape=shape, initializer=self.kernel_initializer, name="kernel")
         self.bias = self.add_weight(shape=(self.filters,), initializer="zeros", name="bias")
 
     def call(self, x):
-        kernel = ops.transpose(self.kernel, (0, 1, 3, 2)) if self.transposed else ops.convert_to_tensor(self.kernel)
-        return upsampled_conv2d(x, kernel, ops.convert_to_tensor(self.bias))
+        return upsampled_conv2d(x, ops.convert_to_tensor(self.kernel), ops.convert_to_tensor(self.bias))
 
     def compute_output_shape(self, input_shape):
         batch, height, width, _ = input_shape
         return (batch, height and 2 * height, width and 2 * width, self.filters)
 
-    def save_own_variables(self, store):
-        super().save_own_variables(store)
-        store["transposed"] = self.transposed
-
     def load_own_variables(self, store):
-        transposed = bool(np.array(store["transposed"])) if "transposed" in store else True  # as in version 0.1
-        hint = "These weights were saved by keras_ddpm 0.1. Load the `.keras` file of that run instead"
-        _checks.require(transposed == self.transposed, hint)
-        super().load_own_variables({key: store[key] for key in store.keys() if key != "transposed"})
+        super().load_own_variables({key: store[key] for key in store.keys() if key != "transposed"})  # in older files
 
     def get_config(self):
         initializer = keras.initializers.serialize(self.kernel_initializer)
-        own = {"filters": self.filters, "kernel_initializer": initializer, "transposed": self.transposed}
-        return {**super().get_config(), **own}
+        return {**super().get_config(), "filters": self.filters, "kernel_initializer": initializer}
 
     @classmethod
     def from_config(cls, config):
-        return cls(**{"transposed": True, **config})  # configs of version 0.1 do not have it
+        return cls(**{name: value for name, value in config.items() if name != "transposed"})  # in older files
 
 
 @devices.fast_on_torch

@@ -41,7 +41,12 @@ def noise(shape: tuple, seed: int, indices: np.ndarray) -> np.ndarray:
 
 
 def prior(diffusion: GaussianDiffusion, shape: tuple, seed: int, indices: np.ndarray) -> np.ndarray:
-    """Draws x_T: `noise`, scaled to the standard deviation that x_T has for data of variance 1."""
+    """Draws x_T: `noise`, scaled to the standard deviation that x_T has for data of variance 1.
+
+    Args:
+        diffusion: the process.
+        shape, seed, indices: as in `noise`.
+    """
     schedule = diffusion.schedule
     return np.hypot(schedule.alpha[-1], schedule.sigma[-1]).astype("float32") * noise(shape, seed, indices)
 

@@ -78,7 +78,7 @@ class Corruption:
         x_0, noise = _parts(x_0)
         x_0 = self._poisoned(ops.cast(x_0, "float32"), condition)
         batch_size = ops.shape(x_0)[0]
-        t = self._draw_timesteps(batch_size, generator)
+        t = self.draw_timesteps(batch_size, generator)
         noise = self.draw_noise(x_0, generator) if noise is None else ops.cast(noise, "float32")
         inputs = (self.diffusion.q_sample(x_0, t, noise), t)
         if self.condition:
@@ -122,7 +122,7 @@ class Corruption:
             self.condition.array(condition, len(condition))
         return x_0
 
-    def _draw_timesteps(self, batch_size, generator):
+    def draw_timesteps(self, batch_size: Any, generator: keras.random.SeedGenerator) -> Any:
         """Draws t in 1..T, `(batch,)`."""
         u = keras.random.uniform((batch_size,), seed=generator)
         index, number = ops.cast(ops.arange(batch_size), "float32"), ops.cast(batch_size, "float32")
