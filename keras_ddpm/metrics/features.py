@@ -78,7 +78,7 @@ class Extractor:
 class _Network:
     """The function of a Keras model."""
 
-    def __init__(self, network):
+    def __init__(self, network: keras.Model):
         needed = "An extractor must have one input and one vector as output"
         _checks.require(getattr(network, "inputs", None), needed, model=network.name)
         if any(layer.name == "features" for layer in network.layers):
@@ -89,7 +89,7 @@ class _Network:
         self.name = network.name
         self.hash = hashlib.sha256(b"".join(weight.tobytes() for weight in network.get_weights())).hexdigest()[:12]
 
-    def __call__(self, images):
+    def __call__(self, images: np.ndarray) -> np.ndarray:
         expected = self.network.input_shape[1:]
         if (images.shape[-1], expected[-1]) == (1, 3):
             images = np.repeat(images, 3, axis=-1)
@@ -99,7 +99,7 @@ class _Network:
         return self.network.predict_on_batch(images)[: len(images)]
 
 
-def _inception():
+def _inception() -> keras.Model:
     try:
         inception = keras.applications.InceptionV3(include_top=False, pooling="avg", input_shape=(299, 299, 3))
     except Exception as error:  # Keras and urllib raise many types

@@ -54,7 +54,7 @@ class LinearProbe:
             if accuracy > self.leave_one_out:
                 self.leave_one_out, self.ridge, self.weights = accuracy, ridge, vectors @ weights
 
-    def _standardized(self, features):
+    def _standardized(self, features: ArrayLike) -> np.ndarray:
         return (np.asarray(features, "float64") - self.mean) / self.scale
 
     def predict(self, features: ArrayLike) -> np.ndarray:
