@@ -79,8 +79,9 @@ def group_norm(x, gamma, beta, groups, epsilon):
     """Uses PyTorch's group normalization for bfloat16. Keras does not call it.
 
     PyTorch sums in float32 but computes the variance as E[x²] − E[x]². For float32 images this loses too many digits.
+    If gamma or beta need a gradient and x does not, PyTorch 2.13 ends the process.
     """
-    if x.dtype != torch.bfloat16:
+    if x.dtype != torch.bfloat16 or (torch.is_grad_enabled() and not x.requires_grad):
         return NotImplemented
     x = torch.nn.functional.group_norm(torch.permute(x, (0, 3, 1, 2)), groups, gamma, beta, epsilon)
     return torch.permute(x, (0, 2, 3, 1))
