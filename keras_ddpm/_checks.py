@@ -3,6 +3,7 @@
 import math
 import numbers
 import random
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,11 @@ def _short(value: Any, most: int = 100) -> str:
     """The representation of a value in one line of at most `most` characters."""
     text = " ".join(repr(value).split())
     return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def text(name: Any) -> str:
+    """A name as text in Unicode's normal form C, in which equal names are equal. Bytes are UTF-8."""
+    return unicodedata.normalize("NFC", name.decode() if isinstance(name, bytes) else str(name))
 
 
 def counts(low: int = 1, optional: bool = False, **values: Any) -> None:

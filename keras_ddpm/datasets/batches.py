@@ -60,7 +60,7 @@ class Batches(keras.utils.PyDataset):
 
     def __post_init__(self) -> None:
         super().__init__()
-        self.class_names = None if self.class_names is None else list(map(str, self.class_names))
+        self.class_names = None if self.class_names is None else [_checks.text(name) for name in self.class_names]
         self.x = x = np.asarray(self.x)
         valid = _checks.is_count(self.batch_size) and self.batch_size <= len(x)
         _checks.require(valid, f"Expected a batch of 1..{len(x)}", batch_size=self.batch_size)
@@ -72,6 +72,8 @@ class Batches(keras.utils.PyDataset):
         _checks.require(not self.flip or x.ndim == 4, "Only images can be flipped", shape=x.shape)
         if self.labels is not None:
             self.labels = np.asarray(self.labels)
+            if self.labels.dtype == "uint64":  # PyTorch lacks it
+                self.labels = self.labels.astype("int64")
             _checks.require(len(self.labels) == len(x), f"Expected {len(x)} labels", shape=self.labels.shape)
         self.epoch = 0
         self._begun = False

@@ -130,7 +130,7 @@ def from_folder(
     _checks.require(len(x), f"There is no readable image in {path} (looked for {', '.join(sorted(ENDINGS))})")
     if not labels:
         return Batches(x, **kwargs)
-    names, numbers = np.unique(classes, return_inverse=True)
+    names, numbers = np.unique([_checks.text(name) for name in classes], return_inverse=True)
     return Batches(x, numbers.astype("int32"), class_names=names.tolist(), **kwargs)
 
 
