@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import re
+import signal
 import threading
 
 import keras
@@ -22,6 +23,21 @@ def epoch(batches):
     rows = [batches[step] for step in range(len(batches))]
     batches.on_epoch_end()
     return rows
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings(
+    "ignore:This process.*is multi-threaded:DeprecationWarning", "ignore:os.fork:RuntimeWarning"
+)
+def test_workers_work_in_a_forked_process():
+    batches = datasets.Batches(ROWS, batch_size=2, num_workers=1)
+    expected = batches[1]
+    child = os.fork()
+    if not child:
+        signal.alarm(10)  # ends a process that hangs
+        os._exit(int(not np.array_equal(batches[1], expected)))
+    assert os.waitpid(child, 0)[1] == 0
+    assert np.array_equal(batches[1], expected)
 
 
 def test_the_toy_data_are_exported():

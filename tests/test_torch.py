@@ -228,6 +228,19 @@ def test_convolutions_of_every_kind(channels_last):
     assert recording.code.count("aten.convolution.default(") == (2 if channels_last else 14)
 
 
+def test_recordings_are_those_of_the_autocast_around_them():
+    network, inputs = small_network()
+    predict, recordings = lambda *inputs: network(list(inputs)), {}
+    for dtype in (torch.bfloat16, None, torch.bfloat16, None):
+        with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype is not None):
+            expected, result = predict(*inputs), fast.recorded(predict, recordings, 100)(*inputs)
+        assert result.dtype == expected.dtype
+        np.testing.assert_allclose(
+            result.float(), expected.float(), rtol=1e-5 if dtype is None else 0.03, atol=1e-5 if dtype is None else 0.03
+        )
+    assert len(recordings) == 2
+
+
 def test_samples_do_not_depend_on_what_was_sampled_before():
     """A long job is recorded from its first call on, a short one never is."""
     model = kd.DiffusionModel(small_network()[0], seed=0)

@@ -144,7 +144,7 @@ def set_random_state(states):
 
 
 def recorded(function, recordings, calls):
-    """Makes a recording for each shape of the arguments.
+    """Makes a recording for each shape of the arguments, with and without autocast.
 
     What depends on weights alone is computed once for each returned function, such as weights converted to bfloat16 and
     kernels in the order that oneDNN reads. The last convolution of a residual block also adds the block's input.
@@ -156,14 +156,16 @@ def recorded(function, recordings, calls):
 
     def run(*arguments):
         arguments = [x.contiguous() for x in arguments]  # a recording holds for one layout in memory
-        shapes = tuple((tuple(x.shape), x.dtype) for x in arguments)
+        device = arguments[0].device.type
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        key = (*((tuple(x.shape), x.dtype) for x in arguments), autocast)
         with RECORDING:
-            if shapes not in recordings:
-                recordings[shapes] = _record(function, arguments)
-        prepare, compute = recordings[shapes]
-        if shapes not in constants:
-            constants[shapes] = prepare()
-        return compute(*constants[shapes], *arguments)
+            if key not in recordings:
+                recordings[key] = _record(function, arguments)
+        prepare, compute = recordings[key]
+        if key not in constants:
+            constants[key] = prepare()
+        return compute(*constants[key], *arguments)
 
     return run
 

@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import functools
+import os
 
 import keras
 import numpy as np
@@ -77,7 +78,7 @@ class Batches(keras.utils.PyDataset):
             _checks.require(len(self.labels) == len(x), f"Expected {len(x)} labels", shape=self.labels.shape)
         self.epoch = 0
         self._begun = False
-        self._pool, self._coming = None, {}
+        self._owner, self._pool, self._coming = None, None, {}
 
     def __repr__(self) -> str:
         labels = "" if self.labels is None else ", with labels"
@@ -99,7 +100,9 @@ class Batches(keras.utils.PyDataset):
         share = replicas.data_parts()
         if not self.num_workers:
             return self._batch(batch, *share)
-        self._pool = self._pool or concurrent.futures.ThreadPoolExecutor(self.num_workers)
+        if self._owner != os.getpid():  # threads do not come along into a process that is forked
+            pool = concurrent.futures.ThreadPoolExecutor(self.num_workers)
+            self._owner, self._pool, self._coming = os.getpid(), pool, {}
         end = batch + 1 + 2 * self.num_workers
         ahead = range(batch, end if self.shuffle else min(end, len(self)))
         # Batches of an earlier place in the data are no longer wanted.
@@ -139,7 +142,7 @@ class Batches(keras.utils.PyDataset):
         return images.from_uint8(x) if x.dtype == "uint8" else x.astype("float32")
 
     def __getstate__(self):
-        return self.__dict__ | {"_pool": None, "_coming": {}}
+        return self.__dict__ | {"_owner": None, "_pool": None, "_coming": {}}
 
     def on_epoch_begin(self) -> None:
         self._begun = True
