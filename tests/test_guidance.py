@@ -424,3 +424,36 @@ def test_names_are_no_labels_of_data():
     for labels in (np.array(["a", "b", "b", "a"]), ["a", "b", "b", "a"]):
         with pytest.raises(ValueError, match="Labels in data are integers"):
             model.fit(x, labels)
+
+
+INTEGERS = ["uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_labels_in_data_have_any_integer_dtype(dtype):
+    """Also if there are more classes than the dtype can count."""
+    x, labels = np.zeros((4, 2), "float32"), np.array([0, 1, 99, 3]).astype(dtype)
+    model = kd.DiffusionModel(kd.networks.mlp(2, 8, 1, num_classes=300), seed=0)
+    model.compile("adam", "mse", run_eagerly=True)
+    for data in ((x, labels), (kd.datasets.Batches(x, labels, 4),)):
+        assert np.isfinite(model.fit(*data, verbose=0).history["loss"][0])
+
+
+COMPOSED, DECOMPOSED = ["café", "b", "Å"], ["cafe\u0301", "b", "A\u030a"]
+
+
+@pytest.mark.parametrize("known, asked", [(COMPOSED, DECOMPOSED), (DECOMPOSED, COMPOSED)])
+def test_names_have_any_dtype_and_normal_form(known, asked):
+    condition = guidance.Condition((), 3, known)
+    assert condition.class_names == tuple(COMPOSED)
+    forms = [list, tuple, np.array, lambda names: np.array(names, object), lambda names: [n.encode() for n in names]]
+    if hasattr(np.dtypes, "StringDType"):
+        forms.append(lambda names: np.array(names, np.dtypes.StringDType()))
+    for form in forms:
+        assert condition.array(form(asked), 3).tolist() == [0, 1, 2]
+    assert condition.array(asked[2], 2).tolist() == [2, 2]
+    assert condition.array(np.array([2, 0], object), 2).tolist() == [2, 0]
+    with pytest.raises(ValueError, match="3 different names"):
+        guidance.Condition((), 3, [COMPOSED[0], DECOMPOSED[0], "b"])
+    with pytest.raises(ValueError, match="There is no class 'cafe'. Similar names: café"):
+        condition.array(["cafe", "b"], 2)

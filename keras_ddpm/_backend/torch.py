@@ -79,8 +79,9 @@ def group_norm(x, gamma, beta, groups, epsilon):
     """Uses PyTorch's group normalization for bfloat16. Keras does not call it.
 
     PyTorch sums in float32 but computes the variance as E[x²] − E[x]². For float32 images this loses too many digits.
+    If gamma or beta need a gradient and x does not, PyTorch 2.13 ends the process.
     """
-    if x.dtype != torch.bfloat16:
+    if x.dtype != torch.bfloat16 or (torch.is_grad_enabled() and not x.requires_grad):
         return NotImplemented
     x = torch.nn.functional.group_norm(torch.permute(x, (0, 3, 1, 2)), groups, gamma, beta, epsilon)
     return torch.permute(x, (0, 2, 3, 1))
@@ -146,7 +147,7 @@ def set_random_state(states):
 
 
 def recorded(function, recordings, calls):
-    """Makes a recording for each shape of the arguments.
+    """Makes a recording for each shape of the arguments, with and without autocast.
 
     What depends on weights alone is computed once for each returned function, such as weights converted to bfloat16 and
     kernels in the order that oneDNN reads. The last convolution of a residual block also adds the block's input.
@@ -158,14 +159,16 @@ def recorded(function, recordings, calls):
 
     def run(*arguments):
         arguments = [x.contiguous() for x in arguments]  # a recording holds for one layout in memory
-        shapes = tuple((tuple(x.shape), x.dtype) for x in arguments)
+        device = arguments[0].device.type
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        key = (*((tuple(x.shape), x.dtype) for x in arguments), autocast)
         with RECORDING:
-            if shapes not in recordings:
-                recordings[shapes] = _record(function, arguments)
-        prepare, compute = recordings[shapes]
-        if shapes not in constants:
-            constants[shapes] = prepare()
-        return compute(*constants[shapes], *arguments)
+            if key not in recordings:
+                recordings[key] = _record(function, arguments)
+        prepare, compute = recordings[key]
+        if key not in constants:
+            constants[key] = prepare()
+        return compute(*constants[key], *arguments)
 
     return run
 
