@@ -47,9 +47,9 @@ class Mixture:
         weights = [w * np.exp(-((x - alpha * m) ** 2) / (2 * variance)) for w, m in zip(self.weights, self.means)]
         return sum(w * mean for w, mean in zip(weights, means)) / sum(weights)
 
-    def model(self, schedule, conditional=False):
-        """A `DiffusionModel` that samples it, or, given a label, the component of that number."""
-        inputs = [keras.Input((1,)), keras.Input((), dtype="int32")]
+    def model(self, schedule, conditional=False, size=1):
+        """A `DiffusionModel` of `size` independent draws, of the mixture or, given a label, of its component."""
+        inputs = [keras.Input((size,)), keras.Input((), dtype="int32")]
         if conditional:
             inputs.append(keras.Input((), dtype="int32"))
         network = keras.Model(inputs, _Denoiser(self, schedule, name="label_embedding")(*inputs))
@@ -65,18 +65,18 @@ class _Denoiser(keras.layers.Layer):
 
     def call(self, x_t, t, label=None):
         tables = self.schedule.alpha, self.schedule.sigma
-        alpha, sigma = (ops.take(ops.convert_to_tensor(table, "float32"), t)[:, None] for table in tables)
-        means = ops.convert_to_tensor(self.data.means, "float32")
+        alpha, sigma = (ops.take(ops.convert_to_tensor(table, "float32"), t)[:, None, None] for table in tables)
+        means = ops.convert_to_tensor(self.data.means, "float32")  # the components are the last axis
         variance = alpha**2 * self.data.std**2 + sigma**2
-        residual = x_t - alpha * means
+        residual = x_t[..., None] - alpha * means
         logits = ops.log(ops.convert_to_tensor(self.data.weights, "float32")) - residual**2 / (2 * variance)
         if label is not None:
-            components = ops.arange(len(self.data.weights))
-            chosen = ops.logical_or(components == label[:, None], label[:, None] == len(self.data.weights))
+            components, label = ops.arange(len(self.data.weights)), label[:, None, None]
+            chosen = ops.logical_or(components == label, label == len(self.data.weights))
             logits = ops.where(chosen, logits, -1e9)
         mean = means + alpha * self.data.std**2 / variance * residual
-        responsibilities = ops.exp(logits - ops.logsumexp(logits, axis=1, keepdims=True))
-        return ops.sum(responsibilities * mean, axis=1, keepdims=True)
+        responsibilities = ops.exp(logits - ops.logsumexp(logits, axis=-1, keepdims=True))
+        return ops.sum(responsibilities * mean, axis=-1)
 
 
 GAUSSIAN = Mixture((1.0,), (0.3,), 0.2)

@@ -4,31 +4,104 @@ import os
 import pathlib
 import re
 import runpy
+import subprocess
 import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes share the cores, and PyTorch's threads wait busily
 
-import keras
-import numpy as np
-import pytest
-from keras import ops
-
-import keras_ddpm as kd
-from keras_ddpm._backend import devices
-
 ROOT = pathlib.Path(__file__).parent.parent
+# JAX compiles the same program once for all processes and runs.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache/jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+import keras  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from keras import ops  # noqa: E402
+
+import keras_ddpm as kd  # noqa: E402
+from keras_ddpm._backend import devices  # noqa: E402
+
 sys.path.insert(0, str(ROOT / "examples"))
-TORCH = keras.backend.backend() == "torch"
+BACKEND = keras.backend.backend()
+TORCH = BACKEND == "torch"
+
+
+# How many programs the whole suite may compile: steps of training, evaluation and prediction that Keras traces.
+# Compiling takes most of the time, so a test that needs one more asks which one could go.
+BUDGET = {"tensorflow": 1000, "jax": 1000, "torch": 0}
+PROGRAMS = dict.fromkeys(("train_step", "test_step", "predict_step"), 0)
 
 
 def pytest_addoption(parser):
     parser.addoption("--data-dir", default=os.environ.get("KERAS_DDPM_DATA"), help="folder of prepared real data")
     parser.addoption("--plain", action="store_true", help="without the fast functions for PyTorch")
+    parser.addoption("--host", action="store_true", help="on JAX and PyTorch, also the tests that use no tensors")
 
 
 def pytest_configure(config):
     if config.getoption("--plain") and TORCH:
         devices.plain_functions.update(fast_functions())
+    for name in PROGRAMS:
+        setattr(keras.Model, name, counted(name))
+
+
+def counted(name):
+    """The step of Keras, counting how often it is traced."""
+    step = getattr(keras.Model, name)
+
+    def counting(*args, **kwargs):
+        PROGRAMS[name] += is_traced(args)
+        return step(*args, **kwargs)
+
+    return counting
+
+
+def is_traced(arguments):
+    """Whether a step is called to compile it: not on PyTorch, nor with `run_eagerly`."""
+    if BACKEND == "tensorflow":
+        return not sys.modules["tensorflow"].executing_eagerly()
+    return BACKEND == "jax" and any(
+        isinstance(x, sys.modules["jax"].core.Tracer) for x in keras.tree.flatten(arguments)
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if BACKEND != "tensorflow" and not config.getoption("--host"):
+        for item in items:
+            if item.get_closest_marker("host"):
+                item.add_marker(pytest.mark.skip(reason="uses no tensors: runs on TensorFlow, or with --host"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """Adds what a worker compiled."""
+    for name, number in getattr(node, "workeroutput", {}).get("programs", {}).items():
+        PROGRAMS[name] += number
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["programs"] = PROGRAMS
+    elif whole_suite(session.config) and sum(PROGRAMS.values()) > BUDGET[BACKEND] and not session.exitstatus:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    over = whole_suite(config) and sum(PROGRAMS.values()) > BUDGET[BACKEND]
+    numbers = ", ".join(f"{number} {name}" for name, number in PROGRAMS.items())
+    text = f"Compiled programs: {numbers}. The budget of the whole suite is {BUDGET[BACKEND]}."
+    terminalreporter.write_line(text, red=over)
+
+
+def whole_suite(config):
+    """Whether all tests ran that run by default."""
+    default = re.search(r'-m "(.*?)"', (ROOT / "pyproject.toml").read_text())[1]
+    options = config.option
+    whole = config.args_source == pytest.Config.ArgsSource.TESTPATHS and options.markexpr == default
+    return whole and not (options.keyword or options.maxfail or options.collectonly or options.plain)
 
 
 def fast_functions():
@@ -65,11 +138,51 @@ def _fresh(request):
 
 
 @pytest.fixture
-def model():
-    """A small model of points, compiled."""
+def fresh_model():
+    """A small model of points, compiled. Tests use it that compile it again or change how it computes."""
     model = kd.DiffusionModel(kd.networks.mlp(2, 16, 1), kd.GaussianDiffusion(kd.schedules.linear(50)), seed=0)
     model.compile(loss="mse", optimizer=keras.optimizers.Adam(1e-2))
     return model
+
+
+SHARED = {}
+
+
+def parts(model):
+    """What a test may replace in a model, besides values of variables."""
+    return [model._compiled_with, model.optimizer, model.corruption, model.sampler, model.diffusion]
+
+
+@pytest.fixture
+def model(request):
+    """`fresh_model`, with the programs that earlier tests compiled. Its values are put back before each test."""
+    if not SHARED:
+        model = SHARED["model"] = request.getfixturevalue("fresh_model")
+        variables = [*model.variables, *model.optimizer.variables, model._fit_random.state]
+        SHARED["parts"], SHARED["values"] = parts(model), list(zip(variables, weights(variables)))
+    model = SHARED["model"]
+    for v, value in SHARED["values"]:
+        v.assign(value)
+    model.stop_training = False
+    yield model
+    if any(now is not before for now, before in zip(parts(model), SHARED["parts"])):
+        SHARED.clear()  # the next test gets a fresh one
+
+
+@pytest.fixture
+def popen():
+    """`subprocess.Popen` with the output as text. All processes have ended when the test has."""
+    processes = []
+
+    def start(command, **options):
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+        process.stdout.close()
 
 
 @pytest.fixture
@@ -121,6 +234,6 @@ def image_network(shape, **kwargs):
 
 def small_unet(**kwargs):
     """A compiled model of 8x8 images."""
-    model = kd.DiffusionModel(kd.networks.unet((8, 8, 1), 8, (1, 2), 1, (4,), 4), seed=0, **kwargs)
+    model = kd.DiffusionModel(kd.networks.unet((8, 8, 1), 8, (1,), 1, (), 4), seed=0, **kwargs)
     model.compile(loss="mse", optimizer=keras.optimizers.Adam(1e-3))
     return model

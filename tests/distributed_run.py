@@ -11,6 +11,10 @@ import json
 import os
 import pathlib
 
+import keras
+import numpy as np
+from keras import ops
+
 parser = argparse.ArgumentParser()
 parser.add_argument("folder")
 parser.add_argument("--devices", type=int, default=1)
@@ -21,7 +25,7 @@ parser.add_argument("--same-draws", action="store_true")
 parser.add_argument("--model-parallel", action="store_true")
 args = parser.parse_args()
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={args.devices}"
-if os.environ["KERAS_BACKEND"] == "tensorflow":
+if keras.backend.backend() == "tensorflow":
     if args.processes > 1:
         workers = [f"localhost:{args.port + process}" for process in range(args.processes)]
         task = {"type": "worker", "index": args.process}
@@ -30,10 +34,6 @@ if os.environ["KERAS_BACKEND"] == "tensorflow":
 
     (cpu,) = tf.config.list_physical_devices("CPU")
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * args.devices)
-
-import keras  # noqa: E402
-import numpy as np  # noqa: E402
-from keras import ops  # noqa: E402
 
 strategy = contextlib.nullcontext()
 if keras.backend.backend() == "jax":

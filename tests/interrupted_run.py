@@ -20,12 +20,14 @@ def make_network():
     return keras.Model([x_t, t, label], keras.layers.Dense(1)(h))
 
 
-def run(folder, callbacks=(), every=0.0, epochs=3):
+def run(folder, callbacks=(), every=0.0, epochs=3, run_eagerly=True):
     """Trains, or goes on training, for `epochs` epochs of 5 batches. Returns all that an interruption could change."""
     keras.utils.set_random_seed(1)
     model = kd.DiffusionModel(make_network(), kd.GaussianDiffusion(kd.schedules.linear(25)), seed=3)
     rate = keras.optimizers.schedules.CosineDecay(1e-2, 30)
-    model.compile(loss="mse", optimizer=kd.optimizers.Adam(rate, gradient_accumulation_steps=2))
+    model.compile(
+        loss="mse", optimizer=kd.optimizers.Adam(rate, gradient_accumulation_steps=2), run_eagerly=run_eagerly
+    )
     x = np.random.default_rng(0).integers(0, 256, (14, 4, 4, 1)).astype("uint8")
     data = kd.datasets.Batches(x, np.arange(14) % 3, batch_size=4, flip=True, steps_per_epoch=5, seed=2)
     stopping = keras.callbacks.EarlyStopping("loss", patience=100, restore_best_weights=True)
@@ -40,4 +42,4 @@ def run(folder, callbacks=(), every=0.0, epochs=3):
 
 
 if __name__ == "__main__":
-    np.savez(pathlib.Path(sys.argv[1]) / "result.npz", **run(sys.argv[1], epochs=int(sys.argv[2])))
+    np.savez(pathlib.Path(sys.argv[1]) / "result.npz", **run(sys.argv[1], epochs=int(sys.argv[2]), run_eagerly=False))

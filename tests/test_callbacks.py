@@ -22,10 +22,10 @@ def weights(variables):
     return [ops.convert_to_numpy(v) for v in variables]
 
 
-def small_model(num_classes=None, prediction="epsilon"):
+def small_model(num_classes=None, prediction="epsilon", run_eagerly=True):
     network = image_network((8, 8, 1), num_classes=num_classes)
     model = kd.DiffusionModel(network, kd.GaussianDiffusion(prediction=prediction), seed=0)
-    model.compile(loss="mse", optimizer=keras.optimizers.Adam(1e-2))
+    model.compile(loss="mse", optimizer=keras.optimizers.Adam(1e-2), run_eagerly=run_eagerly)
     return model
 
 
@@ -98,6 +98,11 @@ def test_callbacks_come_in_every_form_that_keras_takes(model, points):
     assert len(seen) == 4 and len({*seen}) == 1 and len(functions) == 1
 
 
+@pytest.fixture(scope="module")
+def untrained():
+    return small_model()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -120,9 +125,9 @@ def test_callbacks_come_in_every_form_that_keras_takes(model, points):
         ({"path": "x.png", "guidance_scale": -1}, "guidance_scale=-1"),
     ],
 )
-def test_sample_grid_fails_before_training(tmp_path, monkeypatch, arguments, message):
+def test_sample_grid_fails_before_training(tmp_path, monkeypatch, untrained, arguments, message):
     monkeypatch.chdir(tmp_path)
-    model = small_model()
+    model = untrained
     with pytest.raises(ValueError, match=message):
         model.fit(IMAGES, callbacks=[kd.callbacks.SampleGrid(**arguments)], verbose=0)
     assert int(model.optimizer.iterations) == 0
@@ -135,7 +140,7 @@ def test_sample_grid_draws_images_alone(model, points):
 
 def test_sample_grid(tmp_path):
     """Every other epoch, from the same noise: a model that does not learn draws the same picture."""
-    model = small_model()
+    model = small_model(run_eagerly=False)
     model.optimizer.learning_rate = 0.0
     model.fit(
         IMAGES,
@@ -219,15 +224,15 @@ def test_metrics_of_samples_are_ordinary_logs(tmp_path):
     assert (tmp_path / "log.csv").read_text().splitlines()[0] == "epoch,loss,val_kid,val_kid_standard_error"
 
 
-def test_metrics_of_samples_that_cannot_be_had():
+def test_metrics_of_samples_that_cannot_be_had(untrained):
     kid = kd.metrics.KernelInceptionDistance(pixels(), subset_size=4)
     with pytest.raises(ValueError, match="has no real images"):
-        small_model().fit(IMAGES, callbacks=[kd.callbacks.SampleMetrics(kid)], verbose=0)
+        untrained.fit(IMAGES, callbacks=[kd.callbacks.SampleMetrics(kid)], verbose=0)
     kid.update_state(real_images=IMAGES)
     with pytest.raises(ValueError, match="takes no labels"):
-        small_model().fit(IMAGES, callbacks=[kd.callbacks.SampleMetrics(kid, labels=1)], verbose=0)
+        untrained.fit(IMAGES, callbacks=[kd.callbacks.SampleMetrics(kid, labels=1)], verbose=0)
     with pytest.raises(ValueError, match="at least 4. Received: num_generated=3"):
-        small_model().fit(IMAGES, callbacks=[kd.callbacks.SampleMetrics(kid, num_samples=3)], verbose=0)
+        untrained.fit(IMAGES, callbacks=[kd.callbacks.SampleMetrics(kid, num_samples=3)], verbose=0)
     with pytest.raises(ValueError, match="every=0"):
         kd.callbacks.SampleMetrics(kid, every=0)
 
@@ -250,8 +255,15 @@ def test_early_stopping_by_a_metric_of_samples(monkeypatch):
     assert history["val_kid"] == [3.0, 1.0, 2.0, 2.0]
 
 
+@pytest.fixture(scope="module")
+def of_labels():
+    model = kd.DiffusionModel(kd.networks.mlp(2, 16, 1, num_classes=3), seed=0)
+    model.compile(loss="mse", optimizer=keras.optimizers.SGD(1e-2))
+    return model, model.get_weights()
+
+
 @pytest.mark.parametrize("kind", ["nan", "range", "label"])
-def test_a_late_batch_that_is_wrong_stops_the_run(points, kind):
+def test_a_late_batch_that_is_wrong_stops_the_run(points, of_labels, kind):
     """Within five steps, before the average is spoilt. A compiled step cannot say what is wrong."""
     x, labels = {
         "nan": (np.nan * points[:32], np.zeros(32)),
@@ -265,8 +277,8 @@ def test_a_late_batch_that_is_wrong_stops_the_run(points, kind):
             yield (points[:32], np.zeros(32, "int32")) if step != 7 else (x.astype("float32"), labels.astype("int32"))
 
     seen, saved = [], []
-    model = kd.DiffusionModel(kd.networks.mlp(2, 16, 1, num_classes=3), seed=0)
-    model.compile(loss="mse", optimizer=keras.optimizers.Adam(1e-2))
+    model, values = of_labels
+    model.set_weights(values)
     save = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: saved.append(epoch))
     with pytest.raises(ValueError, match="loss is nan at step 8 of epoch 1"):
         model.fit(batches(), steps_per_epoch=100, callbacks=save, shuffle=False, verbose=0)
@@ -297,7 +309,7 @@ def test_loss_by_timestep(prediction):
     model = kd.DiffusionModel(kd.networks.mlp(2, 8, 1, num_classes=2), diffusion)
     for v in [*model.network.weights, *model.ema_weights]:
         v.assign(np.zeros(v.shape, "float32"))
-    model.compile(loss="mse", optimizer=keras.optimizers.SGD(0.0))
+    model.compile(loss="mse", optimizer=keras.optimizers.SGD(0.0), run_eagerly=True)
     x_0 = np.random.default_rng(1).standard_normal((2000, 2)).astype("float32")
     labels = np.arange(2000) % 2
     by_time = kd.callbacks.LossByTimestep(x_0, labels, times=4)
@@ -318,8 +330,7 @@ def test_loss_by_timestep(prediction):
 def test_grids_for_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    model = kd.DiffusionModel(image_network((8, 8, 1)))
-    model.compile(loss="mse", optimizer="adam")
+    model = small_model()
     grids = kd.callbacks.SampleGrid(
         tmp_path / "{epoch}.png", num_samples=4, sampler=kd.samplers.DDIM(2), tensorboard=tmp_path / "logs"
     )

@@ -206,14 +206,14 @@ def test_rows_of_a_log_are_not_repeated(tmp_path):
 
 @pytest.mark.fast
 @pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
-def test_a_killed_run_is_the_uninterrupted_one(tmp_path, kills):
+def test_a_killed_run_is_the_uninterrupted_one(popen, tmp_path, kills):
     """SIGKILL at random moments, in the middle of steps and of files."""
     epochs = max(6, kills)
-    expected = interrupted_run.run(tmp_path / "a", epochs=epochs)
+    expected = interrupted_run.run(tmp_path / "a", epochs=epochs, run_eagerly=False)
     random = np.random.default_rng(kills)
     command = [sys.executable, str(SCRIPT), str(tmp_path / "b"), str(epochs)]
     for _ in range(kills):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        process = popen(command, stderr=subprocess.DEVNULL)
         for _ in range(random.integers(2, 10)):  # on the way to the checkpoint, batches are skipped
             assert process.stdout.readline().startswith("Batch")
         time.sleep(random.uniform(0, 0.02))

@@ -7,6 +7,7 @@ import functools
 
 import numpy as np
 import pytest
+from conftest import TORCH
 from keras import ops
 
 from keras_ddpm import GaussianDiffusion, samplers, schedules
@@ -15,6 +16,7 @@ diffusers = pytest.importorskip("diffusers")
 training_utils = pytest.importorskip("diffusers.training_utils")
 torch = pytest.importorskip("torch")
 
+pytestmark = pytest.mark.skipif(not TORCH, reason="compares tables, which are the same on every backend")
 LINEAR = schedules.linear(1000)
 PREDICTIONS = {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}
 LENGTHS = [(1000, "epsilon"), *((50, prediction) for prediction in PREDICTIONS)]

@@ -46,7 +46,7 @@ def test_pairs_of_a_gaussian():
 def test_training_takes_the_noise_of_the_data(points):
     """A fresh network predicts 0, so the loss is the mean square of the noise. New noise would not be 0.5."""
     model = kd.DiffusionModel(kd.networks.mlp(2, 8, 1), kd.GaussianDiffusion(COSINE))
-    model.compile(loss="mse", optimizer=keras.optimizers.SGD(0.0))
+    model.compile(loss="mse", optimizer=keras.optimizers.SGD(0.0), run_eagerly=True)
     data = {"x_0": points, "noise": np.full_like(points, 0.5)}
     for labels in (None, np.zeros(256)):
         assert model.fit(data, labels, batch_size=64, verbose=0).history["loss"][0] == pytest.approx(0.25, rel=1e-5)

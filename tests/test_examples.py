@@ -363,16 +363,14 @@ def test_flowers_fine_tune(tmp_path, command_line):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_flowers_go_on_after_an_interruption(tmp_path, number):
+def test_flowers_go_on_after_an_interruption(popen, tmp_path, number):
     """With the same samples, byte for byte, as without it."""
     options = SHORT | TINY | {"dataset": "procedural", "num_images": 90, "epochs": 6, "steps_per_epoch": 8}
     status, text = run_script("flowers.py", *flags(**options, output=tmp_path / "a"))
     assert status == 0, text
     arguments = flags(**options, output=tmp_path / "b")
     command = [sys.executable, str(ROOT / "examples/flowers.py"), *map(str, arguments)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=own_ctrl_c
-    )
+    process = popen(command, stderr=subprocess.STDOUT, preexec_fn=own_ctrl_c)
     while not (tmp_path / "b/samples/0002.png").exists():
         assert process.poll() is None
         time.sleep(0.05)

@@ -67,7 +67,7 @@ def expected_decoder(schedule, x, variance):
 @functools.cache
 def bounds():
     """The data and their bounds under a linear schedule."""
-    x = eight_bits(4000)
+    x = eight_bits(2000)
     return x, likelihood.bits_per_dimension(DATA.model(kd.schedules.linear(1000)), x, batch_size=len(x))
 
 

@@ -24,11 +24,15 @@ ROOT = pathlib.Path(__file__).parent.parent
 FILES = {"1.png", "2.png", "history.csv", "best.keras", "model.keras", "checkpoints"}
 
 
-def start(folder, *arguments):
-    """Starts a training run in another process."""
-    command = [sys.executable, ROOT / "tests/distributed_run.py", folder, *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+@pytest.fixture
+def start(popen):
+    """A function that starts a training run in another process."""
+
+    def start(folder, *arguments):
+        command = [sys.executable, ROOT / "tests/distributed_run.py", folder, *map(str, arguments)]
+        return popen(command, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+    return start
 
 
 def ended(folder, processes):
@@ -44,7 +48,7 @@ def assert_same(found, expected):
 
 
 @distributed
-def test_two_devices_are_one(tmp_path):
+def test_two_devices_are_one(start, tmp_path):
     """Losses, gradients (as the weights after SGD), averages, samples and features are those of one device."""
     folders = [tmp_path / f"{devices}" for devices in (1, 2)]
     runs = [start(folder, "--devices", folder.name, "--same-draws") for folder in folders]
@@ -63,7 +67,7 @@ def test_two_devices_are_one(tmp_path):
 @distributed
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [("--same-draws",), ()], ids=["same draws", "own draws"])
-def test_two_processes_are_one(tmp_path, options):
+def test_two_processes_are_one(start, tmp_path, options):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -85,7 +89,7 @@ def test_two_processes_are_one(tmp_path, options):
 
 @pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "jax", reason="Only JAX has it")
-def test_weights_over_two_devices(tmp_path):
+def test_weights_over_two_devices(start, tmp_path):
     folders = [tmp_path / "one", tmp_path / "two"]
     runs = [start(folders[0], "--same-draws"), start(folders[1], "--devices", 2, "--model-parallel", "--same-draws")]
     ((one,), _), ((two,), _) = (ended(folder, [run]) for folder, run in zip(folders, runs))
@@ -155,7 +159,7 @@ def test_a_process_that_is_not_the_chief_writes_nothing(monkeypatch, tmp_path, c
         monkeypatch.setattr(replicas, "_process", lambda number=number: (number, 2))
         folder = tmp_path / f"{number}"
         model = kd.DiffusionModel(image_network((8, 8, 1)), seed=0)
-        model.compile(loss="mse", optimizer="sgd")
+        model.compile(loss="mse", optimizer="sgd", run_eagerly=True)
         callbacks = [
             kd.callbacks.SampleGrid(folder / "grid.png", num_samples=1, sampler=kd.samplers.DDIM(1)),
             kd.callbacks.Checkpoint(folder / "checkpoints"),

@@ -82,8 +82,13 @@ SCHEDULES = {
 
 
 @functools.cache
-def model_of(data, schedule):
-    return data.model(SCHEDULES[schedule])
+def model_of(data, schedule, size=1):
+    return data.model(SCHEDULES[schedule], size=size)
+
+
+def draws(data, schedule, sampler):
+    """20,000 samples, in examples of 50, since the noise of each example has a seed of its own."""
+    return model_of(data, schedule, 50).sample(400, sampler, seed=0, batch_size=400).ravel().astype("float64")
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -114,8 +119,8 @@ def test_moments_converge(make):
 @pytest.mark.parametrize(("sampler", "bias"), ALL, ids=str)
 def test_samples_have_the_moments_of_the_recursion(sampler, bias):
     mean, variance = exact_moments(sampler, LINEAR)
-    num = 20_000
-    x = model_of(GAUSSIAN, "linear").sample(num, sampler, seed=0, batch_size=num)
+    x = draws(GAUSSIAN, "linear", sampler)
+    num = len(x)
     # Five standard errors.
     assert abs(x.mean() - mean) < 5 * np.sqrt(variance / num)
     assert abs(x.var() / variance - 1) < 5 * np.sqrt(2 / num)
@@ -143,9 +148,8 @@ def test_samples_have_the_moments_of_the_recursion(sampler, bias):
 )
 def test_samples_of_a_mixture_are_distributed_as_it(sampler, schedule):
     """By the largest distance of the distribution functions, of which 0.013 are due to 20,000 samples (p = 0.002)."""
-    num = 20_000
-    x = np.sort(model_of(TWO, schedule).sample(num, sampler, seed=0, batch_size=num)[:, 0].astype("float64"))
-    assert np.max(np.abs(TWO.cdf(x) - (np.arange(num) + 0.5) / num)) < 0.02
+    x = np.sort(draws(TWO, schedule, sampler))
+    assert np.max(np.abs(TWO.cdf(x) - (np.arange(len(x)) + 0.5) / len(x))) < 0.02
 
 
 @pytest.mark.parametrize(

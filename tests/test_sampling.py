@@ -100,8 +100,9 @@ def test_trajectory(model):
         assert rows["t"][0] == t
 
 
-def test_programs_are_reused_and_freed(model):
+def test_programs_are_reused_and_freed(fresh_model):
     """One serves all samplers without noise, one all with."""
+    model = fresh_model
     calls = []
     predict_x0 = model.diffusion.predict_x0
     model.diffusion.predict_x0 = lambda *args: calls.append(args) or predict_x0(*args)

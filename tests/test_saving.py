@@ -35,9 +35,9 @@ def random_pair(shape=(4, 6)):
         lambda: "log_cosh",
     ],
 )
-def test_no_argument_of_a_loss_is_forgotten(model, make):
+def test_no_argument_of_a_loss_is_forgotten(fresh_model, make):
     """Keras 3.15 forgets `delta` of Huber and `axis` of others."""
-    loss = make()
+    model, loss = fresh_model, make()
     model.compile(loss=loss, metrics=[keras.metrics.CosineSimilarity(axis=0)], optimizer="adam")
     copy = kd.DiffusionModel.from_config(model.get_config())
     copy.compile_from_config(json.loads(json.dumps(model.get_compile_config())))
@@ -57,9 +57,10 @@ def test_forgotten_arguments_without_keras_private_attribute(model, monkeypatch)
 @pytest.mark.parametrize(
     "optimizer", ["adam", "sgd", keras.optimizers.LossScaleOptimizer(keras.optimizers.AdamW(1e-3))]
 )
-def test_files_name_no_backend(tmp_path, model, points, optimizer):
+def test_files_name_no_backend(tmp_path, fresh_model, points, optimizer):
     """Keras writes the module of PyTorch's optimizers, which is missing where PyTorch is."""
-    model.compile(loss="mse", optimizer=optimizer)
+    model = fresh_model
+    model.compile(loss="mse", optimizer=optimizer, run_eagerly=True)
     model.fit(points, verbose=0)
     model.save(tmp_path / "x.keras")
     with zipfile.ZipFile(tmp_path / "x.keras") as archive:
@@ -86,7 +87,7 @@ def test_a_loaded_model_draws_the_same_dropout(tmp_path):
     images = np.random.default_rng(0).uniform(-1, 1, (8, 4, 4, 1)).astype("float32")
     network = kd.networks.unet((4, 4, 1), 8, (1,), 1, (), groups=4, dropout=0.5)
     model = kd.DiffusionModel(network, kd.GaussianDiffusion(kd.schedules.linear(25)), seed=3)
-    model.compile(loss="mse", optimizer=keras.optimizers.Adam(1e-2))
+    model.compile(loss="mse", optimizer=keras.optimizers.Adam(1e-2), run_eagerly=True)
     model.fit(images, batch_size=4, shuffle=False, verbose=0)
     model.save(tmp_path / "x.keras")
     copy = kd.saving.load_model(tmp_path / "x.keras")
@@ -182,12 +183,12 @@ def test_a_save_that_fails_leaves_the_file_before(tmp_path, model, monkeypatch):
     assert len(path.read_bytes()) == len(content) and kd.saving.load_model(path)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def of_labels():
     """A trained model of three labels with names."""
     network = kd.networks.mlp(2, 64, 1, num_classes=3)
     model = kd.DiffusionModel(network, kd.GaussianDiffusion(), 0.5, seed=0, class_names=["lily", "rose", "tulip"])
-    model.compile(loss="mse", optimizer=kd.optimizers.Adam(1e-2))
+    model.compile(loss="mse", optimizer=kd.optimizers.Adam(1e-2), run_eagerly=True)
     x = np.random.default_rng(0).uniform(-1, 1, (16, 2)).astype("float32")
     model.fit(x, np.arange(16) % 3, batch_size=4, verbose=0)
     return model
@@ -206,7 +207,7 @@ def test_compact_files(tmp_path, of_labels, load):
     options = {"sampler": kd.samplers.DDIM(5), "seed": 0, "labels": "rose", "guidance_scale": 2}
     assert np.mean(np.abs(copy.sample(4, **options) - of_labels.sample(4, **options))) < 2e-3
     assert not copy.compiled
-    copy.compile(loss="mse", optimizer="adam")
+    copy.compile(loss="mse", optimizer="adam", run_eagerly=True)
     copy.fit(np.zeros((4, 2)), np.zeros(4, "int32"), verbose=0)
     copy.save(tmp_path / "y.keras")
     assert kd.saving.load_model(tmp_path / "y.keras").condition.class_names == ("lily", "rose", "tulip")

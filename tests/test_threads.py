@@ -46,13 +46,14 @@ def test_one_model_in_several_threads(model):
 def test_several_models_in_several_threads():
     """On PyTorch each is recorded, and PyTorch records one function at a time."""
     diffusion = kd.GaussianDiffusion(kd.schedules.linear(25))
-    models = [kd.DiffusionModel(kd.networks.unet((8, 8, 1), 8, (1, 2), 1, (4,), 4), diffusion) for _ in range(3)]
+    models = [kd.DiffusionModel(kd.networks.unet((8, 8, 1), 4, (1,), 1, (), 2), diffusion) for _ in range(3)]
     sampler = kd.samplers.DDIM(25)
     assert not run_threads(*(lambda model=model: model.sample(2, sampler, seed=0) for model in models))
 
 
-def test_models_that_guide_each_other(model, monkeypatch):
+def test_models_that_guide_each_other(fresh_model, monkeypatch):
     """Sampling holds both, in the same order whichever guides, or two threads could wait for each other."""
+    model = fresh_model
     other, held = kd.DiffusionModel.from_model(model), []
 
     class Turn(contextlib.nullcontext):
@@ -67,8 +68,9 @@ def test_models_that_guide_each_other(model, monkeypatch):
 
 
 @pytest.mark.parametrize("steps_per_execution", [1] + [2] * (keras.backend.backend() != "torch"))
-def test_sampling_during_training(model, points, steps_per_execution):
+def test_sampling_during_training(fresh_model, points, steps_per_execution):
     """Between two steps, and in a callback that holds the model by its own name. Training is not disturbed."""
+    model = fresh_model
     model.compile(loss="mse", optimizer=keras.optimizers.Adam(1e-2), steps_per_execution=steps_per_execution)
     copy = kd.DiffusionModel.from_config(model.get_config())
     copy.compile_from_config(model.get_compile_config())
