@@ -117,7 +117,7 @@ def adam_step(optimizer, gradient, variable, learning_rate):
     # PyTorch's Adam is slow if the order in memory is not the order of the axes. So it gets flat views.
     value, gradient, momentum, velocity = (x.detach().as_strided((x.numel(),), (1,)) for x in tensors)
     steps = int(optimizer.iterations)
-    lists = [value], [gradient], [momentum], [velocity], [], [torch.tensor(float(steps))]
+    lists: tuple = [value], [gradient], [momentum], [velocity], [], [torch.tensor(float(steps))]
     # Keras adds epsilon before it corrects the bias, and it has already applied the weight decay.
     numbers = {
         "eps": optimizer.epsilon / (1 - optimizer.beta_2 ** (steps + 1)) ** 0.5,
@@ -158,7 +158,7 @@ def recorded(function, recordings, calls):
     constants = {}
 
     def run(*arguments):
-        arguments = [x.contiguous() for x in arguments]  # a recording holds for one layout in memory
+        arguments = tuple(x.contiguous() for x in arguments)  # a recording holds for one layout in memory
         device = arguments[0].device.type
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         key = (*((tuple(x.shape), x.dtype) for x in arguments), autocast)
@@ -198,7 +198,7 @@ def _divide(module):
     graph = module.graph
     fixed = _fixed(graph)
     copies, first = torch.fx.Graph(), next(iter(graph.nodes))
-    originals = {}
+    originals: dict = {}
     for node in fixed:
         originals[node] = copies.node_copy(node, originals.get)
     needed = [node for node in fixed if any(user not in originals for user in node.users)]
@@ -212,7 +212,7 @@ def _divide(module):
 
 def _fixed(graph):
     """The nodes that depend on weights alone, in order."""
-    fixed = {}
+    fixed: dict = {}
     for node in graph.nodes:
         inputs = node.all_input_nodes
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):

@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import os
+from typing import Any
 
 import keras
 import numpy as np
@@ -78,7 +79,9 @@ class Batches(keras.utils.PyDataset):
             _checks.require(len(self.labels) == len(x), f"Expected {len(x)} labels", shape=self.labels.shape)
         self.epoch = 0
         self._begun = False
-        self._owner, self._pool, self._coming = None, None, {}
+        self._owner: int | None = None
+        self._pool: Any = None
+        self._coming: dict = {}
 
     def __repr__(self) -> str:
         labels = "" if self.labels is None else ", with labels"

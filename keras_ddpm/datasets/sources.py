@@ -115,7 +115,7 @@ def from_folder(
                 raise ValueError(f"{reason}.") from error
             return reason
 
-    key = [image_size, channels, max_pixels, len(files)]
+    key: list = [image_size, channels, max_pixels, len(files)]
     if cache:
         stats = [(str(file.relative_to(path)), file.stat().st_size) for file in files]
         key += [hashlib.sha256(json.dumps(stats).encode()).hexdigest()]
