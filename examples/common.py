@@ -250,7 +250,7 @@ def split(x, labels=None, class_names=None, batch_size=32, seed=0, **options):
     held_out = max(1, len(x) // 10)
     if held_out == len(x):
         raise ValueError(f"At least 2 images are needed, because one tenth is held out. Received: {len(x)}")
-    pick = lambda chosen: (x[chosen], None if labels is None else labels[chosen])  # noqa: E731
+    pick = lambda chosen: (x[chosen], None if labels is None else labels[chosen])
     both = {"class_names": class_names}
     train = kd.datasets.Batches(*pick(order[held_out:]), batch_size, seed=seed, **both, **options)
     return train, kd.datasets.Batches(*pick(order[:held_out]), min(batch_size, held_out), shuffle=False, **both)
@@ -469,7 +469,7 @@ def make_judge(train, test, classifier_epochs, path, judge="auto"):
             classifier.save(path)
             write_note(path.with_suffix(".json"), how)
     found = Judge(classifier)
-    predict = lambda images: np.argmax(classifier.predict(images, batch_size=250, verbose=0), axis=1)  # noqa: E731
+    predict = lambda images: np.argmax(classifier.predict(images, batch_size=250, verbose=0), axis=1)
     found.examine(predict, held_out, test.labels)
     return found
 

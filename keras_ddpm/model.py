@@ -185,7 +185,7 @@ class DiffusionModel(keras.Model):
         # The policy of the network itself is in no file, but those of its layers are.
         half = any(layer.dtype_policy.name == "mixed_float16" for layer in _layers(self.network))
         scales = given.get("auto_scale_loss", True) and half
-        optimizer: Any = self.optimizer
+        optimizer: Any = self.optimizer  # type: ignore[has-type]
         if scales and optimizer and not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
             self.optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
         # Build everything here. Otherwise `fit` calls the model on clean data to do it, and TensorFlow traces a step

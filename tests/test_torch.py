@@ -190,7 +190,7 @@ def test_what_looks_at_values_is_not_recorded():
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_convolutions_of_every_kind(channels_last):
     """Additions of another shape, to themselves, scaled, or in another order of axes stay as they are."""
-    make = lambda *shape: torch.nn.Parameter(torch.randn(shape))  # noqa: E731
+    make = lambda *shape: torch.nn.Parameter(torch.randn(shape))
     kernel, grouped, bias, in_1d = make(4, 4, 3, 3), make(4, 2, 3, 3), make(4), make(4, 4, 3)
     f = torch.nn.functional
 

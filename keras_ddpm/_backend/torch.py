@@ -5,6 +5,7 @@ body runs. Only `devices` imports this module. `tests/benchmarks/fast_functions.
 """
 
 import threading
+from typing import Any
 
 import numpy as np
 import torch
@@ -117,7 +118,7 @@ def adam_step(optimizer, gradient, variable, learning_rate):
     # PyTorch's Adam is slow if the order in memory is not the order of the axes. So it gets flat views.
     value, gradient, momentum, velocity = (x.detach().as_strided((x.numel(),), (1,)) for x in tensors)
     steps = int(optimizer.iterations)
-    lists: tuple = [value], [gradient], [momentum], [velocity], [], [torch.tensor(float(steps))]
+    lists: Any = [value], [gradient], [momentum], [velocity], [], [torch.tensor(float(steps))]
     # Keras adds epsilon before it corrects the bias, and it has already applied the weight decay.
     numbers = {
         "eps": optimizer.epsilon / (1 - optimizer.beta_2 ** (steps + 1)) ** 0.5,
@@ -126,7 +127,7 @@ def adam_step(optimizer, gradient, variable, learning_rate):
         "lr": float(learning_rate),
         "weight_decay": 0.0,
     }
-    adam(*lists, fused=True, amsgrad=False, maximize=False, **numbers)
+    adam(*lists, fused=True, amsgrad=False, maximize=False, **numbers)  # type: ignore[misc]
 
 
 def random_state():
