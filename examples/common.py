@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import hashlib
 import inspect
 import json
 import os
@@ -55,6 +56,8 @@ with quiet_import():  # so examples import this module first
 
 # Names of data sets. A folder of the same name is ignored.
 DATASETS = ["oxford_flowers102", "mnist", "fashion_mnist", "procedural"]
+# A judge that is right on fewer held-out images does not tell whether samples are in the class asked for.
+TRUSTED = 0.8
 
 
 class UsageError(ValueError):
@@ -96,7 +99,7 @@ def run(main, *parts, commands=(), presets=None):
         parser.error(str(error))
     except KeyboardInterrupt:
         sys.exit(130)  # as the shell counts Ctrl-C
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         sys.exit(f"{parser.prog}: {error}")
 
 
@@ -247,7 +250,7 @@ def split(x, labels=None, class_names=None, batch_size=32, seed=0, **options):
     held_out = max(1, len(x) // 10)
     if held_out == len(x):
         raise ValueError(f"At least 2 images are needed, because one tenth is held out. Received: {len(x)}")
-    pick = lambda chosen: (x[chosen], None if labels is None else labels[chosen])  # noqa: E731
+    pick = lambda chosen: (x[chosen], None if labels is None else labels[chosen])
     both = {"class_names": class_names}
     train = kd.datasets.Batches(*pick(order[held_out:]), batch_size, seed=seed, **both, **options)
     return train, kd.datasets.Batches(*pick(order[:held_out]), min(batch_size, held_out), shuffle=False, **both)
@@ -369,39 +372,127 @@ def check_settings(out, settings):
     write_note(note, settings)
 
 
-def make_metric(train, test, num_samples, classifier_epochs, seed, path=None):
-    """Trains a classifier and makes a kernel distance in its features.
+class Judge(kd.metrics.Extractor):
+    """An extractor that computes the features of an image once. It may tell the classes of images.
+
+    Attributes:
+        accuracy: share of held-out images of which it tells the right class. `None` if it does not tell classes.
+    """
+
+    def __init__(self, extractor):
+        super().__init__(extractor)
+        self.known, self.accuracy = {}, None
+
+    def __call__(self, images, batch_size=64):
+        keys = [digest(image) for image in images]
+        new = {key: image for key, image in zip(keys, images) if key not in self.known}
+        if new:
+            features = super().__call__(np.stack([*new.values()]), batch_size)
+            self.known.update(zip(new, features.astype("float32")))
+        return np.stack([self.known[key] for key in keys]).astype("float64")
+
+    def keep(self, folder, images):
+        """Reads the features of images from a file in a folder. The file is written first if there is none."""
+        file = folder / f"features-{self.name}-{self.hash}-{checksum(images):08x}.npy"
+        if file.exists():
+            self.known.update(zip(map(digest, images), np.load(file)))
+        else:
+            print(f"Computing the features of {len(images)} images: {file}", flush=True)
+            np.save(file, self(images).astype("float32"))
+
+    def examine(self, predict, images, labels):
+        """Measures on held-out images how often the classes of a function are right. It is used if that is enough."""
+        accuracy = float(np.mean(predict(images) == labels))
+        print(f"Judge: {self.name}, which is right on {accuracy:.1%} of {len(images)} held-out images.", flush=True)
+        if accuracy < TRUSTED:
+            print(f"This is below {TRUSTED:.0%}, so the share of samples in the class asked for is not measured.")
+        else:
+            self.predict, self.accuracy = predict, accuracy
+
+    def share(self, images, labels):
+        """The share of images in the class asked for. `None` without labels, or if the judge does not tell classes."""
+        return None if self.accuracy is None or labels is None else float(np.mean(self.predict(images) == labels))
+
+
+def digest(image):
+    return hashlib.sha256(np.ascontiguousarray(image, "float32")).digest()
+
+
+def find_extractor(judge, train):
+    """The extractor of this name or file. `None` stands for a classifier. "auto" is as described in `make_judge`."""
+    known = {
+        "efficientnet": kd.metrics.efficientnet_lite0,
+        "inception": kd.metrics.Extractor,
+        "classifier": lambda: None,
+    }
+    if judge != "auto":
+        return known[judge]() if judge in known else kd.metrics.Extractor(judge)
+    if train.x.shape[-1] > 1 or train.labels is None:
+        for name in ("efficientnet", "inception"):
+            try:
+                return known[name]()
+            except (ImportError, ConnectionError) as error:
+                print(f"{error}\nSo another network is the judge.", flush=True)
+    return None
+
+
+def make_judge(train, test, classifier_epochs, path, judge="auto"):
+    """Chooses the network that judges samples, and says how often it is right on held-out images.
 
     Args:
-        train: labeled batches, on which the classifier is trained.
-        test: held-out labeled batches, with which samples are compared.
-        num_samples: number of samples of a comparison.
+        train: batches of training data. With labels, a linear probe of the features or a classifier is trained.
+        test: held-out batches.
         classifier_epochs: number of training epochs of the classifier.
-        seed: random seed of the floor.
-        path: file of the classifier. One that was trained in the same way is used again. A note in JSON tells how.
-
-    Returns:
-        The classifier, a function from images to their distance times 1000, and the floor. The floor is the mean and
-        the standard deviation of the distance of as many training images.
+        path: file of the classifier. One that was trained in the same way is used again. A note in JSON tells how. The
+            features of the data are kept next to it. `None` keeps nothing.
+        judge: "efficientnet", "inception", "classifier" or a .keras file. "auto" is the first of these that is
+            available, and a classifier for gray images with labels.
     """
-    images = kd.images.from_uint8(train.x)
+    x, held_out = (kd.images.from_uint8(data.x) for data in (train, test))
+    if extractor := find_extractor(judge, train):
+        found = Judge(extractor)
+        for images in (x, held_out) if path else ():
+            found.keep(path.parent, images)
+        if train.labels is not None:
+            probe = kd.metrics.LinearProbe(found(x), train.labels)
+            found.examine(lambda images: probe.predict(found(images)), held_out, test.labels)
+        return found
+    if train.labels is None:
+        raise ValueError("A classifier needs labels. Choose another --judge.")
     how = path and {"data": checksum(train.x, train.labels), "epochs": classifier_epochs}
     if path and is_noted(path.with_suffix(".json"), how):
         classifier = keras.saving.load_model(path, compile=False)
     else:
-        classifier = kd.metrics.train_classifier(images, train.labels, classifier_epochs)
+        print("Training a classifier.", flush=True)
+        classifier = kd.metrics.train_classifier(x, train.labels, classifier_epochs)
         if path:
             classifier.save(path)
             write_note(path.with_suffix(".json"), how)
-    x = kd.images.from_uint8(test.x)
-    accuracy = np.mean(np.argmax(classifier.predict(x, verbose=0), axis=1) == test.labels)
-    print(f"Accuracy of the classifier: {accuracy:.1%} of {len(x)} held-out images.", flush=True)
-    num = min(num_samples, len(x))
-    metric = kd.metrics.KernelInceptionDistance(classifier, subset_size=num)
-    metric.update_state(real_images=x)
-    mean, std = (1000 * value for value in metric.floor(images, num, seed=seed))
+    found = Judge(classifier)
+    predict = lambda images: np.argmax(classifier.predict(images, batch_size=250, verbose=0), axis=1)
+    found.examine(predict, held_out, test.labels)
+    return found
+
+
+def make_metric(train, test, num_samples, classifier_epochs, seed, path=None, judge="auto"):
+    """Makes a kernel distance in the features of a judge.
+
+    Args:
+        train, test, classifier_epochs, path, judge: as in `make_judge`.
+        num_samples: number of samples of a comparison.
+        seed: random seed of the floor.
+
+    Returns:
+        The judge, a function from images to their distance times 1000, and the floor. The floor is the mean and the
+        standard deviation of the distance of as many training images.
+    """
+    found = make_judge(train, test, classifier_epochs, path, judge)
+    num = min(num_samples, len(test.x))
+    metric = kd.metrics.KernelInceptionDistance(found, subset_size=num)
+    metric.update_state(real_images=kd.images.from_uint8(test.x))
+    mean, std = (1000 * value for value in metric.floor(kd.images.from_uint8(train.x), num, seed=seed))
     print(f"Kernel distance x 1000 of {num} training images: {mean:.1f} ± {std:.1f} (10 draws).")
-    return classifier, lambda images: 1000 * metric.compare(images), (mean, std)
+    return found, lambda images: 1000 * metric.compare(images), (mean, std)
 
 
 def draw_denoising(path, model, sampler, seed, num=5):

@@ -68,7 +68,7 @@ def distill_points(out, seed, num_pairs, epochs, num_points, num_sets):
         ("distilled, one call", fast, ONE, few),
         ("distilled, two calls", fast, two(fast), few),
     ]
-    fresh = lambda index: kd.datasets.moons(num_points, [seed, index], moons.NOISE)[0]  # noqa: E731
+    fresh = lambda index: kd.datasets.moons(num_points, [seed, index], moons.NOISE)[0]
     moons.measure(rows, fresh, num_points, num_sets, seed)
 
 

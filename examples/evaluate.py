@@ -1,8 +1,8 @@
 """Measures the quality of a trained model and writes a report of one page.
 
-    python examples/evaluate.py MODEL.keras --dataset oxford_flowers102                # features of InceptionV3
-    python examples/evaluate.py MODEL.keras --dataset fashion_mnist --train-extractor  # features of a classifier
-    python examples/evaluate.py MODEL.keras --dataset FOLDER --extractor FILE.keras    # features of any Keras model
+    python examples/evaluate.py MODEL.keras --dataset oxford_flowers102          # features of the strongest judge
+    python examples/evaluate.py MODEL.keras --dataset FOLDER --judge inception   # features of InceptionV3
+    python examples/evaluate.py MODEL.keras --dataset FOLDER --judge FILE.keras  # features of any Keras model
 
 Samples are rounded to 8 bits and compared with as many images that the model was not trained on. These images are the
 held-out part of --dataset. Therefore --dataset and --seed must have the same values as in the training with
@@ -17,11 +17,14 @@ training images otherwise.
                         permutation test
     FID                 Frechet distance. It depends on the number of images, so compare it only with its floor.
     precision, recall   the share of samples that look real, and the share of real images that samples resemble
+    in class            the share of samples in the class asked for, by a linear probe of the features. Its floor is the
+                        share of all held-out images whose class the probe finds. It is missing if that is below 80 %.
     memorisation        the share of samples that are nearer to a training image than 95 % of held-out images are
     bits per dimension  variational bound for held-out images, with either variance of DDPM
 
 Output files in --output:
 
+    features-*    features of the data, which the next run uses again; classifier.keras, if a classifier is the judge
     report.json   the numbers, n, the sampler, and the name and hash of the extractor
     report.png    uncurated samples; the samples nearest to training images, next to these images; the distances of
                   samples and of held-out images to training images; the numbers; the error and the bound by t
@@ -88,8 +91,7 @@ def main(
     data_dir: str | None = None,
     dataset="oxford_flowers102",
     num_images=2048,
-    extractor: str | None = None,
-    train_extractor=False,
+    judge="auto",
     classifier_epochs=5,
     num_samples=1000,
     num_steps: int | None = None,
@@ -105,8 +107,8 @@ def main(
         data_dir: folder of prepared data sets. By default the folder of TensorFlow Datasets.
         dataset: name of a data set, "procedural" or a folder of images.
         num_images: number of procedural flowers.
-        extractor: .keras file of a model from images to features. By default InceptionV3.
-        train_extractor: use the features of a classifier of the data, which is trained first.
+        judge: network whose features are compared: efficientnet, inception, classifier or a .keras file. By default
+            the first of these that is available, and a classifier for gray images.
         classifier_epochs: number of training epochs of the classifier.
         num_samples: number of samples.
         num_steps: number of steps of DPMSolver. By default the default sampler of the model is used.
@@ -115,9 +117,8 @@ def main(
     """
     if num_samples < 20 or num_likelihood < 1:
         raise common.UsageError("At least 20 --num-samples and 1 --num-likelihood are needed.")
-    if extractor and train_extractor:
-        raise common.UsageError("--extractor and --train-extractor exclude each other.")
     out = pathlib.Path(output)
+    out.mkdir(parents=True, exist_ok=True)
     keras.utils.set_random_seed(seed)
     trained = common.load_model(model)
     conditional = trained.condition is not None
@@ -130,7 +131,7 @@ def main(
         data_dir=data_dir,
         seed=seed,
         channels=channels,
-        labels=train_extractor or conditional,
+        labels=conditional or judge == "classifier" or dataset in common.DATASETS,
         num_drawn=num_images,
         require_real_data=True,
     )
@@ -144,11 +145,7 @@ def main(
     labels = test.labels[order[:num]] if conditional else None
     training = kd.images.from_uint8(train.x)
     real, of_real = (others, "held-out") if len(others) >= num else (training, "training")
-    if train_extractor:
-        print("Training a classifier.", flush=True)
-        features = kd.metrics.Extractor(kd.metrics.train_classifier(training, train.labels, classifier_epochs))
-    else:
-        features = kd.metrics.Extractor(extractor)
+    features = common.make_judge(train, test, classifier_epochs, out / "classifier.keras", judge)
 
     sampler = kd.samplers.DPMSolver(num_steps) if num_steps else trained.default_sampler
     print(f"Drawing {num} samples with {sampler}.", flush=True)
@@ -156,7 +153,11 @@ def main(
     samples = trained.sample(num, sampler, seed, batch_size=min(250, num), **guidance)
     samples = kd.images.from_uint8(kd.images.to_uint8(samples))
     found, p_value = measure(features, samples, held_out, real, seed)
+    if share := features.share(samples, labels):
+        error = np.sqrt(share * (1 - share) / num)
+        found["in class"] = [share, error, features.accuracy, None]
     seen = np.concatenate([training, training[:, :, ::-1]]) if train.flip else training
+    features.keep(out, seen)
     copies = kd.metrics.memorisation(features, seen, held_out, samples)
     found["memorisation"] = [copies.share, copies.standard_error, copies.quantile, None]
     few = slice(num_likelihood)

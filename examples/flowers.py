@@ -197,7 +197,7 @@ def train(
     )
 
     scale = max(1, 128 // size)
-    asked = lambda num: common.every_class(model, num, guidance_scale=2.0)  # noqa: E731
+    asked = lambda num: common.every_class(model, num, guidance_scale=2.0)
     history = common.train(
         model,
         data,
@@ -272,7 +272,7 @@ def main(
         if init:
             model = kd.DiffusionModel.from_model(common.load_model(init), seed=seed)
             settings |= {"image_size": model.data_shape[0], "labels": "yes" if model.condition else "no"}
-        chosen = lambda names: {name: value for name, value in settings.items() if name in names}  # noqa: E731
+        chosen = lambda names: {name: value for name, value in settings.items() if name in names}
         data, validation = load(dataset, seed, **chosen(of_data))
         if not init:
             model = make_model(data.x.shape[1], data.class_names, seed, **chosen(of_model))

@@ -8,8 +8,9 @@ The network receives labels, except for one image in ten. So it learns to predic
 Classifier-free guidance (Ho and Salimans, 2022) extrapolates from the output without a label toward the output with
 it: the result is (1 - w) times the first plus w times the second.
 
-A classifier of the same images judges the samples. Its accuracy on held-out photographs is printed. Perfect samples
-would be in the requested class equally often. The kernel distance, as in examples/samplers.py, shows how far guidance
+A classifier of the same images judges the samples, or a pretrained network that is available for photographs. Its
+accuracy on held-out images is printed. Perfect samples would be in the requested class equally often. A judge that is
+right on less than 80 % does not tell. The kernel distance, as in examples/samplers.py, shows how far guidance
 moves the samples away from the photographs.
 
 With --guide, a worse version of the model takes the place of the model without a label (autoguidance, Karras et al.,
@@ -50,6 +51,7 @@ def main(
     guide: str | None = None,
     epochs=4,
     steps_per_epoch: int | None = None,
+    judge="auto",
     classifier_epochs=5,
     num_samples=1000,
     scales: tuple[float, ...] = (0, 1, 1.5, 2, 3, 5),
@@ -68,6 +70,8 @@ def main(
         guide: .keras file of a worse version of the model, which guides it.
         epochs: number of training epochs.
         steps_per_epoch: number of batches of 32 images per epoch. By default all.
+        judge: network whose features are compared: efficientnet, inception, classifier or a .keras file. By default
+            the first of these that is available, and a classifier for gray images.
         classifier_epochs: number of training epochs of the classifier.
         num_samples: number of samples at each scale.
         scales: guidance scales.
@@ -90,7 +94,7 @@ def main(
     if num_samples < 2 * num_classes:
         raise common.UsageError(f"--num-samples must be at least {2 * num_classes}, which is two of each class.")
     kept = out / "classifier.keras"
-    classifier, distance_of, _ = common.make_metric(data, test, num_samples, classifier_epochs, seed, kept)
+    found, distance_of, floor = common.make_metric(data, test, num_samples, classifier_epochs, seed, kept, judge)
     if not trained:
         labels = np.arange(2 * num_classes) % num_classes
         grid = kd.callbacks.SampleGrid(out / "samples/{epoch:04d}.png", num_samples=len(labels), labels=labels)
@@ -99,15 +103,15 @@ def main(
         trained.save(out / "model.keras")
 
     print("guidance_scale   in the requested class   kernel distance x 1000", flush=True)
+    if found.accuracy and trained.condition:
+        print(f"   real images   {found.accuracy:22.1%}   {floor[0]:22.1f}", flush=True)
     rows, samples = [], {}
     options |= common.every_class(trained, num_samples)
     sampler = kd.samplers.DPMSolver(20)  # without noise, so the same pictures change from scale to scale
     for scale in scales:
         x = trained.sample(num_samples, sampler, seed, guidance_scale=scale, **options)
-        share, shown = np.nan, "-"  # without labels, nothing was asked for
-        if trained.condition:
-            share = np.mean(np.argmax(classifier.predict(x, batch_size=250, verbose=0), axis=1) == options["labels"])
-            shown = f"{share:.1%} ± {np.sqrt(share * (1 - share) / num_samples):.1%}"
+        share = found.share(x, options.get("labels"))
+        shown = "-" if share is None else f"{share:.1%} ± {np.sqrt(share * (1 - share) / num_samples):.1%}"
         rows.append([scale, share, distance_of(x)])
         samples[f"w = {scale:g}"] = {"": x[: min(20, 2 * num_classes)]}
         print(f"{scale:14g}   {shown:>22}   {rows[-1][2]:22.1f}", flush=True)

@@ -52,7 +52,7 @@ def make_choices(data):
     """A dict from names to arguments of `make_network` and `DiffusionModel`, and the scale and offset of the data."""
     linear = kd.schedules.linear
     mean, std = np.mean(data), np.std(data)
-    of_range = lambda *clip_range: {"diffusion": kd.GaussianDiffusion(clip_range=clip_range)}  # noqa: E731
+    of_range = lambda *clip_range: {"diffusion": kd.GaussianDiffusion(clip_range=clip_range)}
     return {
         "T = 1000, [-1, 1]": ({}, {}, 1, 0),
         "T = 100": ({}, {"diffusion": kd.GaussianDiffusion(linear(100))}, 1, 0),

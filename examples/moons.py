@@ -136,7 +136,7 @@ def main(*, output="runs/moons", seed=0, steps=10_000, num_samples=10_000, num_p
     out = pathlib.Path(output)
     out.mkdir(parents=True, exist_ok=True)
     keras.utils.set_random_seed(seed)
-    fresh = lambda index, num=num_samples: kd.datasets.moons(num, [seed, index], NOISE)  # noqa: E731
+    fresh = lambda index, num=num_samples: kd.datasets.moons(num, [seed, index], NOISE)
     x, labels = fresh(0, 100_000)
 
     model = train(steps, seed, x)

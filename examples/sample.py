@@ -73,7 +73,7 @@ def main(
         print("\n".join((trained.condition and trained.condition.class_names) or ["The classes have no names."]))
         return
     asked = labels_of(trained, labels, num)
-    options = lambda part: {} if asked is None else {"labels": asked[part], "guidance_scale": guidance}  # noqa: E731
+    options = lambda part: {} if asked is None else {"labels": asked[part], "guidance_scale": guidance}
     sampler = kd.samplers.UniPC(steps, spacing="logsnr")
     sampler.steps(trained.diffusion.schedule)  # raises an error for a wrong number
 
@@ -81,7 +81,7 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     settings = {"model": str(model), "labels": [*labels], "guidance": guidance, "sampler": str(sampler), "seed": seed}
     common.check_settings(out, settings)
-    path = lambda index: out / f"{index:05d}.png"  # noqa: E731
+    path = lambda index: out / f"{index:05d}.png"
     progress = keras.utils.Progbar(num, unit_name="image")
     for first in range(0, num, BATCH):
         last = min(first + BATCH, num)

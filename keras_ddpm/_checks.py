@@ -4,6 +4,7 @@ import math
 import numbers
 import random
 import textwrap
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,11 @@ def reason(error: Exception) -> str:
     """What an error of another package says, in one line. Keras puts configurations before it, and lists after it."""
     text = str(error).rpartition("Exception encountered: ")[2].partition("\n\nList of objects")[0]
     return textwrap.shorten(text, 250, placeholder="...") or type(error).__name__
+
+
+def text(name: Any) -> str:
+    """A name as text in Unicode's normal form C, in which equal names are equal. Bytes are UTF-8."""
+    return unicodedata.normalize("NFC", name.decode() if isinstance(name, bytes) else str(name))
 
 
 def counts(low: int = 1, optional: bool = False, **values: Any) -> None:

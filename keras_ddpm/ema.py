@@ -48,13 +48,16 @@ class Average:
         moves = ops.logical_and(after > before, ops.isfinite(loss))
         _move_averages(self.weights, self.network.weights, ops.where(moves, decay, 1.0))
 
-    def predict(self, *inputs: Any) -> Any:
-        """The network's output with the averaged weights."""
+    def predict(self, *inputs: Any, add_loss: Callable | None = None) -> Any:
+        """The network's output with the averaged weights. `add_loss` gets the losses that layers add."""
         # An inner scope hides the values of an outer one. So this scope gets the values of all variables.
         values = [(v, v.value) for v in self.network.variables]
         values += [(v, average.value) for v, average in zip(self.network.weights, self.weights)]
-        with keras.StatelessScope(values):
-            return self.network(list(inputs), training=False)
+        with keras.StatelessScope(values, collect_losses=add_loss is not None) as scope:
+            y = self.network(list(inputs), training=False)
+        if add_loss is not None:
+            add_loss([1.0 * loss for loss in scope.losses])  # new tensors, or Keras would count them twice
+        return y
 
 
 def _move_averages(averages: list, variables: list, decay: Any) -> None:

@@ -42,8 +42,10 @@ class Condition:
     def __post_init__(self) -> None:
         names, num = self.class_names, self.num_classes
         if names is not None:
-            valid = all(isinstance(name, str) for name in names) and len({*names}) == len(names) == num
+            found = tuple(_checks.text(name) for name in names if isinstance(name, (str, bytes)))
+            valid = len({*found}) == len(found) == len(names) == num
             _checks.require(valid, f"`class_names` must be {num} different names", class_names=names)
+            object.__setattr__(self, "class_names", found)
 
     @classmethod
     def of(cls, network: keras.Model, class_names: Sequence[str] | None = None) -> "Condition | None":
@@ -65,7 +67,7 @@ class Condition:
 
     def named(self, class_names: Sequence[str] | None) -> "Condition":
         """This condition, which takes the names that data have if it has none. Warns if it has others."""
-        if not class_names or not self.num_classes or self.class_names == tuple(class_names):
+        if not class_names or not self.num_classes or self.class_names == tuple(map(_checks.text, class_names)):
             return self
         if not self.class_names and len(class_names) == self.num_classes:
             return dataclasses.replace(self, class_names=tuple(class_names))
@@ -99,12 +101,15 @@ class Condition:
         if labels is None:
             return np.full(shape, self.null_label, self.dtype)
         labels = np.asarray(labels)
-        if self.class_names and labels.dtype.kind == "U":
-            for name in np.unique(labels):
-                similar = difflib.get_close_matches(name, self.class_names, cutoff=0.4) or self.class_names[:3]
-                known = name in self.class_names
-                _checks.require(known, f"There is no class {str(name)!r}. Similar names: {', '.join(similar)}")
-            labels = np.vectorize(self.class_names.index, otypes=["int64"])(labels)
+        if labels.dtype.kind in "OT":  # objects, and NumPy's text of any length
+            labels = np.array(labels.tolist())
+        if self.class_names and labels.dtype.kind in "US":
+            numbers = {name: number for number, name in enumerate(self.class_names)}
+            names = [_checks.text(name) for name in labels.ravel().tolist()]
+            for name in {*names} - {*numbers}:
+                similar = difflib.get_close_matches(name, numbers, cutoff=0.4) or self.class_names[:3]
+                raise ValueError(f"There is no class {name!r}. Similar names: {', '.join(similar)}.")
+            labels = np.reshape([numbers[name] for name in names], labels.shape)
         if self.num_classes:
             valid = np.issubdtype(labels.dtype, np.integer) and np.all((labels >= 0) & (labels < self.num_classes))
             shown = None if valid else np.array2string(labels, threshold=8)

@@ -137,7 +137,7 @@ def grid(x: ArrayLike, columns: int | None = None, padding: int = 2) -> np.ndarr
     _checks.counts(low=0, padding=padding)
     columns = columns or int(np.ceil(np.sqrt(len(x))))
     x = np.pad(x, ((0, -len(x) % columns), (padding, 0), (padding, 0), (0, 0)), constant_values=1.0)
-    rows = [np.hstack(x[start : start + columns]) for start in range(0, len(x), columns)]
+    rows = [np.hstack([*x[start : start + columns]]) for start in range(0, len(x), columns)]
     return np.pad(np.vstack(rows), ((0, padding), (0, padding), (0, 0)), constant_values=1.0)
 
 
@@ -158,11 +158,15 @@ def save(path: str | pathlib.Path, x: ArrayLike, scale: int = 1) -> None:
             unknown.
     """
     number = re.compile(r"\{(:[^{}]*)?\}")
-    for index, picture in enumerate(x if number.search(str(path)) else [x]):
-        file = pathlib.Path(number.sub(lambda match, index=index: match[0].format(index), str(path)))
-        picture = to_pil(picture, scale)
+    for index, picture in enumerate(np.asarray(x) if number.search(str(path)) else [x]):
+
+        def numbered(match: re.Match, index: int = index) -> str:
+            return match[0].format(index)
+
+        file = pathlib.Path(number.sub(numbered, str(path)))
+        drawn = to_pil(picture, scale)
         file.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(file)
+        drawn.save(file)
 
 
 def save_gif(path: str | pathlib.Path, frames: Iterable[ArrayLike], scale: int = 1, milliseconds: int = 100) -> None:

@@ -161,7 +161,9 @@ class DiffusionModel(keras.Model):
         """
         valid = isinstance(inputs, (list, tuple)) and len(inputs) == len(self.network.inputs)
         _checks.require(valid, "Generate data with `model.sample(num)`, and clean x_t with `model.denoise(x_t, t)`")
-        return self.network(list(inputs), training=True) if training else self.average.predict(*inputs)
+        if training:
+            return self.network(list(inputs), training=True)
+        return self.average.predict(*inputs, add_loss=self.add_loss)
 
     def summary(self, *args, **kwargs) -> None:
         """Prints Keras' summary of the network, without the average and the optimizer's variables."""
@@ -183,18 +185,21 @@ class DiffusionModel(keras.Model):
         # The policy of the network itself is in no file, but those of its layers are.
         half = any(layer.dtype_policy.name == "mixed_float16" for layer in _layers(self.network))
         scales = given.get("auto_scale_loss", True) and half
-        if scales and self.optimizer and not isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
-            self.optimizer = keras.optimizers.LossScaleOptimizer(self.optimizer)
+        optimizer: Any = self.optimizer  # type: ignore[has-type]
+        if scales and optimizer and not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+            self.optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
         # Build everything here. Otherwise `fit` calls the model on clean data to do it, and TensorFlow traces a step
         # twice if the step creates variables.
         if self.optimizer is not None:
             self.optimizer.build(self.trainable_variables)
             devices.arrange(self.optimizer.variables)
+        # What a subclass overrides may need data, so Keras' own methods are called.
         zeros = ops.zeros((1, *self.data_shape))
-        self.compute_loss(y=zeros, y_pred=zeros)
         losses = [loss for loss in keras.tree.flatten(self.loss) if loss is not None]
+        if losses:
+            super().compute_loss(y=zeros, y_pred=zeros)
         self._loss_rank = len(_each_loss(losses[0], zeros).shape) if losses else len(self.data_shape)
-        self.compute_metrics(None, zeros, zeros)
+        super().compute_metrics(None, zeros, zeros)
         self.reset_metrics()
 
     @_like(keras.Model.fit)
@@ -226,7 +231,8 @@ class DiffusionModel(keras.Model):
             named = self.condition.named(getattr(given["x"], "class_names", None))
             self.corruption = dataclasses.replace(self.corruption, condition=named)
         weights = (weight, given.get("sample_weight"), given.get("class_weight"))
-        watch = LossWatch(first, weighted=any(entry is not None for entry in weights))
+        plain = self.loss is not None and type(self).compute_loss is keras.Model.compute_loss
+        watch = LossWatch(first, warns=plain and all(entry is None for entry in weights))
         with running.training(self, watch, given) as arranged:
             return super().fit(**arranged)
 
@@ -259,7 +265,7 @@ class DiffusionModel(keras.Model):
             data = self._corrupted(*args, self.corruption, self._fit_random)
             before = ops.copy(self.optimizer.iterations)
             logs = super().train_step(data)
-            self.average.update(before, self.optimizer.iterations, replicas.mean(logs["loss"]))
+            self.average.update(before, self.optimizer.iterations, replicas.mean(logs.get("loss", 0.0)))
             return replicas.joined(logs)
         state, data = args
         weights = self.trainable_variables, self.non_trainable_variables
@@ -269,7 +275,7 @@ class DiffusionModel(keras.Model):
             before = ops.copy(self.optimizer.iterations)
         logs, state = super().train_step(scope.state(), data)
         with _Stateless(variables, state) as scope:
-            self.average.update(before, self.optimizer.iterations, logs["loss"])
+            self.average.update(before, self.optimizer.iterations, logs.get("loss", 0.0))
         return logs, scope.state()
 
     def test_step(self, *args):

@@ -73,7 +73,7 @@ with strategy.scope():
     options = {"seed": 0, "label_dropout": 0.0 if args.same_draws else 0.1}
     model = kd.DiffusionModel(network, diffusion, **options)
     if args.same_draws:
-        noise = lambda x_0, generator: ops.sin(1000 * x_0)  # noqa: E731
+        noise = lambda x_0, generator: ops.sin(1000 * x_0)
         model.corruption = SameDraws(diffusion, model.condition, label_dropout=0.0, draw_noise=noise)
     model.compile(loss="mse", optimizer=keras.optimizers.SGD(0.1, momentum=0.9))
 grid = kd.callbacks.SampleGrid(folder / "{epoch}.png", num_samples=5, sampler=kd.samplers.DDPM(3))

@@ -33,12 +33,12 @@ class Models:
 
 
 MODELS = Models()
-mlp = lambda **options: kd.networks.mlp(2, 8, 1, **options)  # noqa: E731
-model = lambda **options: kd.DiffusionModel(mlp(), **options)  # noqa: E731
-sample = lambda *args, **options: MODELS.points.sample(*args, **options)  # noqa: E731
-ask = lambda **options: MODELS.labels.sample(2, **options)  # noqa: E731
-fit = lambda *args, **options: MODELS.points.fit(*args, verbose=0, **options)  # noqa: E731
-batches = lambda x=X, **options: kd.datasets.Batches(x, **{"batch_size": 2} | options)  # noqa: E731
+mlp = lambda **options: kd.networks.mlp(2, 8, 1, **options)
+model = lambda **options: kd.DiffusionModel(mlp(), **options)
+sample = lambda *args, **options: MODELS.points.sample(*args, **options)
+ask = lambda **options: MODELS.labels.sample(2, **options)
+fit = lambda *args, **options: MODELS.points.fit(*args, verbose=0, **options)
+batches = lambda x=X, **options: kd.datasets.Batches(x, **{"batch_size": 2} | options)
 
 
 def unet(shape=(8, 8, 1), **options):

@@ -246,6 +246,7 @@ def test_other_data_go_on_too(tmp_path, model, points):
 
 
 def small_model():
+    keras.utils.set_random_seed(0)
     model = kd.DiffusionModel(kd.networks.mlp(2, 8, 1), kd.GaussianDiffusion(kd.schedules.cosine(25), "x0"), seed=3)
     model.compile(loss="mse", optimizer=keras.optimizers.SGD(1e-2), run_eagerly=True)
     return model
@@ -383,17 +384,25 @@ def test_a_run_that_early_stopping_ended_is_finished(tmp_path, capsys):
     assert len(fit(tmp_path, epochs=6).history.epoch) == 6  # without the callback
 
 
-def test_the_rest_of_an_epoch_is_left_for_the_next_call(tmp_path, uninterrupted):
-    """A callback that looks at the clock stops the run inside an epoch, again and again, also in its last batch."""
+def found(model):
+    """All that an interruption could change."""
+    values = {f"variable_{i}": value for i, value in enumerate(weights(checkpoints.variables_of(model)))}
+    return values | model.history.history | {"epoch": model.history.epoch}
+
+
+def test_the_rest_of_an_epoch_is_left_for_the_next_call(tmp_path):
+    """A callback that looks at the clock stops the run inside an epoch, and in the last batch of one."""
 
     class Stops(Interrupt):
         def on_train_batch_begin(self, batch, logs=None):
             self.model.stop_training = next(self.left, None) is None
 
-    for batch in (2, 7, 9):
-        interrupted_run.run(tmp_path, [Stops(batch)], every=1e9)
-    assert max(tmp_path.glob("checkpoints/*")).name == "000002-00000005.npz"
-    assert_same(interrupted_run.run(tmp_path, [Interrupt()], every=1e9), uninterrupted)
+    options = {"num": 20, "epochs": 3, "validation_data": np.zeros((4, 2))}
+    expected = found(fit(tmp_path / "a", **options))
+    for batch, name in ((7, "000001-00000003"), (9, "000002-00000005"), (10**9, "000003-00000000")):
+        model = fit(tmp_path / "b", Stops(batch), **options)
+        assert max(tmp_path.glob("b/*")).stem == name
+    assert_same(found(model), expected)
 
 
 def test_data_that_have_become_fewer(tmp_path):
@@ -410,17 +419,21 @@ def test_data_that_have_become_fewer(tmp_path):
     assert seen == [(1, 17, True), (2, 22, True)]
 
 
-def test_keras_may_rename_its_function(tmp_path, uninterrupted, monkeypatch):
+def test_keras_may_rename_its_function(tmp_path, monkeypatch):
     """Then batches that were seen are trained again, and the state is restored after them."""
 
     def renamed(value, name, default):
         return default if name == "train_function" else getattr(value, name, default)
 
+    expected, trained = found(fit(tmp_path / "a", num=20)), []
+    with pytest.raises(InterruptedError):
+        fit(tmp_path / "b", Interrupt(8), num=20, every=0)
     monkeypatch.setattr(checkpoints, "getattr", renamed, raising=False)
     monkeypatch.setattr(kd.callbacks.Checkpoint, "_skip", None)
-    with pytest.raises(InterruptedError):
-        interrupted_run.run(tmp_path, [Interrupt(8)])
-    assert_same(interrupted_run.run(tmp_path, [Interrupt()]), uninterrupted)
+    step = kd.DiffusionModel.train_step
+    monkeypatch.setattr(kd.DiffusionModel, "train_step", lambda self, *args: trained.append(0) or step(self, *args))
+    assert_same(found(fit(tmp_path / "b", Interrupt(), num=20)), expected)
+    assert len(trained) == 5  # the epoch, also the three batches that were seen
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no locks")

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import re
+import signal
 import threading
 
 import keras
@@ -22,6 +23,21 @@ def epoch(batches):
     rows = [batches[step] for step in range(len(batches))]
     batches.on_epoch_end()
     return rows
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings(
+    "ignore:This process.*is multi-threaded:DeprecationWarning", "ignore:os.fork:RuntimeWarning"
+)
+def test_workers_work_in_a_forked_process():
+    batches = datasets.Batches(ROWS, batch_size=2, num_workers=1)
+    expected = batches[1]
+    child = os.fork()
+    if not child:
+        signal.alarm(10)  # ends a process that hangs
+        os._exit(int(not np.array_equal(batches[1], expected)))
+    assert os.waitpid(child, 0)[1] == 0
+    assert np.array_equal(batches[1], expected)
 
 
 def test_the_toy_data_are_exported():
@@ -284,3 +300,35 @@ def test_other_data_sets(data_dir, name):
         datasets.from_tfds("oxford_flowers102", "train[:10]", data_dir=data_dir)
     small = datasets.from_tfds(name, "test[:100]", 16, data_dir=data_dir, batch_size=10, shuffle=False)[0]
     assert small.shape == (10, 16, 16, 1) and -1 <= small.min() < -0.9 and small.max() <= 1
+
+
+def test_names_configs_and_versions_are_those_of_tensorflow_datasets(tmp_path, monkeypatch):
+    """What is prepared is read without network, the newest version first. Nothing else is taken in its place."""
+    tf, tfds = pytest.importorskip("tensorflow"), pytest.importorskip("tensorflow_datasets")
+    features = {"image": tfds.features.Image(shape=(8, 8, 1)), "label": tfds.features.ClassLabel(num_classes=9)}
+    data = tf.data.Dataset.from_tensor_slices({"image": np.zeros((8, 8, 8, 1), "uint8"), "label": np.arange(8)})
+
+    def store(name, version, num, **config):
+        options = {"features": tfds.features.FeaturesDict(features), "data_dir": tmp_path, **config}
+        tfds.dataset_builders.store_as_tfds_dataset(name, version, split_datasets={"train": data.take(num)}, **options)
+
+    def refuse(*args, **kwargs):
+        raise OSError("the cable is cut")
+
+    monkeypatch.setattr("requests.head", refuse)
+    for version, num in {"9.0.0": 7, "10.0.0": 6, "9.1.0": 5}.items():
+        store("mine", version, num)
+    store("emnist", "3.1.0", 8, config="byclass")  # the default config
+    read = {"mine": 6, "mine:9.0.0": 7, "mine:9.*.*": 5, "emnist": 8, "emnist/byclass": 8, "emnist/byclass:3.1.0": 8}
+    for name, num in read.items():
+        assert datasets.from_tfds(name, data_dir=tmp_path, batch_size=2).num_examples == num, name
+    for name in ("emnist/letters", "emnist/letters:3.1.0", "mnist:3.0.1"):
+        with pytest.raises(ConnectionError, match=f"^{name} is not in .*the cable is cut$"):
+            datasets.from_tfds(name, data_dir=tmp_path)
+    for name, message in {
+        "emnist/leters": "no config of this name. Received: name='emnist/leters'",
+        "mnist/large": "no config of this name",
+        "emnst": "no data set 'emnst'. Similar names: .*'emnist'",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            datasets.from_tfds(name, data_dir=tmp_path)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import typing
 
 import keras
@@ -225,6 +226,85 @@ def test_a_classifier_serves_its_data_alone(tmp_path, monkeypatch, capsys):
     assert trained == [1, 1, 1, 2]
 
 
+def judged(tmp_path, judge="auto", channels=3, labels=True, noise=0.0, seed=0):
+    """Makes a judge of images with one of two colors, which are 0.5 and noise of this deviation apart."""
+    data = []
+    for num in (40, 20):
+        random = np.random.default_rng([seed, num])
+        kinds = np.arange(num) % 2
+        x = (2 * kinds[:, None, None, None] - 1) / 4 + noise * random.standard_normal((num, 4, 4, channels))
+        data.append(kd.datasets.Batches(kd.images.to_uint8(x), kinds if labels else None, 4))
+    common = importlib.import_module("common")
+    return common.make_judge(*data, 1, tmp_path / "classifier.keras", judge), data[1]
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Tiny networks in place of EfficientNet and InceptionV3. Returns the numbers of images that they receive."""
+    seen = []
+
+    def colors(images):
+        seen.append(len(images))
+        return images.mean(axis=(1, 2))
+
+    def refuse():
+        raise ModuleNotFoundError("No module named 'torch'. EfficientNet-Lite0 needs more packages.")
+
+    monkeypatch.setattr(kd.metrics, "efficientnet_lite0", lambda: kd.metrics.Extractor(colors))
+    monkeypatch.setattr(kd.metrics.features, "_inception", lambda: lambda images: -colors(images))
+    return types.SimpleNamespace(seen=seen, refuse=refuse)
+
+
+def test_a_judge_tells_the_share_in_class_beside_its_own(tmp_path, tiny, capsys):
+    """It computes the features of an image once. Other processes read those of the data from files."""
+    judge, test = judged(tmp_path, noise=0.01)
+    assert "Judge: colors, which is right on 100.0% of 20 held-out images." in capsys.readouterr().out
+    assert judge.accuracy == 1 and sum(tiny.seen) == 60
+    x = kd.images.from_uint8(test.x)
+    assert judge.share(x, np.r_[test.labels[:15], 1 - test.labels[15:]]) == 0.75 and judge.share(x, None) is None
+    np.testing.assert_array_equal(judge(x), x.mean(axis=(1, 2)).astype("float64"))
+    assert len([*tmp_path.glob("features-colors-colors-*.npy")]) == 2
+    again, _ = judged(tmp_path, noise=0.01)
+    np.testing.assert_array_equal(again(x), judge(x))
+    assert sum(tiny.seen) == 60
+    judged(tmp_path, noise=0.01, seed=1)
+    assert sum(tiny.seen) == 120 and len([*tmp_path.glob("*.npy")]) == 4
+
+
+def test_a_judge_that_is_often_wrong_does_not_speak_of_classes(tmp_path, tiny, capsys):
+    judge, test = judged(tmp_path, noise=4.0)
+    assert judge.accuracy is None and judge.share(kd.images.from_uint8(test.x), test.labels) is None
+    assert (
+        "This is below 80%, so the share of samples in the class asked for is not measured." in capsys.readouterr().out
+    )
+
+
+def test_the_strongest_available_judge(tmp_path, tiny, monkeypatch, capsys):
+    """Photographs have a pretrained one if possible, and gray images a classifier."""
+    assert judged(tmp_path)[0].name == "colors"
+    assert judged(tmp_path, "inception")[0].name == "<lambda>"
+    flat = keras.Sequential([keras.Input((4, 4, 3)), keras.layers.Flatten()], name="flat")
+    flat.save(tmp_path / "flat.keras")
+    assert judged(tmp_path, str(tmp_path / "flat.keras"))[0].name == "flat"
+    monkeypatch.setattr(
+        kd.metrics,
+        "train_classifier",
+        lambda x, *_: keras.Sequential(
+            [keras.Input(x.shape[1:]), keras.layers.Flatten(), keras.layers.Dense(2)], name="trained"
+        ),
+    )
+    assert judged(tmp_path, "classifier")[0].name == "trained"
+    assert judged(tmp_path, channels=1)[0].name == "trained"
+    assert judged(tmp_path, channels=1, labels=False)[0].name == "colors"
+    with pytest.raises(ValueError, match="A classifier needs labels. Choose another --judge"):
+        judged(tmp_path, "classifier", labels=False)
+    monkeypatch.setattr(kd.metrics, "efficientnet_lite0", tiny.refuse)
+    assert judged(tmp_path)[0].name == "<lambda>"
+    assert "No module named 'torch'. EfficientNet-Lite0 needs more packages.\nSo" in capsys.readouterr().out
+    with pytest.raises(ModuleNotFoundError, match="needs more packages"):
+        judged(tmp_path, "efficientnet")
+
+
 def test_results_with_other_settings_are_not_mixed(tmp_path):
     common = importlib.import_module("common")
     for _ in range(2):
@@ -412,8 +492,8 @@ def test_samplers(tmp_path, data_dir, capsys, command_line):
     call("samplers", evaluations=(6, 24), spacings=("uniform", "optimized"), num_samples=8, **options)
     check_metric(capsys.readouterr().out, 8)
     header, *rows = (tmp_path / "distances.csv").read_text().splitlines()
-    assert header == "sampler,spacing,network calls,distance" and len(rows) == 9 * 2 - 1 + 1
-    assert {int(row.split(",")[-2]) for row in rows} == {5, 6, 24}  # Heun calls an odd number
+    assert header == "sampler,spacing,network calls,distance,share in class" and len(rows) == 9 * 2 - 1 + 1
+    assert {int(row.split(",")[-3]) for row in rows} == {5, 6, 24}  # Heun calls an odd number
     for name in ("distances.png", "samples.png"):
         with Image.open(tmp_path / name) as picture:
             picture.load()
@@ -456,13 +536,15 @@ def test_samplers(tmp_path, data_dir, capsys, command_line):
 @pytest.mark.slow
 def test_ablations(tmp_path, data_dir, capsys, monkeypatch, command_line):
     monkeypatch.setattr(kd.networks, "unet", lambda shape, *_, **kwargs: image_network(shape))
-    options = {"data_dir": data_dir, "output": tmp_path, "images_seen": 128, "classifier_epochs": 1, "num_samples": 8}
+    options = {"data_dir": data_dir, "output": tmp_path, "images_seen": 128, "num_samples": 8}
+    options |= {"judge": "classifier", "classifier_epochs": 1}
     call("ablations", image_size=16, only=("no_labels", "clear"), **options)
     call("ablations", image_size=16, only=("clear",), **options)  # reads the result
     text = capsys.readouterr().out
     check_metric(text, 8)
-    found = re.findall(r"^(no_labels|clear) +(-?[\d.]+)$", text, re.M)
-    assert [name for name, _ in found].count("clear") == 2 and len(found) == 4 and len(set(found)) == 2, found
+    assert "recipe, seed         distance         fid   precision      recall    in class\n" in text
+    found = re.findall(r"^(no_labels|clear)-0 +((?:-?[\d.e+]+ +){4}-)$", text, re.M)
+    assert [name for name, _ in found].count("clear") == 2 and len(found) == 4 and len(set(found)) == 2, text
     check_pictures(tmp_path, "ablations-no_labels-clear-0")
     check_error(command_line("ablations.py", "--only", "best"), 2, r"takes recipe, guided, .* Received: best$")
 
@@ -481,7 +563,7 @@ def test_ablations_immiscible_noise_is_the_nearest_of_four():
 
 
 def check_metric(text, num):
-    assert re.search(r"^Accuracy of the classifier: [\d.]+% of \d+ held-out images.$", text, re.M), text
+    assert re.search(r"^Judge: classifier, which is right on [\d.]+% of \d+ held-out images.$", text, re.M), text
     assert re.search(rf"^Kernel distance x 1000 of {num} training images: -?[\d.]+ ± [\d.]+ ", text, re.M), text
 
 
@@ -632,7 +714,7 @@ def test_evaluate(tmp_path, offline, capsys, command_line):
     model = kd.DiffusionModel(kd.networks.unet((16, 16, 3)), kd.GaussianDiffusion(kd.schedules.cosine(20), "v"))
     path = str(tmp_path / "model.keras")
     model.save(path)
-    options = {"num_samples": 40, "num_likelihood": 4, "classifier_epochs": 1, "train_extractor": True}
+    options = {"num_samples": 40, "num_likelihood": 4, "classifier_epochs": 1, "judge": "classifier"}
     call("evaluate", path, dataset="procedural", num_images=900, **options, **offline)
     text = capsys.readouterr().out
     report = json.loads((tmp_path / "out/report.json").read_text())
@@ -652,7 +734,6 @@ def test_evaluate(tmp_path, offline, capsys, command_line):
         ([path, "--data-dir", offline["data_dir"]], 1, "oxford_flowers102 is not in"),
         ([path, "--num-samples", 3], 2, "At least 20 --num-samples"),
         ([path, "--dataset", "procedural", "--num-images", 90], 1, "procedural has 9 held-out images, of which at"),
-        ([path, "--extractor", path, "--train-extractor"], 2, "--extractor and --train-extractor exclude each other"),
     ]:
         check_error(command_line("evaluate.py", *arguments, "--output", offline["output"]), status, message)
 

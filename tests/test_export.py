@@ -87,7 +87,7 @@ def test_masks(tmp_path):
     random = np.random.default_rng(0)
     x_0, mask = random.uniform(-1, 1, (2, *SHAPE)).astype("float32"), np.zeros((2, 8, 8, 1), bool)
     mask[:, :4] = True
-    draw = lambda number: np.random.default_rng(number).standard_normal((2, *SHAPE), "float32")  # noqa: E731
+    draw = lambda number: np.random.default_rng(number).standard_normal((2, *SHAPE), "float32")
     x = onnx_sampling.sample(folder, "inpaint", "noise", draw(1000), draw=draw, known=(x_0, mask))
     np.testing.assert_array_equal(x[:, :4], x_0[:, :4])
     assert np.all(np.abs(x) <= 1) and np.std(x[:, 4:]) > 0.1

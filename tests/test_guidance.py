@@ -165,7 +165,7 @@ def test_scale_1_does_not_call_the_guide(points):
     randomize(model.network)
     for v in guide.ema_weights:
         v.assign(np.full(v.shape, np.nan))
-    sample = lambda **options: model.sample(3, kd.samplers.DDIM(4), seed=0, **options)  # noqa: E731
+    sample = lambda **options: model.sample(3, kd.samplers.DDIM(4), seed=0, **options)
     expected = sample()
     assert np.array_equal(sample(guidance=Guidance(guide=guide), guidance_scale=1.0), expected)
     assert np.isnan(sample(guidance=Guidance(guide=guide), guidance_scale=1.5)).all()
@@ -181,7 +181,7 @@ def test_a_guide_may_learn_between_samples(num_steps):
     diffusion = kd.GaussianDiffusion(kd.schedules.linear(25), clip_range=None)
     model, guide = (kd.DiffusionModel(kd.networks.mlp(2, 8, 1), diffusion) for _ in range(2))
     randomize(model.network)
-    sample = lambda **options: model.sample(3, kd.samplers.DDIM(num_steps), seed=0, **options)  # noqa: E731
+    sample = lambda **options: model.sample(3, kd.samplers.DDIM(num_steps), seed=0, **options)
     first = sample(guidance=Guidance(guide=guide), guidance_scale=3.0)
     for v in guide.ema_weights:
         v.assign(v + 0.3)
@@ -213,7 +213,7 @@ def test_guidance_interval(mixture):
     """Outside it nothing is guided; the whole of 1..T is no restriction."""
     sampler = kd.samplers.DPMSolver(10)
     plain, guided = (mixture.sample(8, sampler, seed=0, labels=0, guidance_scale=w) for w in (1.0, 3.0))
-    sample = lambda *interval: mixture.sample(  # noqa: E731
+    sample = lambda *interval: mixture.sample(
         8, sampler, seed=0, labels=0, guidance_scale=3.0, guidance=Guidance(interval=interval)
     )
     np.testing.assert_allclose(sample(1, 1000), guided, atol=1e-6)
@@ -229,7 +229,7 @@ def unet(**kwargs):
 def test_rescale_keeps_the_deviation_of_the_conditional_output():
     network = kd.networks.mlp(64, 16, 1, num_classes=3)
     randomize(network)
-    call = lambda *inputs: network(list(inputs))  # noqa: E731
+    call = lambda *inputs: network(list(inputs))
     predict = guidance.guided(call, guidance.without_condition(call, null_label=3), sometimes=False)
     x = ops.convert_to_tensor(np.random.default_rng(0).standard_normal((4, 64)), "float32")
     t, label = ops.full((4,), 300, dtype="int32"), ops.convert_to_tensor([0, 1, 2, 0], "int32")
@@ -424,3 +424,36 @@ def test_names_are_no_labels_of_data():
     for labels in (np.array(["a", "b", "b", "a"]), ["a", "b", "b", "a"]):
         with pytest.raises(ValueError, match="Labels in data are integers"):
             model.fit(x, labels)
+
+
+INTEGERS = ["uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_labels_in_data_have_any_integer_dtype(dtype):
+    """Also if there are more classes than the dtype can count."""
+    x, labels = np.zeros((4, 2), "float32"), np.array([0, 1, 99, 3]).astype(dtype)
+    model = kd.DiffusionModel(kd.networks.mlp(2, 8, 1, num_classes=300), seed=0)
+    model.compile("adam", "mse", run_eagerly=True)
+    for data in ((x, labels), (kd.datasets.Batches(x, labels, 4),)):
+        assert np.isfinite(model.fit(*data, verbose=0).history["loss"][0])
+
+
+COMPOSED, DECOMPOSED = ["café", "b", "Å"], ["cafe\u0301", "b", "A\u030a"]
+
+
+@pytest.mark.parametrize("known, asked", [(COMPOSED, DECOMPOSED), (DECOMPOSED, COMPOSED)])
+def test_names_have_any_dtype_and_normal_form(known, asked):
+    condition = guidance.Condition((), 3, known)
+    assert condition.class_names == tuple(COMPOSED)
+    forms = [list, tuple, np.array, lambda names: np.array(names, object), lambda names: [n.encode() for n in names]]
+    if hasattr(np.dtypes, "StringDType"):
+        forms.append(lambda names: np.array(names, np.dtypes.StringDType()))
+    for form in forms:
+        assert condition.array(form(asked), 3).tolist() == [0, 1, 2]
+    assert condition.array(asked[2], 2).tolist() == [2, 2]
+    assert condition.array(np.array([2, 0], object), 2).tolist() == [2, 0]
+    with pytest.raises(ValueError, match="3 different names"):
+        guidance.Condition((), 3, [COMPOSED[0], DECOMPOSED[0], "b"])
+    with pytest.raises(ValueError, match="There is no class 'cafe'. Similar names: café"):
+        condition.array(["cafe", "b"], 2)

@@ -32,7 +32,7 @@ def test_parameter_count_of_the_transformer():
     """The formula gives the published count of DiT-XL/2, which has fixed positions and twice the output channels."""
 
     def count(width, depth, patch, channels_in, channels_out, classes):
-        dense = lambda n, m: n * m + m  # noqa: E731
+        dense = lambda n, m: n * m + m
         block = 4 * dense(width, width) + dense(width, 4 * width) + dense(4 * width, width) + dense(width, 6 * width)
         ends = dense(channels_in * patch**2, width) + dense(width, 2 * width)
         return depth * block + ends + dense(256, width) + dense(width, width) + (classes + 1) * width
@@ -50,7 +50,7 @@ def test_transformer(shape):
     network = networks.dit(shape, 4, 16, 2, 2)
     x_t, t = np.random.default_rng(0).normal(size=(3, *shape)).astype("float32"), np.array([1, 500, 1000])
     assert np.all(ops.convert_to_numpy(network([x_t, t])) == 0)
-    predict = lambda *inputs: ops.convert_to_numpy(network(list(inputs)))  # noqa: E731
+    predict = lambda *inputs: ops.convert_to_numpy(network(list(inputs)))
     y = randomized(network) and predict(x_t, t)
     assert y.shape == x_t.shape and np.all(np.isfinite(y)) and np.std(y) > 0
     other = x_t.copy()
@@ -77,7 +77,7 @@ def test_transformer_block_against_numpy():
     x_t = np.random.default_rng(0).normal(size=(1, 2, 2, 3)).astype("float32")
     x, c, got = (ops.convert_to_numpy(v)[0] for v in keras.Model(network.inputs, tensors)([x_t, np.array([300])]))
     weights = {w.path.removeprefix("block_0_"): ops.convert_to_numpy(w).astype("float64") for w in network.weights}
-    softmax = lambda z: np.exp(z) / np.exp(z).sum(axis=-1, keepdims=True)  # noqa: E731
+    softmax = lambda z: np.exp(z) / np.exp(z).sum(axis=-1, keepdims=True)
 
     def normalize(x, shift, scale):
         return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6) * (1 + scale) + shift
@@ -244,7 +244,7 @@ def test_patches():
     """The ends are 3x3 convolutions of patches: of 2x2 pixels side by side as channels, in and out."""
     network = randomized(networks.unet((12, 9, 3), 8, (1, 2), 1, (3,), groups=2, patch_size=2))
     assert network.output.shape == (None, 12, 9, 3) and network.get_layer("down_0_0_conv_1").output.shape[1:3] == (6, 6)
-    to_patches = lambda x: x.reshape(2, 6, 2, 6, 2, -1).transpose(0, 1, 3, 2, 4, 5).reshape(2, 6, 6, -1)  # noqa: E731
+    to_patches = lambda x: x.reshape(2, 6, 2, 6, 2, -1).transpose(0, 1, 3, 2, 4, 5).reshape(2, 6, 6, -1)
     x = np.random.default_rng(0).normal(size=(2, 12, 12, 3)).astype("float32")
     conv_in, conv_out = network.get_layer("conv_in"), network.get_layer("conv_out")
     kernel, bias = conv_in.get_weights()  # (6, 6, 3, 8): of 3x3 patches of 2x2 pixels

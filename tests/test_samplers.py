@@ -201,7 +201,7 @@ def test_order_of_convergence(sampler, order):
     """On correlated Gaussian data, from nearly no signal to as much as noise, at times that are not rounded."""
     steps, errors = np.array([10, 20, 40, 80]), []
     variances, axes = np.linalg.eigh([[0.05, 0.02], [0.02, 0.03]])
-    along = lambda values: (axes * values) @ axes.T  # noqa: E731
+    along = lambda values: (axes * values) @ axes.T
     for num in steps:
         signal = -6 + 6.3 / num * np.arange(num + 4)  # the last steps, of lower orders, are not made
         alpha, sigma = 1 / np.sqrt(1 + np.exp(-2 * signal)), 1 / np.sqrt(1 + np.exp(2 * signal))
@@ -283,7 +283,7 @@ def test_every_number_of_steps_beats_ddim(make, spacing, few, schedule):
     expected = std * prior / np.hypot(alpha[-1] * std, sigma[-1])
 
     def error(sampler):
-        gain = lambda t: alpha[t] * std**2 / (alpha[t] ** 2 * std**2 + sigma[t] ** 2)  # noqa: E731
+        gain = lambda t: alpha[t] * std**2 / (alpha[t] ** 2 * std**2 + sigma[t] ** 2)
         x, previous = np.full(3, prior), (np.zeros(3),) * samplers.NUM_PREVIOUS
         for row in sampler.table(SCHEDULES[schedule]):
             x, previous = samplers.step(row, lambda x, t: gain(int(t)) * x, x, None, previous)
@@ -617,7 +617,7 @@ def test_the_shortest_path_is_that_of_all_paths():
     lengths[np.tril_indices(7)] = np.inf
     for num in range(1, 7):
         paths = [(0, *middle) for middle in itertools.combinations(range(1, 6), num - 1)]
-        length = lambda path: sum(lengths[a, b] for a, b in itertools.pairwise([*path, 6]))  # noqa: E731
+        length = lambda path: sum(lengths[a, b] for a, b in itertools.pairwise([*path, 6]))
         assert tuple(samplers.searching.shortest_path(lengths, num)) == min(paths, key=length)
 
 
@@ -628,7 +628,7 @@ def test_optimized_times_are_closer_to_the_probability_flow(schedule):
     ends = SCHEDULES[schedule].alpha[-1], SCHEDULES[schedule].sigma[-1]
     noise = sampling.prior(model.diffusion, (1,), 0, range(num))[:, 0].astype("float64")
     expected = TWO.quantile(TWO.cdf(noise, *ends))
-    error = lambda sampler: np.sqrt(np.mean((model.sample(num, sampler, seed=0)[:, 0] - expected) ** 2))  # noqa: E731
+    error = lambda sampler: np.sqrt(np.mean((model.sample(num, sampler, seed=0)[:, 0] - expected) ** 2))
     paths = model.trajectories(seed=1)
     found = samplers.optimized(paths, samplers.DDIM(7))
     assert error(found) < 0.9 * min(error(samplers.DDIM(7, spacing=s)) for s in ("uniform", "logsnr", "karras"))

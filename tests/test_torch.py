@@ -3,10 +3,14 @@
 `test_layers.py`, `test_optimizers.py` and `test_ema.py` compare their results.
 """
 
+import re
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
-from conftest import TORCH, randomize
+from conftest import ROOT, TORCH, randomize
 from keras import ops
 
 import keras_ddpm as kd
@@ -68,6 +72,13 @@ def test_fast_functions_are_called_where_they_belong(monkeypatch):
     assert calls["adam_step"] == len(network.trainable_variables)
     model.sample(2, kd.samplers.DDIM(2), labels=0)
     assert calls["recorded"] == 1
+
+
+def test_gradients_are_those_of_the_plain_functions():
+    """In a process of its own, as PyTorch 2.13 ends the process in the gradient of some group normalizations."""
+    script = [sys.executable, "-X", "faulthandler", ROOT / "tests" / "gradients_on_torch.py"]
+    done = subprocess.run(script, capture_output=True, text=True, cwd=ROOT)
+    assert not done.returncode and re.fullmatch(r"\s*\d{4} cases, 0 differ\s*", done.stdout), done.stdout + done.stderr
 
 
 def test_variables_are_arranged():
@@ -179,7 +190,7 @@ def test_what_looks_at_values_is_not_recorded():
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_convolutions_of_every_kind(channels_last):
     """Additions of another shape, to themselves, scaled, or in another order of axes stay as they are."""
-    make = lambda *shape: torch.nn.Parameter(torch.randn(shape))  # noqa: E731
+    make = lambda *shape: torch.nn.Parameter(torch.randn(shape))
     kernel, grouped, bias, in_1d = make(4, 4, 3, 3), make(4, 2, 3, 3), make(4), make(4, 4, 3)
     f = torch.nn.functional
 
@@ -215,6 +226,19 @@ def test_convolutions_of_every_kind(channels_last):
     assert recording.code.count("_convolution_pointwise.binary(") == channels_last
     assert recording.code.count("_convolution_transpose_pointwise.default(") == 2 * channels_last
     assert recording.code.count("aten.convolution.default(") == (2 if channels_last else 14)
+
+
+def test_recordings_are_those_of_the_autocast_around_them():
+    network, inputs = small_network()
+    predict, recordings = lambda *inputs: network(list(inputs)), {}
+    for dtype in (torch.bfloat16, None, torch.bfloat16, None):
+        with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype is not None):
+            expected, result = predict(*inputs), fast.recorded(predict, recordings, 100)(*inputs)
+        assert result.dtype == expected.dtype
+        np.testing.assert_allclose(
+            result.float(), expected.float(), rtol=1e-5 if dtype is None else 0.03, atol=1e-5 if dtype is None else 0.03
+        )
+    assert len(recordings) == 2
 
 
 def test_samples_do_not_depend_on_what_was_sampled_before():

@@ -367,7 +367,7 @@ def test_weights_multiply_every_kind_of_loss():
     """Losses with one value for each image, pixel or number are the same mean, also with weights."""
     images = np.random.default_rng(0).uniform(-1, 1, (8, 8, 8, 3)).astype("float32")
     weight = np.arange(8.0)
-    square = lambda y, y_pred: ops.square(y - y_pred)  # noqa: E731
+    square = lambda y, y_pred: ops.square(y - y_pred)
     found = []
     for loss in (
         "mse",

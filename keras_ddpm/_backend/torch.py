@@ -5,6 +5,7 @@ body runs. Only `devices` imports this module. `tests/benchmarks/fast_functions.
 """
 
 import threading
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,8 +80,9 @@ def group_norm(x, gamma, beta, groups, epsilon):
     """Uses PyTorch's group normalization for bfloat16. Keras does not call it.
 
     PyTorch sums in float32 but computes the variance as E[x²] − E[x]². For float32 images this loses too many digits.
+    If gamma or beta need a gradient and x does not, PyTorch 2.13 ends the process.
     """
-    if x.dtype != torch.bfloat16:
+    if x.dtype != torch.bfloat16 or (torch.is_grad_enabled() and not x.requires_grad):
         return NotImplemented
     x = torch.nn.functional.group_norm(torch.permute(x, (0, 3, 1, 2)), groups, gamma, beta, epsilon)
     return torch.permute(x, (0, 2, 3, 1))
@@ -116,7 +118,7 @@ def adam_step(optimizer, gradient, variable, learning_rate):
     # PyTorch's Adam is slow if the order in memory is not the order of the axes. So it gets flat views.
     value, gradient, momentum, velocity = (x.detach().as_strided((x.numel(),), (1,)) for x in tensors)
     steps = int(optimizer.iterations)
-    lists = [value], [gradient], [momentum], [velocity], [], [torch.tensor(float(steps))]
+    lists: Any = [value], [gradient], [momentum], [velocity], [], [torch.tensor(float(steps))]
     # Keras adds epsilon before it corrects the bias, and it has already applied the weight decay.
     numbers = {
         "eps": optimizer.epsilon / (1 - optimizer.beta_2 ** (steps + 1)) ** 0.5,
@@ -125,7 +127,7 @@ def adam_step(optimizer, gradient, variable, learning_rate):
         "lr": float(learning_rate),
         "weight_decay": 0.0,
     }
-    adam(*lists, fused=True, amsgrad=False, maximize=False, **numbers)
+    adam(*lists, fused=True, amsgrad=False, maximize=False, **numbers)  # type: ignore[misc]
 
 
 def random_state():
@@ -146,7 +148,7 @@ def set_random_state(states):
 
 
 def recorded(function, recordings, calls):
-    """Makes a recording for each shape of the arguments.
+    """Makes a recording for each shape of the arguments, with and without autocast.
 
     What depends on weights alone is computed once for each returned function, such as weights converted to bfloat16 and
     kernels in the order that oneDNN reads. The last convolution of a residual block also adds the block's input.
@@ -157,15 +159,17 @@ def recorded(function, recordings, calls):
     constants = {}
 
     def run(*arguments):
-        arguments = [x.contiguous() for x in arguments]  # a recording holds for one layout in memory
-        shapes = tuple((tuple(x.shape), x.dtype) for x in arguments)
+        arguments = tuple(x.contiguous() for x in arguments)  # a recording holds for one layout in memory
+        device = arguments[0].device.type
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        key = (*((tuple(x.shape), x.dtype) for x in arguments), autocast)
         with RECORDING:
-            if shapes not in recordings:
-                recordings[shapes] = _record(function, arguments)
-        prepare, compute = recordings[shapes]
-        if shapes not in constants:
-            constants[shapes] = prepare()
-        return compute(*constants[shapes], *arguments)
+            if key not in recordings:
+                recordings[key] = _record(function, arguments)
+        prepare, compute = recordings[key]
+        if key not in constants:
+            constants[key] = prepare()
+        return compute(*constants[key], *arguments)
 
     return run
 
@@ -195,7 +199,7 @@ def _divide(module):
     graph = module.graph
     fixed = _fixed(graph)
     copies, first = torch.fx.Graph(), next(iter(graph.nodes))
-    originals = {}
+    originals: dict = {}
     for node in fixed:
         originals[node] = copies.node_copy(node, originals.get)
     needed = [node for node in fixed if any(user not in originals for user in node.users)]
@@ -209,7 +213,7 @@ def _divide(module):
 
 def _fixed(graph):
     """The nodes that depend on weights alone, in order."""
-    fixed = {}
+    fixed: dict = {}
     for node in graph.nodes:
         inputs = node.all_input_nodes
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):

@@ -325,7 +325,7 @@ def _write(path, state):
     text = np.frombuffer(json.dumps(state, default=store).encode(), "uint8")
     arrays["state-" + _checksum(text)] = text
     with _files.replacing(path, path.with_name("unfinished.tmp")) as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def _read(path):

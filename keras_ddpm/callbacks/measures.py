@@ -7,8 +7,8 @@ import numpy as np
 from keras import ops
 
 from keras_ddpm import _checks
-from keras_ddpm._backend import replicas
 from keras_ddpm.callbacks.sample_grid import _Sampling
+from keras_ddpm.callbacks.watch import loss_of
 
 __all__ = ["LossByTimestep", "SampleMetrics"]
 
@@ -100,5 +100,4 @@ class LossByTimestep(keras.callbacks.Callback):
             x_t = ops.convert_to_numpy(diffusion.q_sample(x_0, t, noise))
             predicted = self.model.denoise(x_t, at, clip=False, labels=self.labels)
             y = diffusion.target(predicted, t, diffusion.predict_noise(x_t, t, predicted))
-            loss = self.model.compute_loss(y=diffusion.target(x_0, t, noise), y_pred=y)
-            logs[f"loss_at_{at}"] = float(replicas.undivided(loss))
+            logs[f"loss_at_{at}"] = loss_of(self.model, y, x_0, t, noise, self.labels)

@@ -1,6 +1,7 @@
 """Watching the loss. `DiffusionModel.fit` adds this callback."""
 
 import warnings
+from typing import Any
 
 import keras
 import numpy as np
@@ -8,7 +9,18 @@ from keras import ops
 
 from keras_ddpm._backend import replicas
 
-__all__ = ["LossWatch"]
+__all__ = ["LossWatch", "loss_of"]
+
+
+def loss_of(model: Any, y: Any, x_0: Any, t: Any, noise: Any, labels: Any = None, weight: Any = None) -> float:
+    """The loss that Keras computes in training if the network predicts `y`."""
+    inputs = [model.diffusion.q_sample(x_0, t, noise), t]
+    inputs += [model.condition.array(labels, len(x_0))] if model.condition else []
+    target = model.diffusion.target(x_0, t, noise)
+    # The scope hides the losses that layers have added in the last call. Metrics stay as they are.
+    with keras.StatelessScope([(v, v.value) for v in model.variables]):
+        loss = model.compute_loss(tuple(map(ops.convert_to_tensor, inputs)), target, y, weight)
+    return float(ops.convert_to_numpy(replicas.undivided(loss)))
 
 
 class LossWatch(keras.callbacks.Callback):
@@ -16,7 +28,8 @@ class LossWatch(keras.callbacks.Callback):
 
     Args:
         x_0: clean data. At most 256 examples are used.
-        weighted: whether weights of examples or classes multiply the loss. It then warns of nothing.
+        warns: whether the loss is the compiled one, without weights of examples or classes. Otherwise it cannot be
+            compared with that of a network that always predicts zero.
 
     Raises:
         ValueError: within `every` steps after the loss has become NaN or infinite.
@@ -25,20 +38,18 @@ class LossWatch(keras.callbacks.Callback):
     every = 5  # steps; reading the loss waits for an accelerator
     patience = 300  # optimizer updates
 
-    def __init__(self, x_0: np.ndarray, weighted: bool = False):
+    def __init__(self, x_0: np.ndarray, warns: bool = True):
         super().__init__()
         self.x_0 = x_0[:256]
-        self.weighted = weighted
+        self.warns = warns
 
     def on_train_begin(self, logs=None):
         """Computes the loss of a network that always predicts zero."""
-        diffusion = self.model.diffusion
-        t = np.linspace(1, diffusion.timesteps, len(self.x_0)).round().astype("int32")
-        noise = np.random.default_rng(0).standard_normal(self.x_0.shape)
-        target = diffusion.target(self.x_0, t, noise)
+        t = np.linspace(1, self.model.diffusion.timesteps, len(self.x_0)).round().astype("int32")
+        noise = np.random.default_rng(0).standard_normal(self.x_0.shape).astype("float32")
         weight = self.model.aligned(self.model.corruption.weight(t))
-        loss = self.model.compute_loss(y=target, y_pred=ops.zeros_like(target), sample_weight=weight)
-        self.trivial = float(replicas.undivided(loss))
+        zeros = ops.zeros(noise.shape)
+        self.trivial = loss_of(self.model, zeros, self.x_0, t, noise, weight=weight) if self.warns else np.inf
         self.start = self._updates()
         self._recent = []
 
@@ -67,7 +78,7 @@ class LossWatch(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         self._check()
         loss = (logs or {}).get("loss", 0.0)
-        if not self.weighted and loss > 0.9 * self.trivial and self._updates() - self.start >= self.patience:
+        if loss > 0.9 * self.trivial and self._updates() - self.start >= self.patience:
             warnings.warn(
                 f"After epoch {epoch + 1} the loss is {loss:.3f}; always predicting zero gives {self.trivial:.3f}. "
                 "The network has learned next to nothing: check the learning rate and the data.",

@@ -3,6 +3,8 @@
 import concurrent.futures
 import dataclasses
 import functools
+import os
+from typing import Any
 
 import keras
 import numpy as np
@@ -60,7 +62,7 @@ class Batches(keras.utils.PyDataset):
 
     def __post_init__(self) -> None:
         super().__init__()
-        self.class_names = None if self.class_names is None else list(map(str, self.class_names))
+        self.class_names = None if self.class_names is None else [_checks.text(name) for name in self.class_names]
         self.x = x = np.asarray(self.x)
         valid = _checks.is_count(self.batch_size) and self.batch_size <= len(x)
         _checks.require(valid, f"Expected a batch of 1..{len(x)}", batch_size=self.batch_size)
@@ -72,10 +74,14 @@ class Batches(keras.utils.PyDataset):
         _checks.require(not self.flip or x.ndim == 4, "Only images can be flipped", shape=x.shape)
         if self.labels is not None:
             self.labels = np.asarray(self.labels)
+            if self.labels.dtype == "uint64":  # PyTorch lacks it
+                self.labels = self.labels.astype("int64")
             _checks.require(len(self.labels) == len(x), f"Expected {len(x)} labels", shape=self.labels.shape)
         self.epoch = 0
         self._begun = False
-        self._pool, self._coming = None, {}
+        self._owner: int | None = None
+        self._pool: Any = None
+        self._coming: dict = {}
 
     def __repr__(self) -> str:
         labels = "" if self.labels is None else ", with labels"
@@ -97,7 +103,9 @@ class Batches(keras.utils.PyDataset):
         share = replicas.data_parts()
         if not self.num_workers:
             return self._batch(batch, *share)
-        self._pool = self._pool or concurrent.futures.ThreadPoolExecutor(self.num_workers)
+        if self._owner != os.getpid():  # threads do not come along into a process that is forked
+            pool = concurrent.futures.ThreadPoolExecutor(self.num_workers)
+            self._owner, self._pool, self._coming = os.getpid(), pool, {}
         end = batch + 1 + 2 * self.num_workers
         ahead = range(batch, end if self.shuffle else min(end, len(self)))
         # Batches of an earlier place in the data are no longer wanted.
@@ -137,7 +145,7 @@ class Batches(keras.utils.PyDataset):
         return images.from_uint8(x) if x.dtype == "uint8" else x.astype("float32")
 
     def __getstate__(self):
-        return self.__dict__ | {"_pool": None, "_coming": {}}
+        return self.__dict__ | {"_owner": None, "_pool": None, "_coming": {}}
 
     def on_epoch_begin(self) -> None:
         self._begun = True

@@ -129,7 +129,7 @@ def _opened(path, key):
         x = np.lib.format.open_memmap(path, mode="r")
         rest, checksum = np.memmap(path, mode="r", offset=x.offset), 0
         for start in range(0, len(rest) - 8, AT_ONCE):
-            checksum = zlib.crc32(rest[start : min(start + AT_ONCE, len(rest) - 8)], checksum)
+            checksum = zlib.crc32(rest[start : min(start + AT_ONCE, len(rest) - 8)].data, checksum)
             forget(rest)
         told = json.loads(rest[x.nbytes : -8].tobytes())
         whole = checksum == int(rest[-8:].tobytes(), 16) and x.dtype == "uint8" and len(x) == len(told["labels"])

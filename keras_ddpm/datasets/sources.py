@@ -115,7 +115,7 @@ def from_folder(
                 raise ValueError(f"{reason}.") from error
             return reason
 
-    key = [image_size, channels, max_pixels, len(files)]
+    key: list = [image_size, channels, max_pixels, len(files)]
     if cache:
         stats = [(str(file.relative_to(path)), file.stat().st_size) for file in files]
         key += [hashlib.sha256(json.dumps(stats).encode()).hexdigest()]
@@ -128,7 +128,7 @@ def from_folder(
     _checks.require(len(x), f"There is no readable image in {path} (looked for {', '.join(sorted(ENDINGS))})")
     if not labels:
         return Batches(x, **kwargs)
-    names, numbers = np.unique(classes, return_inverse=True)
+    names, numbers = np.unique([_checks.text(name) for name in classes], return_inverse=True)
     return Batches(x, numbers.astype("int32"), class_names=names.tolist(), **kwargs)
 
 
@@ -159,7 +159,8 @@ def from_tfds(
     A data set that is prepared on disk is read without network. Any other is downloaded.
 
     Args:
-        name: name of the data set, such as "oxford_flowers102" or "mnist".
+        name: name of the data set, such as "mnist", "emnist/letters" or "mnist:3.0.1". Without a version, the newest on
+            disk is read.
         split: one or more splits, as in "train[:90%]+test".
         image_size: side to which images are cropped and resized. `None` if all images have the same size.
         data_dir: folder of the prepared data sets. By default, the folder of TensorFlow Datasets.
@@ -223,23 +224,10 @@ def _read_tfds(name, split, image_size, data_dir, labels, cache=None):
 
         tf.config.set_visible_devices([], "GPU")  # TensorFlow would take all of the memory that the backend needs.
     data_dir = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
-    prepared = sorted(data_dir.glob(f"{name}/*/dataset_info.json"))
-    if prepared:
-        builder = tfds.builder_from_directory(prepared[-1].parent)
-    else:
-        try:
-            urls = list(tfds.builder_cls(name).url_infos or [])
-        except tfds.core.registered.DatasetNotFoundError as error:  # whose message lists every data set
-            similar = difflib.get_close_matches(name, tfds.list_builders(with_community_datasets=False))
-            raise ValueError(f"There is no data set {name!r}. Similar names: {similar}") from error
-        try:
-            for url in urls[:1]:
-                _check_reachable(url)
-            builder = tfds.builder(name, data_dir=data_dir)
-            builder.download_and_prepare()
-        except Exception as error:  # TensorFlow Datasets raises many types
-            reason = textwrap.shorten(f"{type(error).__name__}: {error}", 150)
-            raise ConnectionError(f"{name} is not in {data_dir}, and its download failed: {reason}") from error
+    try:
+        builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
+    except tfds.core.registered.DatasetNotFoundError:
+        builder = _downloaded(name, data_dir)
     missing = {"image", *(["label"] if labels else [])} - set(builder.info.features)
     _checks.require(not missing, f"{name} lacks the features {missing}", features=list(builder.info.features))
     # Without interleaving, the examples are in order.
@@ -249,11 +237,34 @@ def _read_tfds(name, split, image_size, data_dir, labels, cache=None):
         x = example["image"] if image_size is None else images.resize(example["image"], image_size)
         return x, int(example["label"]) if labels else None
 
-    key = [name, str(builder.version), split, image_size, labels]
+    key = [*builder.info.full_name.rsplit("/", 1), split, image_size, labels]  # with the config and the version
     x, numbers, _ = _cache.decoded(tfds.as_numpy(examples), load, len(examples), key, cache)
     if not labels:
         return x, None, None
     return x, np.array(numbers), getattr(builder.info.features["label"], "names", None)
+
+
+def _downloaded(name, data_dir):
+    """The builder of a data set that is not on disk, after its download."""
+    import tensorflow_datasets as tfds
+
+    plain, options = tfds.core.naming.parse_builder_name_kwargs(name)
+    try:
+        builder_cls = tfds.builder_cls(str(plain))
+    except tfds.core.registered.DatasetNotFoundError as error:  # whose message lists every data set
+        similar = difflib.get_close_matches(str(plain), tfds.list_builders(with_community_datasets=False))
+        raise ValueError(f"There is no data set {str(plain)!r}. Similar names: {similar}") from error
+    configs = [None, *builder_cls.builder_configs]
+    _checks.require(options.get("config") in configs, "There is no config of this name", name=name, configs=configs[1:])
+    try:
+        for url in list(builder_cls.url_infos or [])[:1]:
+            _check_reachable(url)
+        builder = tfds.builder(name, data_dir=data_dir)
+        builder.download_and_prepare()
+    except Exception as error:  # TensorFlow Datasets raises many types
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 150)
+        raise ConnectionError(f"{name} is not in {data_dir}, and its download failed: {reason}") from error
+    return builder
 
 
 def _check_reachable(url, seconds=5):

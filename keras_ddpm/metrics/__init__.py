@@ -15,15 +15,18 @@ To add a metric, write a subclass of `_Distance`.
 """
 
 from keras_ddpm.metrics.distances import FrechetInceptionDistance, KernelInceptionDistance, PrecisionRecall
-from keras_ddpm.metrics.features import Extractor, train_classifier
+from keras_ddpm.metrics.features import Extractor, efficientnet_lite0, train_classifier
 from keras_ddpm.metrics.neighbors import Memorisation, memorisation
+from keras_ddpm.metrics.probe import LinearProbe
 
 __all__ = [
     "FrechetInceptionDistance",
     "KernelInceptionDistance",
     "PrecisionRecall",
     "Extractor",
+    "efficientnet_lite0",
     "train_classifier",
+    "LinearProbe",
     "Memorisation",
     "memorisation",
 ]

@@ -75,7 +75,7 @@ class _Distance(abc.ABC):
         """
         pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
         about = {"metric": type(self).__name__, "extractor": self.extractor.name, "hash": self.extractor.hash}
-        np.savez(path, features=np.concatenate(self._real), **about)
+        np.savez(path, features=np.concatenate(self._real), **about)  # type: ignore[arg-type]
 
     def load_real(self, path: str | pathlib.Path) -> None:
         """Replaces the real images by those of a file that `save_real` wrote.
@@ -86,7 +86,7 @@ class _Distance(abc.ABC):
         arrays = _files.arrays(path)
         found = [str(arrays.get(key, "?")) for key in ("metric", "extractor", "hash")]
         expected = [type(self).__name__, self.extractor.name, self.extractor.hash]
-        valid = found[::2] == expected[::2] and np.ndim(arrays.get("features")) == 2
+        valid = found[::2] == expected[::2] and np.ndim(arrays.get("features", 0)) == 2
         _checks.require(valid, f"{path} must hold features of {' '.join(expected)}", found=" ".join(found))
         self._real = [arrays["features"]]
 

