@@ -28,7 +28,6 @@ sys.path.insert(0, str(ROOT / "examples"))
 BACKEND = keras.backend.backend()
 TORCH = BACKEND == "torch"
 
-
 # How many programs the whole suite may compile: steps of training, evaluation and prediction that Keras traces.
 # Compiling takes most of the time, so a test that needs one more asks which one could go.
 BUDGET = {"tensorflow": 1000, "jax": 1000, "torch": 0}
@@ -63,9 +62,8 @@ def is_traced(arguments):
     """Whether a step is called to compile it: not on PyTorch, nor with `run_eagerly`."""
     if BACKEND == "tensorflow":
         return not sys.modules["tensorflow"].executing_eagerly()
-    return BACKEND == "jax" and any(
-        isinstance(x, sys.modules["jax"].core.Tracer) for x in keras.tree.flatten(arguments)
-    )
+    tracer = sys.modules["jax"].core.Tracer if BACKEND == "jax" else ()
+    return any(isinstance(x, tracer) for x in keras.tree.flatten(arguments))
 
 
 def pytest_collection_modifyitems(config, items):
@@ -85,25 +83,23 @@ def pytest_testnodedown(node):
 def pytest_sessionfinish(session):
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["programs"] = PROGRAMS
-    elif whole_suite(session.config) and sum(PROGRAMS.values()) > BUDGET[BACKEND] and not session.exitstatus:
+    elif over_budget(session.config) and not session.exitstatus:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    over = whole_suite(config) and sum(PROGRAMS.values()) > BUDGET[BACKEND]
     numbers = ", ".join(f"{number} {name}" for name, number in PROGRAMS.items())
     text = f"Compiled programs: {numbers}. The budget of the whole suite is {BUDGET[BACKEND]}."
-    terminalreporter.write_line(text, red=over)
+    terminalreporter.write_line(text, red=over_budget(config))
     if BACKEND != "tensorflow" and not config.getoption("--host"):
         terminalreporter.write_line("Tests that use no tensors run on TensorFlow, or with --host.")
 
 
-def whole_suite(config):
-    """Whether all tests ran that run by default."""
-    default = re.search(r'-m "(.*?)"', (ROOT / "pyproject.toml").read_text())[1]
-    options = config.option
-    whole = config.args_source == pytest.Config.ArgsSource.TESTPATHS and options.markexpr == default
-    return whole and not (options.keyword or options.maxfail or options.collectonly or options.plain)
+def over_budget(config):
+    """Whether more was compiled than the usual tests may. `-m slow` may, and more workers, which share less."""
+    usual, options = config.getini("addopts"), config.option
+    is_usual = options.markexpr in usual and str(options.numprocesses) in usual
+    return is_usual and sum(PROGRAMS.values()) > BUDGET[BACKEND]
 
 
 def fast_functions():
