@@ -5,7 +5,7 @@ import numbers
 import random
 import textwrap
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,11 @@ def counts(low: int = 1, optional: bool = False, **values: Any) -> None:
 def is_count(value: Any, low: int = 1) -> bool:
     """Whether `value` is an integer, of Python or NumPy, and at least `low`."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(value >= low)
+
+
+def are_counts(values: Any) -> bool:
+    """Whether `values` are a list or another collection of integers of at least 1."""
+    return isinstance(values, Collection) and all(map(is_count, values))
 
 
 def is_between(value: Any, low: float, high: float) -> bool:
