@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes share the cores, 
 
 ROOT = pathlib.Path(__file__).parent.parent
 # JAX compiles the same program once for all processes and runs.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache/jax"))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache/d/jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
@@ -69,9 +69,8 @@ def is_traced(arguments):
 
 def pytest_collection_modifyitems(config, items):
     if BACKEND != "tensorflow" and not config.getoption("--host"):
-        for item in items:
-            if item.get_closest_marker("host"):
-                item.add_marker(pytest.mark.skip(reason="uses no tensors: runs on TensorFlow, or with --host"))
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("host")])
+        items[:] = [item for item in items if not item.get_closest_marker("host")]
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -94,6 +93,8 @@ def pytest_terminal_summary(terminalreporter, config):
     numbers = ", ".join(f"{number} {name}" for name, number in PROGRAMS.items())
     text = f"Compiled programs: {numbers}. The budget of the whole suite is {BUDGET[BACKEND]}."
     terminalreporter.write_line(text, red=over)
+    if BACKEND != "tensorflow" and not config.getoption("--host"):
+        terminalreporter.write_line("Tests that use no tensors run on TensorFlow, or with --host.")
 
 
 def whole_suite(config):

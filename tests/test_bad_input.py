@@ -187,6 +187,8 @@ TABLE = [
     (lambda: sample(2, kd.samplers.DDIM(51)), "The schedule has only 50 steps"),
     (lambda: sample(2, seed=-1), "`seed` must be an integer"),
     (lambda: sample(2, seed="0"), "`seed` must be an integer"),
+    (lambda: sample(2, seed=1.5), "`seed` must be an integer"),
+    (lambda: sample(True), "`num_samples` must be an integer of at least 1"),
     (lambda: sample(2, return_trajectory=0), r"`return_trajectory` must be in 1\.\.10"),
     (lambda: sample(2, return_trajectory=21), r"`return_trajectory` must be in 1\.\.10"),
     (lambda: sample(2, batch_size=0), "`batch_size` must be an integer of at least 1"),
@@ -319,20 +321,13 @@ FLOWERS = (
 )
 COMMANDS = [
     (f"{FLOWERS} --epochs 0", 2, "At least 1 epoch and 0 warm-up steps"),
-    (f"{FLOWERS} --epochs -1", 2, "At least 1 epoch and 0 warm-up steps"),
     (f"{FLOWERS} --epochs 1.5", 2, "argument --epochs: invalid int value"),
     (f"{FLOWERS} --warmup-steps -1", 2, "At least 1 epoch and 0 warm-up steps"),
     (f"{FLOWERS} --learning-rate nan", 2, "argument --learning-rate: invalid number value"),
-    (f"{FLOWERS} --learning-rate -1", 2, r"The learning rate must be in \(0, 1\]"),
     (f"{FLOWERS} --learning-rate 1e30", 2, r"The learning rate must be in \(0, 1\]"),
     (f"{FLOWERS} --width-multipliers", 1, "Expected one or more positive integers"),
-    (f"{FLOWERS} --num-blocks -1", 1, "`num_blocks` must be an integer of at least 1"),
     (f"{FLOWERS} --batch-size 0", 1, r"Expected a batch of 1\.\."),
-    (f"{FLOWERS} --steps-per-epoch 0", 1, "`steps_per_epoch` must be an integer of at least 1"),
     (f"{FLOWERS} --grid-every 0", 1, "`every` must be an integer of at least 1"),
-    (f"{FLOWERS} --num-images 0", 1, "`num_images` must be an integer of at least 1"),
-    (f"{FLOWERS} --dropout 1", 1, "`dropout` must be in"),
-    (f"{FLOWERS} --timesteps 0", 1, "`timesteps` must be an integer of at least 1"),
     (f"{FLOWERS} --ema-decay 2", 1, "`ema_decay` must be in"),
     (f"{FLOWERS} --loss rose", 1, ".*rose"),
     (f"{FLOWERS} --schedule rose", 2, "argument --schedule: invalid choice: 'rose'"),
@@ -351,6 +346,7 @@ COMMANDS = [
 ]
 
 
+@pytest.mark.host
 @pytest.mark.parametrize(("line", "status", "message"), COMMANDS, ids=range(len(COMMANDS)))
 def test_bad_command_lines(tmp_path, monkeypatch, command_line, line, status, message):
     monkeypatch.chdir(tmp_path)

@@ -277,6 +277,7 @@ def test_a_network_that_never_answers(monkeypatch):
     end.set()
 
 
+@pytest.mark.host
 def test_oxford_flowers(data_dir):
     """8189 photographs without four duplicates. A tenth of each split is held out, and no image is in both parts."""
     train, validation = datasets.oxford_flowers(16, 1000, data_dir, labels=True)
@@ -289,6 +290,7 @@ def test_oxford_flowers(data_dir):
     assert len(batch[0]) == 819
 
 
+@pytest.mark.host
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
 def test_other_data_sets(data_dir, name):
     batches = datasets.from_tfds(name, "test[:100]", data_dir=data_dir, labels=True, batch_size=10)

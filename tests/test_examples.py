@@ -24,7 +24,7 @@ import keras_ddpm as kd
 
 README_CODE = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 SHORT = {"preset": "cpu", "grid_every": 1, "batch_size": 8, "epochs": 2, "steps_per_epoch": 2}
-TINY = {"image_size": 16, "width": 8, "width_multipliers": (1, 2), "groups": 4}
+TINY = {"image_size": 16, "width": 8, "width_multipliers": (1, 2), "num_blocks": 1, "groups": 4}
 
 
 def test_the_readmes_name_every_example():

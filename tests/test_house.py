@@ -14,6 +14,8 @@ import pytest
 
 import keras_ddpm as kd
 
+pytestmark = pytest.mark.host
+
 PACKAGE = pathlib.Path(kd.__file__).parent
 REPOSITORY = PACKAGE.parent
 
@@ -132,6 +134,14 @@ def test_private_names_of_others():
         found = {entry for entry in found if re.fullmatch(r"_[a-z]\w*", entry)}
         overridden = {n for n in own_here if re.match("_[a-z]", n) and text.count(n) == 1}  # nobody else calls it
         assert (found - own_here - own) | overridden == PRIVATE.get(name, set()), name
+
+
+def test_modules_for_one_backend_use_no_tensors():
+    """Marked as a whole by `host`, so JAX and PyTorch skip them."""
+    for path in REPOSITORY.glob("tests/test_*.py"):
+        text = path.read_text()
+        if "pytestmark = pytest.mark.host" in text and path.name != "test_house.py":
+            assert not re.search(r"\bops\b|DiffusionModel|\bmodel\b\(", text), path
 
 
 def test_every_fast_function_has_a_plain_one():

@@ -7,6 +7,8 @@ from PIL import Image
 
 from keras_ddpm import images, plots
 
+pytestmark = pytest.mark.host
+
 
 def read(path):
     with Image.open(path) as file:

@@ -91,6 +91,7 @@ def draws(data, schedule, sampler):
     return model_of(data, schedule, 50).sample(400, sampler, seed=0, batch_size=400).ravel().astype("float64")
 
 
+@pytest.mark.host
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("sampler", "bias"), ALL, ids=str)
 def test_moments_tend_to_those_of_the_data(sampler, bias, schedule):
@@ -98,6 +99,7 @@ def test_moments_tend_to_those_of_the_data(sampler, bias, schedule):
     assert abs(mean - 0.3) < 0.001 and abs(np.sqrt(variance) / 0.2 - 1) < bias
 
 
+@pytest.mark.host
 @pytest.mark.parametrize(
     "make",
     [
@@ -182,6 +184,7 @@ def test_order_of_convergence_to_the_probability_flow(data, make, low, high):
     assert low < order < high, errors
 
 
+@pytest.mark.host
 @pytest.mark.parametrize(
     ("sampler", "order"),
     [
@@ -213,6 +216,7 @@ def test_order_of_convergence(sampler, order):
     assert abs(-np.polyfit(np.log(steps), np.log(errors), 1)[0] - order) < 0.3, errors
 
 
+@pytest.mark.host
 @pytest.mark.parametrize(("even_in", "order"), [("sigma / alpha", 4), ("logarithm", 2)])
 def test_order_of_convergence_of_ipndm(even_in, order):
     """On Gaussian data, for steps that are even in sigma/alpha. The first three, of lower orders, are not made."""
@@ -255,6 +259,7 @@ def test_ipndm_is_the_papers(schedule, num_steps):
     np.testing.assert_allclose(got[0], x, atol=5e-4)
 
 
+@pytest.mark.host
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(
     ("make", "spacing", "few"),
@@ -292,6 +297,7 @@ def test_every_number_of_steps_beats_ddim(make, spacing, few, schedule):
 SHORT = schedules.linear(60)
 
 
+@pytest.mark.host
 @pytest.mark.parametrize(
     "schedule", [SHORT, schedules.cosine(60), schedules.straight(60), schedules.zero_terminal_snr(SHORT)]
 )
@@ -319,6 +325,7 @@ def test_any_number_of_steps_makes_as_many_calls(make, spacing, schedule):
         np.testing.assert_allclose(x, 0.25, rtol=1e-9)
 
 
+@pytest.mark.host
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("spacing", ["uniform", "logsnr", "karras"])
 def test_every_step_lands_on_the_next_visited_time(spacing, schedule):
@@ -336,6 +343,7 @@ def test_every_step_lands_on_the_next_visited_time(spacing, schedule):
                 np.testing.assert_allclose(x, schedule.alpha[s] * x_0 + schedule.sigma[s] * noise, atol=1e-7)
 
 
+@pytest.mark.host
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_large_variance_of_long_steps(schedule):
     """Mistake of others: the β of one step of the whole chain, also if N < T. A step from s to t adds 1 − α_t²/α_s²."""
@@ -361,7 +369,7 @@ def test_constant_data_by_any_prediction(make, schedule, prediction):
         y = diffusion.target(x_0, t, diffusion.predict_noise(x.astype("float32"), t, x_0))
         return keras.ops.convert_to_numpy(diffusion.predict_x0(x.astype("float32"), t, y)).astype("float64")
 
-    for num in (1, 2, 3, 5, 59, 60):
+    for num in (1, 2, 3, 5, 20):
         sampler = make(num)
         x, previous = np.array([[1.5, -0.7]]), (np.zeros((1, 2)),) * samplers.NUM_PREVIOUS
         for row in sampler.table(schedule):
@@ -373,12 +381,12 @@ def test_constant_data_by_any_prediction(make, schedule, prediction):
 
 def test_ddim_with_all_the_noise_samples_what_ddpm_does():
     model = model_of(TWO, "linear")
-    ddim, ddpm = samplers.DDIM(None, eta=1.0), samplers.DDPM()
-    x = model.sample(500, ddim, seed=0)
-    np.testing.assert_allclose(x, model.sample(500, ddpm, seed=0), atol=2e-5)
-    assert list(ddim.table(LINEAR)["t"]) == list(range(1000, 0, -1))
+    x = model.sample(500, samplers.DDIM(100, eta=1.0), seed=0)
+    np.testing.assert_allclose(x, model.sample(500, samplers.DDPM(100), seed=0), atol=2e-5)
+    assert list(samplers.DDIM(None, eta=1.0).table(LINEAR)["t"]) == list(range(1000, 0, -1))
 
 
+@pytest.mark.host
 def test_ddpm_coefficients_are_the_papers():
     """[Ho et al., 2020, Eq. 7], from betas alone."""
     betas = np.linspace(1e-4, 0.02, 1000)
@@ -399,6 +407,7 @@ def test_ddpm_coefficients_are_the_papers():
     np.testing.assert_allclose(half[1:] ** 2, np.sqrt(betas[1:] * std[1:] ** 2), rtol=1e-10)
 
 
+@pytest.mark.host
 def test_ddim_with_all_the_noise_is_ddpm():
     for num_steps in (None, 40):
         for schedule in SCHEDULES.values():
@@ -520,6 +529,7 @@ def test_a_corrector_leaves_the_predictor_its_memory():
         np.testing.assert_allclose(run(corrected, x, clipped), run(predictor, x, clipped), rtol=1e-9)
 
 
+@pytest.mark.host
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 50, 99, 100, None])
 @pytest.mark.parametrize("spacing", ["uniform", "logsnr", "karras"])
 @pytest.mark.parametrize("schedule", [schedules.linear(100), schedules.cosine(100), schedules.straight(100)])
@@ -540,6 +550,7 @@ def test_spacing_is_even_up_to_rounding(spacing, position):
     np.testing.assert_allclose(nodes[far], even[far], atol=0.02 * (nodes[0] - nodes[1]))
 
 
+@pytest.mark.host
 @pytest.mark.parametrize("sampler", [sampler for sampler, _ in ALL], ids=str)
 def test_evaluations_count_network_calls(sampler):
     assert len(sampler.table(LINEAR)) == (sampler.evaluations or 1000)

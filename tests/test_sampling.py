@@ -37,9 +37,9 @@ def test_samples_depend_on_seed_and_index_alone(model):
         assert np.array_equal(ten, model.sample(10, sampler, seed=1))
         assert not np.array_equal(ten, model.sample(10, sampler, seed=2))
         np.testing.assert_allclose(model.sample(4, sampler, seed=1), ten[:4], atol=1e-5)
-        many = model.sample(300, sampler, seed=3, batch_size=7)
+        many = model.sample(40, sampler, seed=3, batch_size=7)
         np.testing.assert_allclose(model.sample(4, sampler, seed=3)[2], many[2], atol=1e-5)
-        np.testing.assert_allclose(model.sample(4, sampler, seed=3, first=200), many[200:204], atol=1e-5)
+        np.testing.assert_allclose(model.sample(4, sampler, seed=3, first=30), many[30:34], atol=1e-5)
         _, x_t, _ = model.sample(10, sampler, seed=1, return_trajectory=2)
         assert len(np.unique(x_t[0].round(4), axis=0)) == 10  # before x_0 is clipped, into a corner now and then
     assert not np.array_equal(model.sample(2), model.sample(2))
@@ -106,7 +106,7 @@ def test_programs_are_reused_and_freed(fresh_model):
     calls = []
     predict_x0 = model.diffusion.predict_x0
     model.diffusion.predict_x0 = lambda *args: calls.append(args) or predict_x0(*args)
-    for num_steps in range(3, 50, 4):
+    for num_steps in range(3, 50, 9):
         for sampler in (kd.samplers.DDIM, kd.samplers.DPMSolver, kd.samplers.Heun, kd.samplers.DDPM):
             model.sample(2, sampler(num_steps))
     if keras.backend.backend() != "torch":  # whose loop is not compiled
@@ -143,26 +143,6 @@ def test_progress_bar(model, capsys):
     assert "20/20" in capsys.readouterr().out
     model.sample(3, kd.samplers.DDIM(10))
     assert capsys.readouterr().out == ""
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"num_samples": 0}, "num_samples=0"),
-        ({"num_samples": 2.0}, "num_samples=2.0"),
-        ({"num_samples": 2, "batch_size": 0}, "batch_size=0"),
-        ({"num_samples": 2, "seed": 1.5}, "seed=1.5"),
-        ({"num_samples": 2, "seed": -1}, "seed=-1"),
-        ({"num_samples": 2, "seed": "3"}, "seed='3'"),
-        ({"num_samples": True}, "num_samples=True"),
-        ({"num_samples": 2, "sampler": "ddim"}, "sampler='ddim'"),
-        ({"num_samples": 2, "sampler": kd.samplers.DDIM(51)}, "num_steps=51"),
-        ({"num_samples": 2, "return_trajectory": 51}, r"in 1..10, the number of steps. Received: return_trajectory=51"),
-    ],
-)
-def test_bad_sampling(model, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        model.sample(**arguments)
 
 
 def test_short_schedules_have_short_defaults(points):

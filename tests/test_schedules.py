@@ -8,6 +8,8 @@ import pytest
 
 from keras_ddpm import schedules
 
+pytestmark = pytest.mark.host
+
 
 def exact_alphas_cumprod(betas):
     """∏ (1 − β) for t = 0..T, rounded to 40 digits."""

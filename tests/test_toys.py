@@ -7,6 +7,8 @@ import pytest
 
 from keras_ddpm import images, toys
 
+pytestmark = pytest.mark.host
+
 # Kinds and pixels of the first eight flowers of 4x4 pixels of seed 5, as version 0.1 drew them.
 KINDS = [3, 0, 3, 4, 3, 2, 0, 1]
 PIXELS = """
