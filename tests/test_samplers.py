@@ -234,6 +234,14 @@ def test_order_of_convergence_of_ipndm(even_in, order):
     assert abs(-np.polyfit(np.log(steps), np.log(errors), 1)[0] - order) < 0.3, errors
 
 
+@functools.cache
+def clipping_model(schedule, clips_itself=False, clip_range=(-1, 1)):
+    """A model of three numbers whose network predicts that x_0 is x, or x clipped to [-1, 1]."""
+    inputs = keras.Input((3,)), keras.Input((), dtype="int32")
+    network = keras.Model(inputs, keras.ops.clip(inputs[0], -1, 1) if clips_itself else inputs[0])
+    return kd.DiffusionModel(network, kd.GaussianDiffusion(schedule, "x0", clip_range))
+
+
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 5, 12])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_ipndm_is_the_papers(schedule, num_steps):
@@ -252,9 +260,9 @@ def test_ipndm_is_the_papers(schedule, num_steps):
         mean = sum(w * noise for w, noise in zip(weights[len(noises)], noises))
         x = schedule.alpha[s] / schedule.alpha[t] * (x - schedule.sigma[t] * mean) + schedule.sigma[s] * mean
     np.testing.assert_allclose(run(sampler, start, clipped, schedule), x, rtol=1e-9)
-    network = keras.Input((3,)), keras.Input((), dtype="int32")
-    model = kd.DiffusionModel(keras.Model(network, network[0]), kd.GaussianDiffusion(schedule, "x0"))
-    got = model.run(sampling.Job(sampler.steps(schedule), lambda indices: start[None].astype("float32"), 1))
+    got = clipping_model(schedule).run(
+        sampling.Job(sampler.steps(schedule), lambda indices: start[None].astype("float32"), 1)
+    )
     # In float32. Where there is little signal, the noise that is remembered has large factors.
     np.testing.assert_allclose(got[0], x, atol=5e-4)
 
@@ -440,14 +448,12 @@ def run(sampler, x, denoise, schedule=LINEAR):
 
 def test_predictions_are_clipped_before_they_are_used_and_remembered():
     """As if the network had clipped them. They lie far outside for noise of three standard deviations."""
-    inputs = keras.Input((3,)), keras.Input((), dtype="int32")
-    start = np.array([[3.0, -0.4, 1.5]], "float32")
+    start, schedule = np.array([[3.0, -0.4, 1.5]], "float32"), schedules.cosine(50)
     for sampler in (DPM(8), DPM(8, order=3), UniPC(8), UniPC(8, order=3), samplers.IPNDM(8), samplers.Heun(8)):
         found = []
-        for y, clip_range in [(inputs[0], (-1, 1)), (keras.ops.clip(inputs[0], -1, 1), None), (inputs[0], None)]:
-            diffusion = kd.GaussianDiffusion(schedules.cosine(50), "x0", clip_range)
-            model = kd.DiffusionModel(keras.Model(inputs, y), diffusion)
-            found.append(model.run(sampling.Job(sampler.steps(diffusion.schedule), lambda indices: start, 1)))
+        for options in [(False, (-1, 1)), (True, None), (False, None)]:
+            model = clipping_model(schedule, *options)
+            found.append(model.run(sampling.Job(sampler.steps(schedule), lambda indices: start, 1)))
         np.testing.assert_allclose(found[0], found[1], atol=1e-5)
         assert np.abs(found[0] - found[2]).max() > 0.1, sampler
 
