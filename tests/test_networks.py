@@ -17,6 +17,7 @@ def randomized(network, seed=0):
     return network
 
 
+@pytest.mark.host
 @pytest.mark.parametrize(
     ("arguments", "count"),
     [
@@ -28,6 +29,7 @@ def test_parameter_counts_of_the_paper_and_of_the_keras_example(arguments, count
     assert networks.unet(**arguments).count_params() == count
 
 
+@pytest.mark.host
 def test_parameter_count_of_the_transformer():
     """The formula gives the published count of DiT-XL/2, which has fixed positions and twice the output channels."""
 
@@ -106,6 +108,7 @@ def test_any_shape(shape, attention):
     assert y.shape == x_t.shape and np.all(np.isfinite(y)) and np.std(y) > 0
 
 
+@pytest.mark.host
 def test_downsamples_by_level():
     """The resolution halves at each level, also if two levels have the same width, as in the paper."""
     network = networks.unet((32, 32, 3), 8, (1, 2, 2, 2), 1, groups=4)
