@@ -67,7 +67,9 @@ function readLink() {
     const field = fields[name];
     if (!field) return wrong(`The link has an unknown part "${name}".`);
     if (field.options) {
-      const option = [...field.options].find(({ text }) => text.toLowerCase() === value.toLowerCase());
+      const options = [...field.options];
+      const same = options.find(({ text }) => text === value);
+      const option = same ?? options.find(({ text }) => text.toLowerCase() === value.toLowerCase());
       if (!option && name === "num") return wrong(`The link asks for ${value} pictures. There are 1, 4, 9 or ${MOST} at a time.`);
       if (!option) return wrong(`There is no ${name} "${value}".`);
       field.value = option.value;
@@ -95,7 +97,8 @@ function draw(fill) {
   if (!form.reportValidity()) return;
   writeLink();
   const seed = Number(fields.seed.value);
-  const various = (index) => (seed * 7 + index * 37) % model.num_classes;
+  // Multiples of the golden ratio are spread evenly, however many there are.
+  const various = (index) => Math.floor((((seed * 7 + index) * 0.618034) % 1) * model.num_classes);
   const labelOf = (index) => (fields.label.value === "various" ? various(index) : Number(fields.label.value));
   const indices = Array.from({ length: Number(fields.num.value) }, (_, index) => index);
   job = {

@@ -12,13 +12,16 @@ Output files in --output:
     grid.png        the first 64 of them
     denoising.gif   with --gif: how 16 of them emerge from noise
     settings.json   what was asked for. Other settings need another folder.
+    model.json      which model drew: its contents. Another model at the same path draws all images anew.
 """
 
+import json
 import pathlib
 
 import common
 import keras
 import numpy as np
+from PIL import Image
 
 import keras_ddpm as kd
 
@@ -37,6 +40,15 @@ def labels_of(model, names, num):
         asked or np.arange(model.condition.num_classes), len(asked) or model.condition.num_classes
     )
     return np.resize(known, num)
+
+
+def drawn(path):
+    """The image that a file holds, as a uint8 array; `None` if there is no file, or it was not written to its end."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image)
+    except (OSError, SyntaxError):
+        return None
 
 
 def main(
@@ -82,19 +94,24 @@ def main(
     settings = {"model": str(model), "labels": [*labels], "guidance": guidance, "sampler": str(sampler), "seed": seed}
     common.check_settings(out, settings)
     path = lambda index: out / f"{index:05d}.png"
+    config = np.frombuffer(json.dumps(trained.get_config()).encode(), "uint8")
+    contents = {"contents": common.checksum(config, *trained.ema_weights)}
+    if not common.is_noted(out / "model.json", contents):
+        for old in out.glob("[0-9]*.png"):  # by another model
+            old.unlink()
+        common.write_note(out / "model.json", contents)
     progress = keras.utils.Progbar(num, unit_name="image")
     for first in range(0, num, BATCH):
         last = min(first + BATCH, num)
-        if not all(path(index).exists() for index in range(first, last)):
+        if any(drawn(path(index)) is None for index in range(first, last)):
             images = trained.sample(last - first, sampler, seed, first=first, **options(slice(first, last)))
             for index, image in zip(range(first, last), images):
                 kd.images.save(path(index), image)
         progress.update(last)
 
-    size, _, channels = trained.data_shape
-    scale = max(1, 128 // size)
-    drawn = [kd.images.from_uint8(kd.images.load(path(index), size, channels)) for index in range(min(num, 64))]
-    kd.images.save(out / "grid.png", kd.images.grid(np.stack(drawn), grid), scale)
+    scale = max(1, 128 // max(trained.data_shape[:2]))
+    first_ones = [drawn(path(index)).reshape(trained.data_shape) for index in range(min(num, 64))]
+    kd.images.save(out / "grid.png", kd.images.grid(kd.images.from_uint8(first_ones), grid), scale)
     if gif:
         few = min(num, 16)
         _, x_t, x_0 = trained.sample(few, sampler, seed, return_trajectory=steps, **options(slice(few)))

@@ -5,7 +5,7 @@ import numbers
 import random
 import textwrap
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,8 +33,22 @@ def reason(error: Exception) -> str:
 
 
 def text(name: Any) -> str:
-    """A name as text in Unicode's normal form C, in which equal names are equal. Bytes are UTF-8."""
-    return unicodedata.normalize("NFC", name.decode() if isinstance(name, bytes) else str(name))
+    """A name as one line of text in Unicode's normal form C, in which equal names are equal. Bytes are UTF-8."""
+    return " ".join(unicodedata.normalize("NFC", name.decode() if isinstance(name, bytes) else str(name)).split())
+
+
+def names(values: Any, num: int | None = None) -> tuple[str, ...]:
+    """The names of classes, as `text` gives them.
+
+    Raises:
+        ValueError: if they are not `num` different texts, or one is empty or holds control characters for a terminal.
+    """
+    found = tuple(text(value) for value in values if isinstance(value, (str, bytes)))
+    valid = len({*found}) == len(values) == (len(values) if num is None else num) and all(found)
+    valid = valid and not any(unicodedata.category(character) == "Cc" for character in "".join(found))
+    number = "" if num is None else f"{num} "
+    require(valid, f"`class_names` must be {number}different names without control characters", class_names=values)
+    return found
 
 
 def counts(low: int = 1, optional: bool = False, **values: Any) -> None:
@@ -47,6 +61,11 @@ def counts(low: int = 1, optional: bool = False, **values: Any) -> None:
 def is_count(value: Any, low: int = 1) -> bool:
     """Whether `value` is an integer, of Python or NumPy, and at least `low`."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(value >= low)
+
+
+def are_counts(values: Any) -> bool:
+    """Whether `values` are a list or another collection of integers of at least 1."""
+    return isinstance(values, Collection) and all(map(is_count, values))
 
 
 def is_between(value: Any, low: float, high: float) -> bool:

@@ -8,12 +8,15 @@ from keras import ops
 
 __all__ = ["Average"]
 
+HALF = {"bfloat16": "float32", "float16": "float32"}  # what replaces dtypes of half precision
+
 
 class Average:
     """A moving average of the network's weights.
 
     The n-th update of the optimizer (n = 0, 1, ...) has the decay min(max_decay, 1 − (1 + n)^(−3/4)). The first update
-    thus copies the weights, so the average does not contain the random initial weights.
+    thus copies the weights, so the average does not contain the random initial weights. Averages
+    of weights in half precision are float32, as their changes are too small for half precision.
 
     Args:
         network: a built `keras.Model`.
@@ -30,7 +33,7 @@ class Average:
         self.network = network
         self.max_decay = max_decay
         self.weights = [
-            add_weight(shape=v.shape, dtype=v.dtype, trainable=False, name=f"ema_{index}")
+            add_weight(shape=v.shape, dtype=HALF.get(v.dtype, v.dtype), trainable=False, name=f"ema_{index}")
             for index, v in enumerate(network.weights)
         ]
         for average, v in zip(self.weights, network.weights):
@@ -52,7 +55,7 @@ class Average:
         """The network's output with the averaged weights. `add_loss` gets the losses that layers add."""
         # An inner scope hides the values of an outer one. So this scope gets the values of all variables.
         values = [(v, v.value) for v in self.network.variables]
-        values += [(v, average.value) for v, average in zip(self.network.weights, self.weights)]
+        values += [(v, ops.cast(average, v.dtype)) for v, average in zip(self.network.weights, self.weights)]
         with keras.StatelessScope(values, collect_losses=add_loss is not None) as scope:
             y = self.network(list(inputs), training=False)
         if add_loss is not None:
@@ -67,6 +70,7 @@ def _move_averages(averages: list, variables: list, decay: Any) -> None:
     """
     for average, v in zip(averages, variables):
         if keras.backend.is_float_dtype(v.dtype):
-            average.assign(ops.where(decay < 1, v + decay * (average - v), average.value))
+            v, share = ops.cast(v, average.dtype), ops.cast(decay, average.dtype)
+            average.assign(ops.where(decay < 1, v + share * (average - v), average.value))
         else:
             average.assign(v)

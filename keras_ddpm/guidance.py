@@ -40,12 +40,8 @@ class Condition:
     class_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        names, num = self.class_names, self.num_classes
-        if names is not None:
-            found = tuple(_checks.text(name) for name in names if isinstance(name, (str, bytes)))
-            valid = len({*found}) == len(found) == len(names) == num
-            _checks.require(valid, f"`class_names` must be {num} different names", class_names=names)
-            object.__setattr__(self, "class_names", found)
+        if self.class_names is not None:
+            object.__setattr__(self, "class_names", _checks.names(self.class_names, self.num_classes))
 
     @classmethod
     def of(cls, network: keras.Model, class_names: Sequence[str] | None = None) -> "Condition | None":

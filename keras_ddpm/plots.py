@@ -66,7 +66,7 @@ def curves(axes: Axes, lines: dict[str, Any], **settings: Any) -> None:
     """
     for name, line in lines.items():
         x, y = line if isinstance(line, tuple) else (range(len(line)), line)
-        axes.plot(x, y, marker="." if len(x) < 50 else "", label=name)
+        axes.plot(x, y, marker="." if len(x) < 50 else "", label=_plain(name))
     axes.set(**settings)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -105,8 +105,13 @@ def table(path: str | pathlib.Path, rows: dict[str, dict[str, Any]], columns: in
     height = size * sum(heights) + 0.05 * len(rows) + 0.2 * max(name.count("\n") + bool(name) for name in names)
     with figure(path, len(rows), len(names), (width, height), squeeze=False, height_ratios=heights) as grid:
         for axes_of_row, (row, cells) in zip(grid, rows.items()):
-            axes_of_row[0].set_ylabel(row, rotation=0, ha="right", va="center", fontsize="small")
+            axes_of_row[0].set_ylabel(_plain(row), rotation=0, ha="right", va="center", fontsize="small")
             for axes, name in zip(axes_of_row, names):
                 show(cells[name], columns, axes)
         for axes, name in zip(grid[0], names):
-            axes.set_title(name, fontsize="small")
+            axes.set_title(_plain(name), fontsize="small")
+
+
+def _plain(name):
+    """A name as Matplotlib shows it, which takes text between two dollars for a formula."""
+    return name.replace("$", r"\$")

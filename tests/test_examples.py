@@ -760,7 +760,11 @@ def test_sample(tmp_path, monkeypatch, command_line):
     with Image.open("few/denoising.gif") as animation:
         assert animation.n_frames == 3  # of 4: the last two are equal in 8 bits, which makes them one
 
+    # A damaged image is drawn again, and the others are not.
+    whole = pathlib.Path("few/00002.png").read_bytes()
+    pathlib.Path("few/00002.png").write_bytes(whole[:60])
     status, _ = command_line("sample.py", *few, "--num", 40)
+    assert pathlib.Path("few/00002.png").read_bytes() == whole
     assert status == 0 and len([*pathlib.Path("few").glob("0*.png")]) == 40
     assert command_line("sample.py", *few, "--num", 32)[0] == 0
     for line, status, message in [
@@ -772,6 +776,26 @@ def test_sample(tmp_path, monkeypatch, command_line):
         (["--model", "nowhere.keras"], 1, "There is no model file nowhere.keras"),
     ]:
         check_error(command_line("sample.py", *line), status, message)
+
+    # Another model at the same path draws anew, and images of the old one are gone. Names count as the model, too.
+    for change in ({}, {"class_names": ["red rose", "lily", "tulip"]}):
+        model = kd.DiffusionModel.from_model(model, **change)
+        for v in model.ema_weights if not change else []:
+            v.assign(0.5 * v)
+        before = pathlib.Path("few/00000.png").stat().st_mtime_ns
+        model.save("model.keras")
+        assert command_line("sample.py", *few, "--num", 3)[0] == 0
+        assert pathlib.Path("few/00000.png").stat().st_mtime_ns > before
+        assert len([*pathlib.Path("few").glob("0*.png")]) == 3
+
+
+def test_samples_that_are_not_square(tmp_path, command_line):
+    network = kd.networks.unet((4, 12, 1), 8, (1,), 1, (), 4)
+    kd.DiffusionModel(network, kd.GaussianDiffusion(kd.schedules.cosine(25), "x0")).save(tmp_path / "wide.keras")
+    wide = ["--model", tmp_path / "wide.keras", "--num", 3, "--grid", 3, "--steps", 2, "--output", tmp_path / "wide"]
+    assert command_line("sample.py", *wide)[0] == 0
+    assert read(tmp_path / "wide" / "00002.png").shape[:2] == (4, 12)
+    assert read(tmp_path / "wide" / "grid.png").shape[:2] == (10 * (4 + 2 * 2), 10 * (3 * (12 + 2) + 2))
 
 
 @pytest.fixture

@@ -43,6 +43,9 @@ def test_a_trained_classifier_is_an_extractor():
     assert extractor(others[:3]).shape == (3, 128) and extractor.name == "classifier"
     with pytest.raises(ValueError, match="label for each"):
         features.train_classifier(others, labels[:5])
+    for wrong in (labels / 2, labels - 1.0 * labels.max(), labels - 1, labels.astype(str)):
+        with pytest.raises(ValueError, match="Labels must be integers from 0 on"):
+            features.train_classifier(others, wrong)
 
 
 def test_extractors(tmp_path):

@@ -453,7 +453,17 @@ def test_names_have_any_dtype_and_normal_form(known, asked):
         assert condition.array(form(asked), 3).tolist() == [0, 1, 2]
     assert condition.array(asked[2], 2).tolist() == [2, 2]
     assert condition.array(np.array([2, 0], object), 2).tolist() == [2, 0]
-    with pytest.raises(ValueError, match="3 different names"):
-        guidance.Condition((), 3, [COMPOSED[0], DECOMPOSED[0], "b"])
+    for names in (
+        [COMPOSED[0], DECOMPOSED[0], "b"],
+        ["a", "b", "a "],
+        ["a", "b", "\x1b[2J"],
+        ["a", "b", " "],
+        ["a", "b", 1],
+    ):
+        with pytest.raises(ValueError, match="`class_names` must be 3 different names without control characters"):
+            guidance.Condition((), 3, names)
+    with pytest.raises(ValueError, match="`class_names` must be different names"):
+        kd.datasets.Batches(np.zeros((4, 2)), np.zeros(4), 4, class_names=["a", "a"])
+    assert guidance.Condition((), 2, ["a\nb", "<b>&\u200c/.."]).class_names == ("a b", "<b>&\u200c/..")
     with pytest.raises(ValueError, match="There is no class 'cafe'. Similar names: café"):
         condition.array(["cafe", "b"], 2)

@@ -133,6 +133,7 @@ def test_tables_of_images(tmp_path):
     assert all(10_000 < len(place) for place in places)
     a, b, c, d = (np.median(place, axis=0) for place in places)
     assert b[1] > a[1] + 200 and d[1] > c[1] + 200 and c[0] > a[0] + 200 and d[0] > b[0] + 200
+    plots.table(tmp_path / "text.png", {r"$\none$": {r"$\none$": gray["a"]}})  # which is no formula
 
 
 def test_curves(tmp_path):

@@ -62,7 +62,8 @@ class Batches(keras.utils.PyDataset):
 
     def __post_init__(self) -> None:
         super().__init__()
-        self.class_names = None if self.class_names is None else [_checks.text(name) for name in self.class_names]
+        if self.class_names is not None:
+            self.class_names = list(_checks.names([*map(_checks.text, self.class_names)]))
         self.x = x = np.asarray(self.x)
         valid = _checks.is_count(self.batch_size) and self.batch_size <= len(x)
         _checks.require(valid, f"Expected a batch of 1..{len(x)}", batch_size=self.batch_size)

@@ -142,11 +142,14 @@ def train_classifier(x: ArrayLike, labels: ArrayLike, epochs: int = 5, verbose: 
         A compiled `keras.Model` from images to logits `(num, K)`, with a layer "features" of 128 units.
 
     Raises:
-        ValueError: if `x` is not an array of images, the images are too small, or the number of labels differs.
+        ValueError: if `x` is not an array of images, the images are too small, the number of labels differs, or labels
+            are not integers from 0 on.
     """
     x, labels = _checks.array(x, "x"), np.asarray(labels)
     valid = x.ndim == 4 and min(x.shape[1:3]) >= 6 and labels.shape == x.shape[:1]
     _checks.require(valid, "Expected images of at least 6x6 and a label for each", x=x.shape, labels=labels.shape)
+    valid = labels.dtype.kind in "iu" and labels.min() >= 0
+    _checks.require(valid, "Labels must be integers from 0 on", labels=labels)
     inputs = h = keras.Input(x.shape[1:])
     width = 32
     while min(h.shape[1:3]) > 6 or h is inputs:
@@ -157,5 +160,5 @@ def train_classifier(x: ArrayLike, labels: ArrayLike, epochs: int = 5, verbose: 
     classifier = keras.Model(inputs, keras.layers.Dense(int(labels.max()) + 1)(h), name="classifier")
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     classifier.compile("adam", loss, metrics=["accuracy"], jit_compile=devices.jit_compile())
-    classifier.fit(x, labels, batch_size=min(128, len(x)), epochs=epochs, verbose=verbose)
+    classifier.fit(x, labels.astype("int32"), batch_size=min(128, len(x)), epochs=epochs, verbose=verbose)
     return classifier

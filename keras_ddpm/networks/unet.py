@@ -62,8 +62,10 @@ def unet(
     Reference: Ho et al., 2020, appendix B.
     """
     _checks.counts(width=width, num_blocks=num_blocks, groups=groups, patch_size=patch_size)
-    valid = len(width_multipliers) and all(map(_checks.is_count, width_multipliers))
+    valid = _checks.are_counts(width_multipliers) and len(width_multipliers)
     _checks.require(valid, "Expected one or more positive integers", width_multipliers=width_multipliers)
+    valid, needed = _checks.are_counts(attention_resolutions), "Expected a sequence of positive integers"
+    _checks.require(valid, needed, attention_resolutions=attention_resolutions)
     _checks.require(_checks.is_between(dropout, 0, 1) and dropout < 1, "`dropout` must be in [0, 1)", dropout=dropout)
     widths = [width * multiplier for multiplier in width_multipliers]
     divided = all(channels % groups == 0 for channels in widths)

@@ -1,0 +1,54 @@
+"""The source of the page of examples/demo.py, without a browser. `test_demo.py` opens it in one."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+DEMO = ROOT / "demo"
+
+
+def test_names_are_text_and_the_page_runs_its_own_scripts_alone():
+    """A name of a class may look like HTML. The policy forbids scripts in the page and of other hosts."""
+    source = "".join((DEMO / name).read_text() for name in ("page.js", "worker.js", "diffusion.js"))
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|createContextualFragment|eval\(", source
+    )
+    page = (DEMO / "index.html").read_text()
+    (policy,) = re.findall(r'http-equiv="Content-Security-Policy"\s+content="(.*?)"', page)
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules["default-src"] == "'self'" and "unsafe-inline" not in policy and "*" not in policy
+    assert rules["script-src"] == "'self' 'wasm-unsafe-eval'"
+    assert not re.search(r"<script(?! [^>]*src=)|<style| style=| on\w+=", page)
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="needs Node.js")
+def test_various_pictures_and_links_to_classes():
+    """Pictures of different kinds for any number of classes, and links that tell "A" from "a"."""
+    source = (DEMO / "page.js").read_text()
+    various = re.search(r"const various = (.*);", source).group(1)
+    find = re.search(r"const options = .*\n((?:.*\n){2})", source).group(1)
+    script = f"""
+    const kinds = [];
+    for (const num_classes of [2, 3, 5, 10, 37, 74, 102, 1000]) {{
+      for (const seed of [0, 3, 12345, 4294967295]) {{
+        const model = {{ num_classes }}, various = {various};
+        const sixteen = Array.from({{ length: 16 }}, (_, index) => various(index));
+        kinds.push([num_classes, new Set(sixteen.slice(0, 4)).size, new Set(sixteen).size, Math.max(...sixteen)]);
+      }}
+    }}
+    const found = ["A", "a", "ROSE"].map((value) => {{
+      const options = ["a", "A", "rose"].map((text) => ({{ text }}));
+      {find}
+      return option.text;
+    }});
+    console.log(JSON.stringify([kinds, found]));
+    """
+    done = subprocess.run(["node", "-e", script], capture_output=True, text=True, check=True)
+    kinds, found = json.loads(done.stdout)
+    for num_classes, of_four, of_sixteen, largest in kinds:
+        assert of_four >= (2 if num_classes < 5 else 3) and of_sixteen >= min(num_classes, 14) and largest < num_classes
+    assert found == ["A", "a", "rose"]
