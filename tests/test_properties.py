@@ -49,7 +49,7 @@ def make_model(shape, schedule, prediction, policy):
     """A model whose network is cheap and not zero."""
     keras.config.set_dtype_policy(policy)
     x, t = keras.Input(shape), keras.Input((), dtype="int32")
-    network = keras.Model([x, t], keras.layers.Dense(shape[-1], dtype="float32")(keras.layers.Dense(2)(x)))
+    network = keras.Model([x, t], keras.layers.Dense(shape[-1], dtype="float32")(x))
     return kd.DiffusionModel(network, kd.GaussianDiffusion(schedule, prediction), seed=0)
 
 
