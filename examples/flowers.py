@@ -209,7 +209,6 @@ def train(
         validation_data=validation,
         verbose="auto",
         callbacks=[
-            kd.callbacks.EMAWeights(),
             kd.callbacks.SampleGrid(out / "samples/{epoch:04d}.png", every=grid_every, scale=scale, **asked(16)),
             keras.callbacks.CSVLogger(out / "history.csv"),
             keras.callbacks.ModelCheckpoint(out / "model.keras"),

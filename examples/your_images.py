@@ -84,7 +84,7 @@ def main(
         epochs,
         checkpoints=out / "checkpoints",
         validation_data=held_out,
-        callbacks=[kd.callbacks.EMAWeights(), kd.callbacks.SampleGrid(out / "samples/{epoch:04d}.png")],
+        callbacks=[kd.callbacks.SampleGrid(out / "samples/{epoch:04d}.png")],
     )
     model.save(out / "model.keras")
     kd.plots.loss(out / "loss.png", history)

@@ -7,6 +7,7 @@ import importlib
 import json
 import shutil
 import threading
+import time
 
 import keras
 import numpy as np
@@ -71,7 +72,7 @@ def opened(browser, address, **options):
     page.on("request", lambda request: hosts.append(request.url))
     page.goto(address)
     settled = "!document.getElementById('draw').disabled || document.querySelector('#status.wrong')"
-    page.wait_for_function(settled)
+    until(page, settled)
     yield page
     context.close()
     own = address.partition("#")[0]
@@ -79,8 +80,16 @@ def opened(browser, address, **options):
     assert not heard, heard
 
 
+def until(page, condition, seconds=30):
+    """Waits for a condition. The page's policy forbids `wait_for_function`, which the page itself evaluates."""
+    end = time.monotonic() + seconds
+    while not page.evaluate(condition):
+        assert time.monotonic() < end, condition
+        time.sleep(0.05)
+
+
 def wait(page):
-    page.wait_for_function("document.getElementById('stop').disabled")
+    until(page, "document.getElementById('stop').disabled")
     return page.inner_text("#status")
 
 

@@ -68,9 +68,7 @@ def test_onnx_runtime_samples_what_the_model_samples(tmp_path, kind):
         if name == "noise":
             continue
         got = onnx_sampling.sample(folder, "sample", name, x_t, labels)
-        asked = kd.guidance.Guidance(interval=guidance.get("guidance_interval"))
-        scale = guidance.get("guidance_scale", 1.0)
-        expected = model.sample(3, sampler, seed=3, labels=labels, guidance_scale=scale, guidance=asked)
+        expected = model.sample(3, sampler, seed=3, labels=labels, **guidance)
         np.testing.assert_allclose(got, expected, atol=1e-3 * np.abs(expected).max(), err_msg=name)
     described = json.loads((folder / "model.json").read_text())
     assert described["shape"] == list(SHAPE) and described["opset"] == kd.export._OPSET

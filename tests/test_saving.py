@@ -167,7 +167,7 @@ def test_export_holds_the_average(tmp_path, model, points):
     served = exported.serve([points[:4], np.arange(4, dtype="int32")])
     expected = model.average.predict(points[:4], np.arange(4))
     assert np.allclose(served, expected, atol=1e-6)
-    assert not np.allclose(served, model((points[:4], np.arange(4))), atol=1e-4)
+    assert not np.allclose(served, model.network([points[:4], np.arange(4)]), atol=1e-4)
 
 
 def test_a_save_that_fails_leaves_the_file_before(tmp_path, model, monkeypatch):
