@@ -30,7 +30,7 @@ TORCH = BACKEND == "torch"
 
 # How many programs the whole suite may compile: steps of training, evaluation and prediction that Keras traces.
 # Compiling takes most of the time, so a test that needs one more asks which one could go.
-BUDGET = {"tensorflow": 1000, "jax": 1000, "torch": 0}
+BUDGET = {"tensorflow": 450, "jax": 500, "torch": 0}
 PROGRAMS = dict.fromkeys(("train_step", "test_step", "predict_step"), 0)
 
 
