@@ -71,7 +71,7 @@ def main(
     seed=0,
     data_dir: str | None = None,
     image_size=32,
-    width=32,
+    width=48,
     epochs=10,
     steps_per_epoch=150,
     judge: str | None = None,
@@ -103,7 +103,9 @@ def main(
         train.x, condition, min(32, len(x)), flip=True, steps_per_epoch=steps_per_epoch, seed=seed
     )
 
-    network = kd.networks.unet(x.shape[1:], width, (1, 2, 3), 1, (image_size // 4,), image_channels=condition.shape[-1])
+    network = kd.networks.unet(
+        x.shape[1:], width, (1, 2, 3), 1, (image_size // 8,), patch_size=2, image_channels=condition.shape[-1]
+    )
     model = kd.DiffusionModel(network, kd.GaussianDiffusion(prediction="v"), 0.995, seed=seed)
     common.train(model, batches, epochs, checkpoints=out / "checkpoints")
     model.save(out / "model.keras")

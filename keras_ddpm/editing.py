@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-
 from keras import ops
 
 from keras_ddpm import _checks, samplers

@@ -68,7 +68,7 @@ class Sampler:
     def evaluations(self) -> int | None:
         """Number of network calls in a run; `None` if it depends on T.
 
-        `Heun` and `Langevin` make fewer calls if the schedule has no signal at T.
+        `Heun` and `Langevin` make fewer calls if the schedule has hardly any signal at T.
         """
         return self.num_steps
 
@@ -297,17 +297,19 @@ class IPNDM(Sampler):
     def coefficients(self, alpha_t: Array, sigma_t: Array, alpha_s: Array, sigma_s: Array) -> Columns:
         columns = DDIM().coefficients(alpha_t, sigma_t, alpha_s, sigma_s)
         shares = np.zeros((1 + NUM_PREVIOUS, len(alpha_t)))
+        length = alpha_s * sigma_t / alpha_t - sigma_s
         for i in range(len(alpha_t)):
-            num = min(1 + NUM_PREVIOUS, i + 1 - (alpha_t[0] == 0)) if sigma_s[i] > 0 else 1
+            num = min(1 + NUM_PREVIOUS, i + 1 - (alpha_t[0] == 0)) if 0 < sigma_s[i] and length[i] < FARTHEST else 1
             shares[:num, i] = _shares([-float(k) for k in range(num)], decay=0.0)
         shares[0] -= 1  # the noise of this call alone makes the step of DDIM
-        from_noise, *from_previous = (sigma_s - alpha_s * sigma_t / alpha_t) * shares
+        from_noise, *from_previous = -length * shares
         noise = {"x": 1 / sigma_t, "x_0": -alpha_t / sigma_t}
         changed = {f"from_{name}": columns[f"from_{name}"] + from_noise * share for name, share in noise.items()}
         remembered = {f"remember_{name}": share for name, share in noise.items()}
         return columns | changed | remembered | {"from_previous": from_previous}
 
 
+FARTHEST = 4.0  # the largest sum of the sizes of shares with which predictions are extrapolated
 QUADRATURE = np.polynomial.legendre.leggauss(32)  # places and weights, for polynomials times an exponential
 
 
@@ -323,7 +325,10 @@ def _multistep(
     for i in range(len(signal)):
         num = min(order, i + 1 - np.isinf(signal[0]), len(signal) - i)
         earlier = [(signal[i - k] - signal[i]) / (signal[i + 1] - signal[i]) for k in range(1, num)]
-        yield [0.0, *earlier], decay[i] if np.isfinite(decay[i]) else 0.0
+        nodes = [0.0, *earlier]
+        while len(nodes) > 2 and np.abs(_shares(nodes, decay[i])).sum() > FARTHEST:
+            nodes.pop()
+        yield nodes, decay[i] if np.isfinite(decay[i]) else 0.0
 
 
 def _shares(nodes: list, decay: float) -> Array:
@@ -341,11 +346,11 @@ def _shares(nodes: list, decay: float) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Heun(Sampler):
-    """Heun's second-order method in sigma/alpha: a step of DDIM, corrected with the x_0 predicted at its end.
+    """Heun's second-order method in the log-SNR: a step of DDIM, corrected with the x_0 predicted at its end.
 
     Each step calls the network twice. The last step calls it once. So does the first step if the schedule has no signal
-    at T. Use "logsnr" and some 20 steps on a schedule like `cosine`. Its sigma/alpha at T is in the thousands, so with
-    "uniform" or fewer steps, the first ones are too long.
+    at T. The correction integrates a straight line in λ = log(alpha/sigma) exactly. So it is stable in steps of any
+    length, in which the mean of two slopes in sigma/alpha, as Karras et al. take it, grows without bounds.
 
     Args:
         num_steps: number of steps; `None` for all T.
@@ -357,7 +362,8 @@ class Heun(Sampler):
     Raises:
         ValueError: if `num_steps`, `churn` or `spacing` is invalid.
 
-    Reference: Karras et al., 2022, algorithm 1; with churn, algorithm 2.
+    Reference: Karras et al., 2022, algorithm 1, in the form of Cox and Matthews, 2002 ("Exponential time differencing
+        for stiff systems"), Eq. 22; with churn, algorithm 2.
     """
 
     num_steps: int | None = 20
@@ -380,8 +386,9 @@ class Heun(Sampler):
             from_x = sigma[s] / sigma[t]
             rows = [row(t, from_x=from_x, from_x_0=alpha[s] - alpha[t] * from_x)]
             if s > 0 and alpha[t] > 0:
-                # Replaces the slope at t by the mean of the slopes at t and s, which is linear in the two x_0.
-                gain = alpha[s] / 2 * (alpha[s] * sigma[t] / (sigma[s] * alpha[t]) - 1)
+                # Gives the x_0 at s its share in place of that of the x_0 at t.
+                decay = np.log(alpha[s] * sigma[t] / (sigma[s] * alpha[t]))
+                gain = rows[0]["from_x_0"] * (1 / -np.expm1(-decay) - 1 / decay)
                 rows.append(row(s, from_x=1.0, from_x_0=gain, from_previous=[-gain]))
             if start > s:
                 rows[-1] = add_noise_back(rows[-1], schedule, s, start)
@@ -407,7 +414,7 @@ class Langevin(Sampler):
 
     Its samples are exact in the limit of small steps and many updates. With a step_size of 0.1 the variance at a noise
     level is at most 5.3 % too large. Without a predictor, it keeps x/alpha from one level to the next and returns the
-    x_0 predicted at the last level.
+    x_0 predicted at the last level. Where alpha grows more than tenfold, a step of DDIM takes the place of the updates.
 
     Args:
         num_steps: number of noise levels; `None` for all T. With a predictor, it must be `None`.
@@ -464,13 +471,14 @@ class Langevin(Sampler):
             return steps
         times = self.timesteps(schedule)
         steps = [self._updates(schedule, t) for t in times[:-1]]
-        for rows, t, s in zip(steps, times, times[1:-1]):
-            if schedule.alpha[t] > 0:
+        descent = DDIM(self.num_steps, spacing=self.spacing).steps(schedule)
+        for i, (t, s) in enumerate(itertools.pairwise(times[:-1])):
+            if schedule.alpha[s] > 10 * schedule.alpha[t]:  # a few updates would not shrink x/alpha as much
+                steps[i] = descent[i]
+            else:
                 for name in ("from_x", "from_x_0", "std"):
-                    rows[name][-1] *= schedule.alpha[s] / schedule.alpha[t]
+                    steps[i][name][-1] *= schedule.alpha[s] / schedule.alpha[t]
         steps[-1] = np.concatenate([steps[-1], row(times[-2:-1], from_x_0=1.0)])
-        if schedule.alpha[-1] == 0:
-            steps[0] = DDIM(self.num_steps, spacing=self.spacing).steps(schedule)[0]
         return steps
 
     def _updates(self, schedule: Schedule, t: int, keep: float = 0.0) -> Array:
