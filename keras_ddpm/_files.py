@@ -40,13 +40,17 @@ def replacing(path: pathlib.Path, temporary: pathlib.Path) -> Iterator[pathlib.P
 
 
 @contextlib.contextmanager
-def locked(folder: pathlib.Path) -> Iterator[None]:
+def locked(folder: pathlib.Path, waits: bool = False) -> Iterator[None]:
     """A context in which a folder, made if it is missing, belongs to one run. A kill ends it, too.
 
     Windows and some network disks have no such locks.
 
+    Args:
+        folder: the folder.
+        waits: whether to wait until it belongs to no other run.
+
     Raises:
-        ValueError: if it belongs to another run.
+        ValueError: if it belongs to another run, unless `waits`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
@@ -54,7 +58,7 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
             number = os.open(folder, os.O_RDONLY)
             stack.callback(os.close, number)
             try:
-                fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(number, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 _checks.require(not isinstance(error, BlockingIOError), f"Another run uses the folder {folder}")
         yield
