@@ -74,16 +74,13 @@ class Checkpoint(keras.callbacks.Callback):
         self.keep = keep
 
     @contextlib.contextmanager
-    def running(
-        self, model: keras.Model, callbacks: list, initial_epoch: int = 0, earlier_epochs: int = 0
-    ) -> Iterator[tuple[int, int]]:
-        """A context in which `fit` runs. It yields the last two arguments. `DiffusionModel.fit` calls it.
+    def running(self, model: keras.Model, callbacks: list, begin: tuple[int, int]) -> Iterator[tuple[int, int]]:
+        """A context in which `fit` runs. It yields where the run begins. `DiffusionModel.fit` calls it.
 
         Args:
             model: the compiled model.
             callbacks: the other callbacks, whose state belongs to a checkpoint.
-            initial_epoch: the first epoch if there is no checkpoint.
-            earlier_epochs: epochs of the data in earlier calls of `fit`, if there is no checkpoint.
+            begin: the first epoch and the epochs of the data in earlier calls of `fit`, if there is no checkpoint.
         """
         rival = any(isinstance(callback, keras.callbacks.BackupAndRestore) for callback in callbacks)
         _checks.require(not rival, "Give `Checkpoint` or `BackupAndRestore`, as each sets the first epoch")
@@ -96,14 +93,13 @@ class Checkpoint(keras.callbacks.Callback):
         lock = _files.locked(self.folder) if replicas.is_chief() else contextlib.nullcontext()
         with lock, contextlib.ExitStack() as self._skipping, contextlib.ExitStack() as self._handlers:
             self._pending = self._newest(model)
-            if self._pending:
-                initial_epoch, earlier_epochs = self._resumed()
-            self._earlier_epochs = earlier_epochs
+            begin = self._resumed() if self._pending else begin
+            self._earlier_epochs = begin[1]
             for number, own in handlers.items():
                 if signal.getsignal(number) == own:
                     self._handlers.callback(signal.signal, number, own)
                     signal.signal(number, self._on_signal)
-            yield initial_epoch, earlier_epochs
+            yield begin
 
     def _resumed(self):
         """The first epoch, and how many epochs the data had before it. Says which callbacks begin anew."""
