@@ -228,8 +228,8 @@ class DiffusionModel(keras.Model):
         if len(self.data_shape) == 3 and self.diffusion.clip_range == (-1, 1) and 0 <= first.min() < first.max():
             warnings.warn("The images lie in [0, 1]. Expected [-1, 1]: scale them with 2 * x - 1", stacklevel=2)
         if given.get("validation_data") is not None:
-            *x_y, of_examples = keras.utils.unpack_x_y_sample_weight(given["validation_data"])
-            x, y, *_ = self._opened(*x_y, of_examples)
+            x, y, of_examples = keras.utils.unpack_x_y_sample_weight(given["validation_data"])
+            x, y, *_ = self._opened(x, y, of_examples)
             given["validation_data"] = x if y is None else (x, y, of_examples)
         if self.condition:
             named = self.condition.named(getattr(given["x"], "class_names", None))

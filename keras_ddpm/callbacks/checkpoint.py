@@ -11,6 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import keras
 import numpy as np
@@ -85,8 +86,8 @@ class Checkpoint(keras.callbacks.Callback):
         rival = any(isinstance(callback, keras.callbacks.BackupAndRestore) for callback in callbacks)
         _checks.require(not rival, "Give `Checkpoint` or `BackupAndRestore`, as each sets the first epoch")
         self._callbacks = _named(callbacks)
-        self._signal = self._position = None
-        self._stopped = False
+        self._position: Any = None  # of the next batch: epoch and number
+        self._signal, self._stopped = None, False
         self._time = time.monotonic()
         alone = threading.current_thread() is threading.main_thread() and not replicas.several()
         handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL} if alone else {}
