@@ -133,17 +133,19 @@ class Condition:
         labels = self.part("label")
         return labels and labels.null
 
-    def by_name(self, values: Any, complete: bool = True) -> dict:
+    def by_name(self, values: Any, images: Any = None, complete: bool = True) -> dict:
         """Conditions as a dict by name.
 
         Args:
             values: a dict by name, or an array that stands for the first part; `None` for nothing.
+            images: the part "image", if it is not in `values`.
             complete: whether all parts must be there, as in data.
 
         Raises:
             ValueError: if there is a part that the network does not take, or one is missing.
         """
         found = values if isinstance(values, dict) else {} if values is None else {self.given[0]: values}
+        found = found if images is None else found | {"image": images}
         fits = {*found} == {*self.given} if complete else {*found} <= {*self.given}
         _checks.require(fits, f"The network has the conditions {[*self.given]}", received=[*found])
         return found
@@ -242,6 +244,7 @@ def seen(images: Any, levels: Any, noise: Any, size: Sequence[int]) -> Any:
     Reference: Ho et al., 2022 ("Cascaded diffusion models"), section 4.2.
     """
     if noise is not None:
+        images, levels, noise = map(ops.convert_to_tensor, (images, levels, noise))
         angles = ops.reshape(levels, (-1, 1, 1, 1)) * (np.pi / 2)
         images = ops.cos(angles) * images + ops.sin(angles) * noise
     size = tuple(size[:2])
@@ -363,8 +366,8 @@ def guided(predict: Callable, predict_both: Callable, sometimes: bool) -> Callab
         sometimes: whether the scale may be 1. In such calls only `predict` is called.
 
     Returns:
-        Function from x `(batch, ...)`, t `(batch,)`, the conditions, the scale and the rescaling (scalar tensors) to the
-        guided output.
+        Function from x `(batch, ...)`, t `(batch,)`, the conditions, the scale and the rescaling (scalar tensors) to
+        the guided output.
     """
 
     def predict_guided(*arguments: Any) -> Any:

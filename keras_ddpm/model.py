@@ -50,10 +50,11 @@ class DiffusionModel(keras.Model):
     """A denoising diffusion probabilistic model.
 
     `fit` and `evaluate` take batches of clean data x_0, `(batch, ...)`, or tuples `(x_0, condition)`. A condition is an
-    array of labels, vectors or images, or a dict by the names of the network's inputs, such as `{"label": y, "image":
-    low}`. Images may be smaller than x_0. A network without a condition ignores it. Sample weights and class weights multiply the loss. Each step draws t and noise and
-    passes the regression problem (x_t, t) -> target to the training step of Keras. `compile` thus takes any loss,
-    metric and optimizer of Keras. `evaluate` draws the same t and noise at each call.
+    array of labels, vectors or images, or a dict by the names of the network's inputs, such as `{"label": labels,
+    "image": images}`. Condition images may be smaller than x_0. A network without a condition ignores it. Sample
+    weights and class weights multiply the loss. Each step draws t and noise and passes the regression problem
+    (x_t, t) -> target to the training step of Keras. `compile` thus takes any loss, metric and optimizer of Keras.
+    `evaluate` draws the same t and noise at each call.
 
     The model keeps an exponential moving average of the network's weights (`ema.Average`). `sample` and
     `evaluate` use the average. `save` stores both.
@@ -460,7 +461,7 @@ class DiffusionModel(keras.Model):
         _checks.require(condition or not wanted, "The network has no condition", **wanted)
         given, inputs = {}, ()
         if condition:
-            given = condition.by_name(labels, complete=False) | ({} if images is None else {"image": images})
+            given = condition.by_name(labels, images, complete=False)
             noise = functools.partial(loop.noise, seed=job.seed, indices=indices, stream=(1,))
             inputs = condition.arrays(given, job.num, image_noise, noise)
         inputs, columns, nulls, guided_calls = asked.resolve(condition, given, inputs, guidance_scale, times)

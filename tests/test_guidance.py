@@ -465,6 +465,9 @@ def test_names_have_any_dtype_and_normal_form(known, asked):
             guidance.Condition(LABEL, names)
     with pytest.raises(ValueError, match="`class_names` must be different names"):
         kd.datasets.Batches(np.zeros((4, 2)), np.zeros(4), 4, class_names=["a", "a"])
-    assert guidance.Condition((guidance.Part("label", (), 2),), ["a\nb", "<b>&\u200c/.."]).class_names == ("a b", "<b>&\u200c/..")
+    assert guidance.Condition((guidance.Part("label", (), 2),), ["a\nb", "<b>&\u200c/.."]).class_names == (
+        "a b",
+        "<b>&\u200c/..",
+    )
     with pytest.raises(ValueError, match="There is no class 'cafe'. Similar names: café"):
         condition.array(["cafe", "b"], 2)
