@@ -51,16 +51,17 @@ def names(values: Any, num: int | None = None) -> tuple[str, ...]:
     return found
 
 
-def counts(low: int = 1, optional: bool = False, **values: Any) -> None:
-    """Raises ValueError unless every value is an integer of at least `low`, or `None` if they are optional."""
+def counts(low: int = 1, high: float = np.inf, optional: bool = False, **values: Any) -> None:
+    """Raises ValueError unless every value is an integer in low..high, or `None` if they are optional."""
+    wanted = f"of at least {low}" if high == np.inf else f"in {low}..{high}"
     for name, value in values.items():
-        valid = is_count(value, low) or (optional and value is None)
-        require(valid, f"`{name}` must be an integer of at least {low}", **{name: value})
+        valid = is_count(value, low, high) or (optional and value is None)
+        require(valid, f"`{name}` must be an integer {wanted}", **{name: value})
 
 
-def is_count(value: Any, low: int = 1) -> bool:
-    """Whether `value` is an integer, of Python or NumPy, and at least `low`."""
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(value >= low)
+def is_count(value: Any, low: int = 1, high: float = np.inf) -> bool:
+    """Whether `value` is an integer, of Python or NumPy, in low..high."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(low <= value <= high)
 
 
 def are_counts(values: Any) -> bool:
@@ -93,7 +94,7 @@ def seed(value: int | None) -> int:
     """
     if value is None:
         return random.randrange(2**31)
-    require(is_count(value, low=0) and value < 2**32, "`seed` must be an integer in 0..2³² − 1", seed=value)
+    require(is_count(value, 0, 2**32 - 1), "`seed` must be an integer in 0..2³² − 1", seed=value)
     return int(value)
 
 

@@ -40,13 +40,17 @@ def replacing(path: pathlib.Path, temporary: pathlib.Path) -> Iterator[pathlib.P
 
 
 @contextlib.contextmanager
-def locked(folder: pathlib.Path) -> Iterator[None]:
+def locked(folder: pathlib.Path, waits: bool = False) -> Iterator[None]:
     """A context in which a folder, made if it is missing, belongs to one run. A kill ends it, too.
 
     Windows and some network disks have no such locks.
 
+    Args:
+        folder: the folder.
+        waits: whether to wait until it belongs to no other run.
+
     Raises:
-        ValueError: if it belongs to another run.
+        ValueError: if it belongs to another run, unless `waits`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
@@ -54,7 +58,7 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
             number = os.open(folder, os.O_RDONLY)
             stack.callback(os.close, number)
             try:
-                fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(number, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 _checks.require(not isinstance(error, BlockingIOError), f"Another run uses the folder {folder}")
         yield
@@ -72,29 +76,34 @@ def bounded(archive: zipfile.ZipFile, ratio: int, floor: int) -> None:
         _checks.require(entry.file_size <= most, f"{entry.filename} unpacks to too much", bytes=entry.file_size)
 
 
-def arrays(path: str | pathlib.Path) -> dict[str, np.ndarray]:
+def arrays(path: str | pathlib.Path, ratio: int = 100, floor: int = 2**32) -> dict[str, np.ndarray]:
     """Reads an `.npz` file: its arrays by name. The array of an `.npy` file is mapped into memory, and called "x".
+
+    Args:
+        path: the file.
+        ratio, floor: as in `bounded`.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged, holds objects or records, or an array is larger than its part of the file.
+        ValueError: if it is damaged, holds objects or records, or an array is not as large as its part of the file.
     """
     regular(path)
     try:
-        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return {"x": loaded}
-        with loaded:
-            bounded(loaded.zip, ratio=100, floor=2**32)
-            for entry in loaded.zip.infolist():
-                with loaded.zip.open(entry) as stream:
-                    version = np.lib.format.read_magic(stream)
-                    is_first = version == (1, 0)
-                    read = np.lib.format.read_array_header_1_0 if is_first else np.lib.format.read_array_header_2_0
-                    shape, _, dtype = read(stream)
-                fits = not dtype.hasobject and math.prod(shape) * dtype.itemsize <= entry.file_size
-                _checks.require(fits, f"{entry.filename} must be an array of numbers", dtype=dtype, shape=shape)
-            return dict(loaded)
+        with open(path, "rb") as stream:
+            if stream.peek(2)[:2] != b"PK":  # which a zip file begins with
+                return {"x": np.load(path, mmap_mode="r", allow_pickle=False)}
+            with np.load(stream, allow_pickle=False) as loaded:
+                bounded(loaded.zip, ratio, floor)
+                for entry in loaded.zip.infolist():
+                    with loaded.zip.open(entry) as part:
+                        is_first = np.lib.format.read_magic(part) == (1, 0)
+                        read = np.lib.format.read_array_header_1_0 if is_first else np.lib.format.read_array_header_2_0
+                        shape, _, dtype = read(part)
+                        size = part.tell() + math.prod(shape) * dtype.itemsize
+                    # An array of another size would leave a rest, and then `zipfile` does not look at the checksum.
+                    fits = not dtype.hasobject and size == entry.file_size
+                    _checks.require(fits, f"{entry.filename} must be an array of numbers", dtype=dtype, shape=shape)
+                return dict(loaded)
     except FileNotFoundError:
         raise
     except Exception as error:  # a damaged file may raise anything

@@ -93,8 +93,8 @@ def pairs(
     """
     refused = {"first", "return_trajectory", "image_noise"} & set(options)
     _checks.require(not refused, "Pairs are all of the samples, from index 0 on", **options)
-    _checks.counts(num_pairs=num_pairs, batch_size=batch_size)
-    _checks.require(batch_size <= num_pairs, f"Expected a batch of 1..{num_pairs}", batch_size=batch_size)
+    _checks.counts(num_pairs=num_pairs)
+    _checks.counts(high=num_pairs, batch_size=batch_size)
     _checks.counts(low=0, seed=seed)
     sampler = sampler or samplers.DPMSolver(min(20, model.diffusion.timesteps))
     noisy = np.any(sampler.table(model.diffusion.schedule)["std"])

@@ -302,7 +302,6 @@ def interpolate(
     images_a: Any,
     images_b: Any,
     num: int,
-    seed: int | None = None,
     *,
     num_steps: int | None = None,
     **options,
@@ -314,7 +313,6 @@ def interpolate(
         images_a: `(batch, height, width, channels)`.
         images_b: images of the same shape.
         num: number of images for each pair, including both ends.
-        seed: ignored, because nothing is drawn.
         num_steps: number of steps of `encode` and of `decode`; `None` for 100.
         **options: see above.
 

@@ -1,6 +1,5 @@
 """Images in [-1, 1]: conversion from and to 8 bits, grids, and files."""
 
-import contextlib
 import math
 import pathlib
 import re
@@ -67,7 +66,7 @@ def load(path: str | pathlib.Path, size: int, channels: int = 3, max_pixels: int
     Transparent images are drawn on white. Gray images of 16 bits keep their upper 8 bits.
 
     Args:
-        path: file in any format that Pillow reads without another program, or an open file.
+        path: file in any format that Pillow reads without another program.
         size: side of the result in pixels.
         channels: 3 for color, 1 for gray.
         max_pixels: largest number of pixels of the file.
@@ -82,12 +81,10 @@ def load(path: str | pathlib.Path, size: int, channels: int = 3, max_pixels: int
     """
     _checks.counts(size=size, max_pixels=max_pixels)
     _checks.require(channels in (1, 3), "`channels` must be 1 or 3", channels=channels)
-    opened = hasattr(path, "read")
-    if not opened:
-        _files.regular(path)
+    _files.regular(path)
     try:
         # Pillow maps a file given by its name into memory, and scrambles an uncompressed TIFF that must be turned.
-        with contextlib.nullcontext(path) if opened else open(path, "rb") as stream, Image.open(stream) as file:
+        with open(path, "rb") as stream, Image.open(stream) as file:
             return _loaded(file, size, channels, max_pixels)
     except (OSError, ValueError):
         raise

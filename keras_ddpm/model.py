@@ -225,14 +225,12 @@ class DiffusionModel(keras.Model):
                 or lack the condition of the network; or if the loss is not finite.
         """
         _checks.require(self.compiled, "Call `compile` before `fit`")
-        given["x"], first, weight = self._opened(given.get("x"), given.get("y"))
-        given["y"] = feed.with_labels(given["x"], given.get("y"), given.get("sample_weight"))
+        given["x"], given["y"], first, weight = self._opened(*map(given.get, ("x", "y", "sample_weight")))
         if len(self.data_shape) == 3 and self.diffusion.clip_range == (-1, 1) and 0 <= first.min() < first.max():
             warnings.warn("The images lie in [0, 1]. Expected [-1, 1]: scale them with 2 * x - 1", stacklevel=2)
         if given.get("validation_data") is not None:
             x, y, of_examples = keras.utils.unpack_x_y_sample_weight(given["validation_data"])
-            x, _, _ = self._opened(x, y)
-            y = feed.with_labels(x, y, of_examples)
+            x, y, *_ = self._opened(x, y, of_examples)
             given["validation_data"] = x if y is None else (x, y, of_examples)
         if self.condition:
             named = self.condition.named(getattr(given["x"], "class_names", None))
@@ -250,21 +248,21 @@ class DiffusionModel(keras.Model):
         self._test_random.state.assign([0, 0])
         if given.get("_use_cached_eval_dataset"):  # `fit` calls, which has checked the data
             return super().evaluate(**given)
-        given["x"], _, _ = self._opened(given.get("x"), given.get("y"))
-        given["y"] = feed.with_labels(given["x"], given.get("y"), given.get("sample_weight"))
+        given["x"], given["y"], *_ = self._opened(*map(given.get, ("x", "y", "sample_weight")))
         with running.evaluating(self, given) as arranged:
             return super().evaluate(**arranged)
 
     def _maybe_symbolic_build(self, *args, **kwargs):
         """Does nothing: `compile` has built everything, and Keras fails here with several processes of TensorFlow."""
 
-    def _opened(self, data, labels=None):
-        """Checks data. Returns them as Keras reads them, and the x_0 and the weights that were checked."""
+    def _opened(self, data, labels, of_examples):
+        """Checks data. Returns x and y as Keras reads them, and the x_0 and the weights that were checked."""
         data, (x_0, condition, weight) = feed.opened(data, labels)
         process = getattr(data, "diffusion", None)  # of `distillation.Pairs`
         fits = process is None or process.schedule.is_close(self.diffusion.schedule)
         _checks.require(fits, "These are pairs of another schedule than that of the model", diffusion=process)
-        return data, self.corruption.check(x_0, condition, self.data_shape), weight
+        labels = feed.with_labels(data, labels, of_examples)
+        return data, labels, self.corruption.check(x_0, condition, self.data_shape), weight
 
     def train_step(self, *args):
         """Trains on noisy data, then updates the average. The arguments are `data`, on JAX `state` and `data`."""
@@ -379,27 +377,16 @@ class DiffusionModel(keras.Model):
         valid = isinstance(sampler, samplers.Sampler)
         _checks.require(valid, "`sampler` must be a sampler, such as `samplers.DPMSolver(20)`", sampler=sampler)
         steps = sampler.steps(self.diffusion.schedule)
-        if return_trajectory is not None:
-            valid = _checks.is_count(return_trajectory) and return_trajectory <= len(steps)
-            needed = f"`return_trajectory` must be in 1..{len(steps)}, the number of steps"
-            _checks.require(valid, needed, return_trajectory=return_trajectory)
+        _checks.counts(high=len(steps), optional=True, return_trajectory=return_trajectory)
         seed = _checks.seed(seed)
         _checks.counts(low=0, first=first)
 
         def start(indices):
             return loop.prior(self.diffusion, self.data_shape, seed, first + indices)
 
-        states = self.run(
-            loop.Job(steps, start, num_samples, seed, first, num_states=return_trajectory),
-            labels=labels,
-            images=images,
-            image_noise=image_noise,
-            guidance_scale=guidance_scale,
-            guidance=guidance,
-            use_ema=use_ema,
-            batch_size=batch_size,
-            verbose=verbose,
-        )
+        job = loop.Job(steps, start, num_samples, seed, first, num_states=return_trajectory)
+        options = (labels, images, image_noise, guidance_scale, guidance, use_ema, batch_size, verbose)
+        states = self.run(job, *options)
         return (states[0][-1], *states) if return_trajectory else states
 
     def denoise(self, x_t: Any, t: int, clip: bool = True, **options) -> np.ndarray:
@@ -419,8 +406,7 @@ class DiffusionModel(keras.Model):
             ValueError: if `x_t` has a wrong shape, or `t` or an option is invalid.
         """
         x_t = _checks.data(x_t, self.data_shape, name="x_t")
-        valid = _checks.is_count(t) and t <= self.diffusion.timesteps
-        _checks.require(valid, f"`t` must be an integer in 1..{self.diffusion.timesteps}", t=t)
+        _checks.counts(high=self.diffusion.timesteps, t=t)
         steps = [samplers.row([t], from_x_0=1.0)]
         return self.run(loop.Job(steps, lambda indices: x_t[indices], len(x_t), clip=clip), **options)
 
@@ -442,7 +428,6 @@ class DiffusionModel(keras.Model):
     def run(
         self,
         job: loop.Job,
-        *,
         labels: Any = None,
         images: Any = None,
         image_noise: float = 0.0,
@@ -653,22 +638,20 @@ class DiffusionModel(keras.Model):
 
     def save_own_variables(self, store):
         super().save_own_variables(store)
-        # Keras saves no random states. A resumed run would repeat its noise and its dropout.
-        store["fit_random"] = self._fit_random.state
-        for index, state in enumerate(self._states_of_dropout()):
-            store[f"random_{index}"] = state
+        for name, state in self._random_states().items():
+            store[name] = state
 
     def load_own_variables(self, store):
-        states = {f"random_{index}": state for index, state in enumerate(self._states_of_dropout())}
-        states["fit_random"] = self._fit_random.state
-        for key, state in states.items():
-            state.assign(store[key])
-        super().load_own_variables({key: store[key] for key in store.keys() if key not in states})
+        states = self._random_states()
+        for name, state in states.items():
+            state.assign(store[name])
+        super().load_own_variables({name: store[name] for name in store.keys() if name not in states})
 
-    def _states_of_dropout(self):
-        """The random states of the network's layers."""
+    def _random_states(self):
+        """What Keras does not save, by name. A resumed run would repeat its noise and its dropout."""
         weights = {id(v) for v in self.network.weights}
-        return [v for v in self.network.variables if id(v) not in weights]
+        of_layers = [v for v in self.network.variables if id(v) not in weights]
+        return {"fit_random": self._fit_random.state} | {f"random_{i}": state for i, state in enumerate(of_layers)}
 
 
 def _parts(model):

@@ -90,8 +90,7 @@ class Schedule:
         Raises:
             ValueError: if `t` is not an integer in 1..T.
         """
-        valid = _checks.is_count(t) and t <= self.timesteps
-        _checks.require(valid, f"`t` must be an integer in 1..{self.timesteps}", t=t)
+        _checks.counts(high=self.timesteps, t=t)
         return Schedule(self.alpha[: t + 1], self.sigma[: t + 1])
 
     def get_config(self) -> dict[str, Any]:

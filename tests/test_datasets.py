@@ -239,7 +239,7 @@ def test_the_initial_epoch_is_where_the_data_go_on():
     [
         (lambda folder: datasets.from_folder(folder), "no readable image in"),
         (lambda folder: datasets.from_folder(folder / "nowhere"), "no folder .*nowhere"),
-        (lambda folder: datasets.from_arrays(ROWS, batch_size=11), "batch of 1..10. Received: batch_size=11"),
+        (lambda folder: datasets.from_arrays(ROWS, batch_size=11), "integer in 1..10. Received: batch_size=11"),
         (lambda folder: datasets.from_arrays(ROWS, batch_size=0), "Received: batch_size=0"),
         (lambda folder: datasets.from_arrays(ROWS, labels=[1, 2], batch_size=2), "Expected 10 labels"),
         (lambda folder: datasets.from_arrays(np.append(ROWS, [[np.nan]], axis=0), batch_size=2), "NaN"),

@@ -202,7 +202,7 @@ def test_floor_uses_real_images_and_keeps_the_generated_ones():
     before = metric.result()
     mean, std = metric.floor(draw(300, 2), 60)
     assert metric.result() == before and abs(mean) < 3 * std < before
-    with pytest.raises(ValueError, match="in 1..9, the number of images. Received: num=10"):
+    with pytest.raises(ValueError, match="`num` must be an integer in 1..9. Received: num=10"):
         metric.floor(draw(9, 0), 10)
 
 

@@ -325,7 +325,7 @@ def test_any_number_of_steps_makes_as_many_calls(make, spacing, schedule):
     for num in (1, 2, 3, 5, 8, 53, 59, 60, None):
         sampler = make(num, spacing=spacing)
         table = sampler.table(schedule)
-        assert len(table) == (num or 60) and sampler.evaluations == num
+        assert len(table) == (num or 60)
         assert np.all(np.diff(table["t"]) < 0) and sampler.timesteps(schedule)[-1] == 0
         x, previous, noise = np.array([2.0, -3.0]), (np.zeros(2),) * samplers.NUM_PREVIOUS, np.array([-1.0, 2.0])
         for row in table:
@@ -637,18 +637,16 @@ def test_spacing_is_even_up_to_rounding(spacing, position):
 
 @pytest.mark.host
 @pytest.mark.parametrize("sampler", [sampler for sampler, _ in ALL], ids=str)
-def test_evaluations_count_network_calls(sampler):
-    assert len(sampler.table(LINEAR)) == (sampler.evaluations or 1000)
+def test_a_row_is_a_network_call(sampler):
     calls = []
     run(sampler, 0.0, lambda x, t: calls.append(t) or x)
     assert len(calls) == len(sampler.table(LINEAR))
 
 
-def test_evaluations():
-    assert samplers.Heun(20).evaluations == 39 and DPM(20).evaluations == 20 and samplers.DDPM().evaluations is None
-    assert samplers.Langevin(10, num_updates=3).evaluations == 31
-    assert samplers.Langevin(predictor=samplers.Heun(20)).evaluations == 39 + 19
-    assert samplers.Langevin(predictor=samplers.DDPM()).evaluations is None
+def test_numbers_of_network_calls():
+    assert len(samplers.Heun(20).table(LINEAR)) == 39 and len(DPM(20).table(LINEAR)) == 20
+    assert len(samplers.Langevin(10, num_updates=3).table(LINEAR)) == 31
+    assert len(samplers.Langevin(predictor=samplers.Heun(20)).table(LINEAR)) == 39 + 19
     # Without signal at T Heun and Langevin take a single step of one call there.
     straight = schedules.straight(100)
     assert len(samplers.Heun(20).table(straight)) == 38
@@ -724,7 +722,7 @@ def test_optimized_times_are_closer_to_the_probability_flow(schedule):
     with pytest.raises(ValueError, match="whose steps call the network once"):
         samplers.optimized(paths, samplers.Heun(7))
     assert found.shortened(0.5, 1000).timesteps(SCHEDULES[schedule].until(500))[0] == 500
-    with pytest.raises(ValueError, match="`num_steps` must be in 1..60. Received: num_steps=61"):
+    with pytest.raises(ValueError, match="`num_steps` must be an integer in 1..60. Received: num_steps=61"):
         samplers.optimized(paths, samplers.DDIM(61))
 
 
@@ -778,8 +776,8 @@ def test_samplers_are_values():
         (lambda: DPM(eta=2), "eta=2"),
         (lambda: DPM(eta="0.5"), "eta='0.5'"),
         (lambda: DPM(eta=True), "eta=True"),
-        (lambda: DPM(order=1), "`order` must be 2 or 3. Received: order=1"),
-        (lambda: UniPC(order=4), "`order` must be 1, 2 or 3. Received: order=4"),
+        (lambda: DPM(order=1), "`order` must be an integer in 2..3. Received: order=1"),
+        (lambda: UniPC(order=4), "`order` must be an integer in 1..3. Received: order=4"),
         (lambda: DPM(spacing=["uniform"]), "spacing="),
         (lambda: samplers.DDPM(variance=["small"]), "variance="),
         (lambda: samplers.Langevin(predictor=samplers.Langevin(10)), "another sampler"),

@@ -1,7 +1,7 @@
 """Checkpoints: all that a run needs to go on as if it had never stopped."""
 
 import contextlib
-import hashlib
+import functools
 import json
 import pathlib
 import random
@@ -11,6 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import keras
 import numpy as np
@@ -74,37 +75,32 @@ class Checkpoint(keras.callbacks.Callback):
         self.keep = keep
 
     @contextlib.contextmanager
-    def running(
-        self, model: keras.Model, callbacks: list, initial_epoch: int = 0, earlier_epochs: int = 0
-    ) -> Iterator[tuple[int, int]]:
-        """A context in which `fit` runs. It yields the last two arguments. `DiffusionModel.fit` calls it.
+    def running(self, model: keras.Model, callbacks: list, begin: tuple[int, int]) -> Iterator[tuple[int, int]]:
+        """A context in which `fit` runs. It yields where the run begins. `DiffusionModel.fit` calls it.
 
         Args:
             model: the compiled model.
             callbacks: the other callbacks, whose state belongs to a checkpoint.
-            initial_epoch: the first epoch if there is no checkpoint.
-            earlier_epochs: epochs of the data in earlier calls of `fit`, if there is no checkpoint.
+            begin: the first epoch and the epochs of the data in earlier calls of `fit`, if there is no checkpoint.
         """
         rival = any(isinstance(callback, keras.callbacks.BackupAndRestore) for callback in callbacks)
         _checks.require(not rival, "Give `Checkpoint` or `BackupAndRestore`, as each sets the first epoch")
         self._callbacks = _named(callbacks)
-        self._signal = self._train_function = self._epoch = None
-        self._stopped = False
+        self._position: Any = None  # of the next batch: epoch and number
+        self._signal, self._stopped = None, False
         self._time = time.monotonic()
         alone = threading.current_thread() is threading.main_thread() and not replicas.several()
         handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL} if alone else {}
         lock = _files.locked(self.folder) if replicas.is_chief() else contextlib.nullcontext()
-        with lock, contextlib.ExitStack() as end, contextlib.ExitStack() as self._handlers:
-            end.callback(self._go_on, model)
+        with lock, contextlib.ExitStack() as self._skipping, contextlib.ExitStack() as self._handlers:
             self._pending = self._newest(model)
-            if self._pending:
-                initial_epoch, earlier_epochs = self._resumed()
-            self._earlier_epochs = earlier_epochs
+            begin = self._resumed() if self._pending else begin
+            self._earlier_epochs = begin[1]
             for number, own in handlers.items():
                 if signal.getsignal(number) == own:
                     self._handlers.callback(signal.signal, number, own)
                     signal.signal(number, self._on_signal)
-            yield initial_epoch, earlier_epochs
+            yield begin
 
     def _resumed(self):
         """The first epoch, and how many epochs the data had before it. Says which callbacks begin anew."""
@@ -122,65 +118,65 @@ class Checkpoint(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         """Restores the state before the batches that are skipped, as the data may no longer have any after them."""
-        first, self._epoch = self._epoch is None, epoch
-        if self._pending and first:
-            self._restore()
-            if self._pending["ended"]:
-                self._pending = None
-                self.model.reset_metrics()  # as Keras does before this call
-            elif getattr(self.model, "train_function", None):  # otherwise Keras trains until the state is restored
-                logs = self.model.get_metrics_result()
-                self._logs = {name: ops.convert_to_numpy(value) for name, value in logs.items()}
-                self._train_function, self.model.train_function = self.model.train_function, self._skip
-        elif self._pending:  # the data had fewer batches than before
-            self._go_on(self.model)
+        first, self._position = self._position is None, [epoch, 0]
+        if not (self._pending and first):
+            self._go_on()  # if it is pending, the data had fewer batches than before
+            return
+        self._restore()
+        if self._pending["ended"]:
+            self._go_on()
+            self.model.reset_metrics()  # as Keras does before this call
+        elif train := getattr(self.model, "train_function", None):  # otherwise Keras trains until it is restored again
+            logs = {name: ops.convert_to_numpy(value) for name, value in self.model.get_metrics_result().items()}
+            self._skipping.callback(setattr, self.model, "train_function", train)
+            self.model.train_function = functools.partial(_skip, self.model.steps_per_execution, logs)
 
     def on_train_batch_begin(self, batch, logs=None):
-        position = [self._epoch, batch]
+        self._position[1] = batch
         if self._pending:
-            if position >= self._pending["position"]:
+            if self._position >= self._pending["position"]:
                 self._restore()
-                self._go_on(self.model)
+                self._go_on()
         elif self._signal or time.monotonic() - self._time >= self.every:
-            self._save(position)
+            self._save()
 
     def on_train_batch_end(self, batch, logs=None):
-        self._batch = batch
+        self._position[1] = batch + 1
 
     def on_epoch_end(self, epoch, logs=None):
         """Leaves the rest of the epoch to the next call of `fit` if a callback has stopped the run after a batch."""
         if self.model.stop_training and not self._stopped:
             self._stopped = True
             if not self._pending:
-                self._save([self._epoch, self._batch + 1])
+                self._save()
 
     def on_test_begin(self, logs=None):
-        self.on_epoch_end(self._epoch)  # before validation resets the metrics
+        self.on_epoch_end(None)  # before validation resets the metrics
 
     def on_train_end(self, logs=None):
-        if self._epoch is None:  # no epoch was left
+        if self._position is None:  # no epoch was left
             if self._pending:
                 if replicas.is_chief():
                     print(f"{self.folder} holds a finished run, so nothing was trained. Give more epochs to go on.")
                 self._restore()
         elif not self._stopped:
-            self._save([self._epoch + 1, 0], ended=True)
+            self._position = [self._position[0] + 1, 0]
+            self._save(ended=True)
 
-    def _save(self, position, ended=False):
-        """Writes a checkpoint of the state before the batch at `position`. Ends the run if there was a signal.
+    def _save(self, ended=False):
+        """Writes a checkpoint of the state before the batch at the position. Ends the run if there was a signal.
 
         At the end of `fit`, the state is that before the other callbacks end, and before a next epoch begins. Of
         several processes, the first one writes, and all read.
         """
         self._time = time.monotonic()
-        values = [replicas.value_of(v) for v in variables_of(self.model)]
-        said = self._written(position, ended, values) or "The first process writes the checkpoints."
+        said = self._written(ended, [replicas.value_of(v) for v in variables_of(self.model)])
         if self._signal:
             print(f"\nStopped by {signal.Signals(self._signal).name}. {said}", file=sys.stderr)
             raise KeyboardInterrupt if self._signal == signal.SIGINT else SystemExit(128 + self._signal)
 
     @replicas.by_chief
-    def _written(self, position, ended, values):
+    def _written(self, ended, values):
         """Writes a checkpoint, and returns what there is to say about it."""
         states = {}
         for name, callback in self._callbacks.items():
@@ -189,7 +185,7 @@ class Checkpoint(keras.callbacks.Callback):
                     json.dumps(state, default=_dtype)
                     states[name] = state
         state = {
-            "position": position,
+            "position": self._position,
             "earlier_epochs": self._earlier_epochs,
             "ended": ended,
             "variables": values,
@@ -197,7 +193,7 @@ class Checkpoint(keras.callbacks.Callback):
             "history": [self.model.history.epoch, self.model.history.history],
             "random": [random.getstate(), np.random.get_state(), devices.random_state()],  # noqa: NPY002
         }
-        path = self.folder / f"{position[0]:06}-{position[1]:08}.npz"
+        path = self.folder / "{:06}-{:08}.npz".format(*self._position)
         try:
             _checks.require(all(np.all(np.isfinite(value)) for value in values), "Values are NaN or infinite")
             _write(path, state)
@@ -244,19 +240,10 @@ class Checkpoint(keras.callbacks.Callback):
     def _paths(self):
         return sorted(self.folder.glob(f"{'[0-9]' * 6}-{'[0-9]' * 8}.npz"))
 
-    def _skip(self, *args):
-        """Takes the place of Keras' `train_function`: reads the data, and changes nothing."""
-        *state, data = args
-        if hasattr(data, "__next__"):  # on PyTorch the data themselves
-            for _ in range(self.model.steps_per_execution):
-                next(data)
-        return (dict(self._logs), *state) if state else dict(self._logs)
-
-    def _go_on(self, model):
+    def _go_on(self):
         """Ends the skipping of batches."""
         self._pending = None
-        if self._train_function is not None:
-            model.train_function, self._train_function = self._train_function, None
+        self._skipping.close()
 
     def _on_signal(self, number, frame):
         self._signal = number
@@ -266,6 +253,15 @@ class Checkpoint(keras.callbacks.Callback):
 def variables_of(model: keras.Model) -> list:
     """All variables that training changes: of the `model`, its optimizer and its metrics."""
     return [*model.variables, *getattr(model.optimizer, "variables", []), *model.metrics_variables]
+
+
+def _skip(num_steps, logs, *args):
+    """Takes the place of Keras' `train_function`: reads the data, and changes nothing."""
+    *state, data = args
+    if hasattr(data, "__next__"):  # on PyTorch the data themselves
+        for _ in range(num_steps):
+            next(data)
+    return (dict(logs), *state) if state else dict(logs)
 
 
 def _rewind(logger, epoch):
@@ -298,9 +294,9 @@ def _state_of(callback):
     return None
 
 
-# Files. A checkpoint is an .npz file. The name of an array is its checksum; the state refers to arrays by these names.
+# Files. A checkpoint is an .npz file. In the state, a dict refers to an array by the array's name in the file.
 
-ARRAY = "array of this checksum and dtype"
+ARRAY = "array of this checksum and dtype"  # older files name arrays by their checksum
 
 
 def _dtype(array):
@@ -308,24 +304,18 @@ def _dtype(array):
     return keras.backend.standardize_dtype(array.dtype.name)
 
 
-def _checksum(array):
-    return hashlib.sha256(f"{array.shape}".encode() + array.tobytes()).hexdigest()
-
-
 def _write(path, state):
-    arrays = {}
+    arrays = []
 
     def store(value):
         array = np.asarray(value, order="C")
-        array = array.view(f"u{array.itemsize}") if array.dtype.kind == "V" else array  # bfloat16, which files lack
-        name = _checksum(array)
-        arrays[name] = array
-        return {ARRAY: [name, _dtype(value)]}
+        # Files lack bfloat16.
+        arrays.append(array.view(f"u{array.itemsize}") if array.dtype.kind == "V" else array)
+        return {ARRAY: [f"arr_{len(arrays) - 1}", _dtype(value)]}
 
     text = np.frombuffer(json.dumps(state, default=store).encode(), "uint8")
-    arrays["state-" + _checksum(text)] = text
-    with _files.replacing(path, path.with_name("unfinished.tmp")) as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+    with _files.replacing(path, path.with_name("unfinished.npz")) as temporary:
+        np.savez(temporary, *arrays, state=text)
 
 
 def _read(path):
@@ -336,14 +326,8 @@ def _read(path):
         return arrays[name].view(keras.backend.standardize_dtype(dtype))[()]
 
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            size = sum(entry.file_size for entry in file.zip.infolist())
-            _checks.require(size <= path.stat().st_size, "It would unpack to more than its size")
-            arrays = {name: file[name] for name in file.files}
-        for name, array in arrays.items():
-            whole = array.dtype.kind in "biufc" and _checksum(array) == name.removeprefix("state-")
-            _checks.require(whole, "An array is another")
-        (text,) = [array.tobytes() for name, array in arrays.items() if name.startswith("state-")]
+        arrays = _files.arrays(path, ratio=1, floor=0)
+        (text,) = [array.tobytes() for name, array in arrays.items() if name.startswith("state")]
         return json.loads(text, object_hook=fetch)
     except Exception as error:  # a damaged file may raise anything
         raise ValueError(f"The checkpoint {path} is damaged ({type(error).__name__})") from error

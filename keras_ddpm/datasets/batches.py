@@ -66,8 +66,7 @@ class Batches(keras.utils.PyDataset):
         if self.class_names is not None:
             self.class_names = list(_checks.names([*map(_checks.text, self.class_names)]))
         self.x = x = np.asarray(self.x)
-        valid = _checks.is_count(self.batch_size) and self.batch_size <= len(x)
-        _checks.require(valid, f"Expected a batch of 1..{len(x)}", batch_size=self.batch_size)
+        _checks.counts(high=len(x), batch_size=self.batch_size)
         _checks.counts(low=0, seed=self.seed, num_workers=self.num_workers)
         flags = {"shuffle": self.shuffle, "flip": self.flip}
         _checks.require(all(isinstance(flag, bool) for flag in flags.values()), "Expected True or False", **flags)

@@ -130,8 +130,7 @@ class _Distance(abc.ABC):
         Raises:
             ValueError: if `num` is larger than the number of images.
         """
-        _checks.counts(num=num)
-        _checks.require(num <= len(images), f"`num` must be in 1..{len(images)}, the number of images", num=num)
+        _checks.counts(high=len(images), num=num)
         random = np.random.default_rng(seed)
         chosen = [random.choice(len(images), num, replace=False) for _ in range(num_draws)]
         needed, rows = np.unique(chosen, return_inverse=True)

@@ -20,9 +20,10 @@ class Extractor:
 
     Args:
         function: a function from float images `(num, height, width, channels)` in [-1, 1] to vectors `(num, dim)`, a
-            Keras model, or the path of a saved one. The features of a Keras model are the output of its layer
-            "features" if it has one, and its own output otherwise. `None` uses the average-pooled features of
-            InceptionV3 trained on ImageNet. Keras downloads these weights at first use.
+            Keras model, or the path of a saved one. `keras.saving.load_model` reads the file, without the checks of
+            `saving.load_model`, so it must be a file that you trust. The features of a Keras model are the output of
+            its layer "features" if it has one, and its own output otherwise. `None` uses the average-pooled features
+            of InceptionV3 trained on ImageNet. Keras downloads these weights at first use.
 
     Attributes:
         name: name of the model, or attribute `name` or `__name__` of the function.

@@ -49,17 +49,19 @@ def optimized(paths: Trajectories, sampler: Sampler) -> Sampler:
 
     Reference: Chen et al., 2024 ("On the trajectory regularity of ODE-based diffusion sampling"), section 4.
     """
-    once = isinstance(sampler, Sampler) and sampler.evaluations == sampler.num_steps
+    once = isinstance(sampler, Sampler) and max(map(len, sampler.steps(paths.schedule))) == 1
     _checks.require(once, "`sampler` must be a sampler whose steps call the network once", sampler=sampler)
     num, wanted = len(paths.x_0), sampler.num_steps or 0
-    _checks.require(0 < wanted <= num, f"`num_steps` must be in 1..{num}", num_steps=sampler.num_steps)
+    _checks.counts(high=num, num_steps=wanted)
     alpha, sigma = paths.schedule.alpha[paths.times], paths.schedule.sigma[paths.times]
     deviation = np.full((num + 1, num + 1), np.inf)  # of a step from one time to a later one
     for i, (x, x_0) in enumerate(zip(paths.x, paths.x_0)):
         columns = DDIM().coefficients(alpha[i], sigma[i], alpha[i + 1 :], sigma[i + 1 :])
         for j, from_x, from_x_0 in zip(range(i + 1, num + 1), columns["from_x"], columns["from_x_0"]):
             deviation[i, j] = np.sqrt(np.mean((from_x * x + from_x_0 * x_0 - paths.x[j]) ** 2))
-    return dataclasses.replace(sampler, spacing=tuple(map(int, paths.times[shortest_path(deviation, wanted)])))
+    return dataclasses.replace(
+        sampler, spacing=tuple(map(int, paths.times[shortest_path(deviation, wanted)]))
+    )
 
 
 def shortest_path(lengths: Array, num_steps: int) -> list[int]:

@@ -64,14 +64,6 @@ class Sampler:
     def from_config(cls, config: dict) -> "Sampler":
         return cls(**{name: keras.saving.deserialize_keras_object(value) for name, value in config.items()})
 
-    @property
-    def evaluations(self) -> int | None:
-        """Number of network calls in a run; `None` if it depends on T.
-
-        `Heun` and `Langevin` make fewer calls if the schedule has hardly any signal at T.
-        """
-        return self.num_steps
-
     def shortened(self, share: float, timesteps: int) -> "Sampler":
         """The same sampler with this share of its steps, at least one. `None` steps count as `timesteps`."""
         if isinstance(self.spacing, tuple):
@@ -119,9 +111,7 @@ class Sampler:
         rows["std"][-1] = 0.0  # the last step ends at clean data
         if alpha_t[0] == 0:
             # If x_T has no signal, its log-SNR is not finite. So every sampler starts with a step of DDIM.
-            ddim = {"from_x": sigma_s[0] / sigma_t[0], "from_x_0": alpha_s[0], "from_previous": 0.0, "std": 0.0}
-            for name, value in ddim.items():
-                rows[name][0] = value
+            rows[0] = row(t[0], from_x=sigma_s[0] / sigma_t[0], from_x_0=alpha_s[0])
         return np.split(rows, len(rows))
 
     def coefficients(self, alpha_t: Array, sigma_t: Array, alpha_s: Array, sigma_s: Array) -> Columns:
@@ -223,9 +213,7 @@ class DPMSolver(DDIM):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _checks.require(
-            _checks.is_count(self.order) and self.order in (2, 3), "`order` must be 2 or 3", order=self.order
-        )
+        _checks.counts(low=2, high=3, order=self.order)
 
     def coefficients(self, alpha_t: Array, sigma_t: Array, alpha_s: Array, sigma_s: Array) -> Columns:
         columns = super().coefficients(alpha_t, sigma_t, alpha_s, sigma_s)
@@ -257,7 +245,7 @@ class UniPC(Sampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _checks.require(_checks.is_count(self.order) and self.order <= 3, "`order` must be 1, 2 or 3", order=self.order)
+        _checks.counts(high=3, order=self.order)
 
     def coefficients(self, alpha_t: Array, sigma_t: Array, alpha_s: Array, sigma_s: Array) -> Columns:
         columns = DDIM().coefficients(alpha_t, sigma_t, alpha_s, sigma_s)
@@ -373,10 +361,6 @@ class Heun(Sampler):
         super().__post_init__()
         _checks.require(_checks.is_between(self.churn, 0, np.inf), "`churn` must be 0 or more", churn=self.churn)
 
-    @property
-    def evaluations(self) -> int | None:
-        return self.num_steps and 2 * self.num_steps - 1
-
     def steps(self, schedule: Schedule) -> list[Array]:
         alpha, sigma = schedule.alpha, schedule.sigma
         times = self.timesteps(schedule)
@@ -445,13 +429,6 @@ class Langevin(Sampler):
             valid = valid and (self.num_steps, self.spacing) == (None, "uniform")
             message = "`predictor` must be another sampler, with its own `num_steps` and `spacing`"
             _checks.require(valid, message, sampler=self)
-
-    @property
-    def evaluations(self) -> int | None:
-        if self.predictor is None:
-            return self.num_steps and self.num_steps * self.num_updates + 1
-        calls, steps = self.predictor.evaluations, self.predictor.num_steps
-        return calls and steps and calls + (steps - 1) * self.num_updates
 
     def shortened(self, share: float, timesteps: int) -> Sampler:
         if self.predictor is None:

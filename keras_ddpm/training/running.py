@@ -42,7 +42,7 @@ def training(model: Any, watch: keras.callbacks.Callback, given: dict) -> Iterat
         data, initial_epoch = given["x"], given.get("initial_epoch", 0)
         earlier_epochs = data.epoch if feed.orders_itself(data) and not initial_epoch else 0
         for checkpoint in checkpoints:
-            running = checkpoint.running(model, others, initial_epoch, earlier_epochs)
+            running = checkpoint.running(model, others, (initial_epoch, earlier_epochs))
             given["initial_epoch"], earlier_epochs = stack.enter_context(running)
         if feed.orders_itself(data):
             given["shuffle"] = False
