@@ -5,7 +5,11 @@ import importlib
 import inspect
 import json
 import re
+import runpy
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT, TORCH
 
@@ -164,3 +168,66 @@ def test_the_notebook(tmp_path, monkeypatch):
             else:
                 exec(code, names)
     assert images == 6
+
+
+KERAS_IO = ROOT / "examples/keras_io/ddpm_flowers.py"
+
+
+def test_the_example_for_keras_io_has_its_form():
+    """A header, text in docstrings without LaTeX, lines below 90, names of more than one letter, and Black's format."""
+    source = KERAS_IO.read_text()
+    made = runpy.run_path(str(KERAS_IO.parent / "to_notebook.py"))
+    (kind, text), *parts = made["blocks"](source)
+    assert kind == "header"
+    header = made["header"](text)
+    expected = ["Title", "Author", "Date created", "Last modified", "Description", "Accelerator"]
+    assert [*header] == expected and header["Accelerator"] == "GPU"
+    assert all(re.fullmatch(r"20\d\d/\d\d/\d\d", header[name]) for name in expected[2:4])
+    assert {kind for kind, _ in parts} == {"text", "code", "shell"}
+    lines = source.splitlines()
+    assert max(map(len, lines)) < 90 and len(lines) < 250
+    assert not any(word in source for word in ("$", "argparse", "sys.argv", "train_on_batch"))
+    names = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
+    assert min(map(len, names)) > 1
+    command = [sys.executable, "-m", "ruff", "format", "--isolated", "--line-length=80", "--check", str(KERAS_IO)]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def test_the_notebook_for_keras_io_holds_all_of_the_example(tmp_path):
+    path = tmp_path / "example.ipynb"
+    subprocess.run([sys.executable, str(KERAS_IO.parent / "to_notebook.py"), str(path)], check=True)
+    cells = json.loads(path.read_text())["cells"]
+    header, *shown = [line for cell in cells for line in "".join(cell["source"]).splitlines() if line]
+    assert header.startswith("# ") and "!pip install" in "\n".join(shown)
+    written = [line for line in KERAS_IO.read_text().splitlines() if line.strip('"') not in ("", "shell")]
+    assert [line.removeprefix("!") for line in shown[5:]] == written[6:]
+    compile(
+        "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code").replace("!", "#"), "cells", "exec"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:No level has resolution")
+def test_the_example_for_keras_io_trains(tmp_path, monkeypatch):
+    """In miniature, on drawn flowers, with other values of the constants at the top."""
+    from matplotlib import pyplot
+
+    source = KERAS_IO.read_text().replace('os.environ["KERAS_BACKEND"] = "jax"', "")
+    small = {"image_size": 16, "batch_size": 8, "width": 16, "width_multipliers": (1, 2), "num_epochs": 1}
+    for name, value in {**small, "steps_per_epoch": 2}.items():
+        source, number = re.subn(rf"^{name} = .*$", f"{name} = {value}", source, flags=re.MULTILINE)
+        assert number == 1, name
+
+    def flowers(image_size, batch_size, labels, **options):
+        x, kinds = kd.datasets.procedural_flowers(48, image_size)
+        data = {"x": kd.images.to_uint8(x), "labels": kinds, "class_names": [*kd.datasets.FLOWER_KINDS]}
+        return [kd.datasets.Batches(**data, batch_size=batch_size, **more) for more in (options, {"shuffle": False})]
+
+    monkeypatch.setattr(kd.datasets, "oxford_flowers", flowers)
+    shown = []
+    monkeypatch.setattr(pyplot, "show", lambda: shown.append(pyplot.close()))
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(source, "ddpm_flowers", "exec"), names)
+    assert len(shown) == 9 and (tmp_path / "flowers.keras").exists()
+    assert np.isfinite(names["history"].history["val_loss"]).all()
