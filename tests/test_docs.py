@@ -201,9 +201,9 @@ def test_the_notebook_for_keras_io_holds_all_of_the_example(tmp_path):
     assert header.startswith("# ") and "!pip install" in "\n".join(shown)
     written = [line for line in KERAS_IO.read_text().splitlines() if line.strip('"') not in ("", "shell")]
     assert [line.removeprefix("!") for line in shown[5:]] == written[6:]
-    compile(
-        "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code").replace("!", "#"), "cells", "exec"
-    )
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            ast.parse("".join(cell["source"]).replace("!", "#"))
 
 
 @pytest.mark.slow
