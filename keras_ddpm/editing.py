@@ -90,7 +90,7 @@ def inpaint(
 
 
 def resampled(steps: list, schedule: Schedule, num_resamples: int) -> list:
-    """The steps of a sampler, of which each but the last is made several times, with noise added in between.
+    """The steps of a sampler, with each but the last made several times. Noise is added in between.
 
     Args:
         steps: list of rows, as `Sampler.steps` returns.
@@ -282,7 +282,7 @@ def _images(model, x, name):
 
 
 def _sampler(model, sampler, num_steps, default):
-    """The sampler that is given, or the default with so many steps."""
+    """The sampler that is given, or the default with `num_steps` steps."""
     if sampler is None:
         most = model.diffusion.timesteps
         if num_steps is None and (default.num_steps or 0) <= most:

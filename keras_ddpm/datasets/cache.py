@@ -40,9 +40,9 @@ def decoded(
             threads call it.
         num: number of items.
         key: what determines the images, as JSON stores it.
-        cache: name of a file in which the images are kept, or `None` for an array in memory. Of several processes, the
-            first one writes the file, and the others wait for it. Every call reads the whole file to check it, half a
-            second for a gigabyte that the system has in its cache.
+        cache: name of a file in which the images are kept, or `None` for an array in memory. With several
+            processes, the first one writes the file, and the others wait for it. Every call reads the whole file to
+            check it, half a second for a gigabyte that the system has in its cache.
 
     Returns:
         uint8 array `(images, height, width, channels)`, mapped from the file if there is one; the labels; and why items

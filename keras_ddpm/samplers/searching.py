@@ -63,11 +63,11 @@ def optimized(paths: Trajectories, sampler: Sampler) -> Sampler:
 
 
 def shortest_path(lengths: Array, num_steps: int) -> list[int]:
-    """The nodes from 0 on, without the last node, of the shortest path to the last node in so many steps.
+    """The nodes from 0 on, without the last node, of the shortest path to the last node in `num_steps` steps.
 
     Args:
-        lengths: array `(nodes, nodes)`: the length of each step, infinite where there is none.
-        num_steps: number of steps, of which there must be a path.
+        lengths: array `(nodes, nodes)`: the length of each step, infinite if there is no step.
+        num_steps: number of steps. A path of this length must exist.
     """
     total, origins = np.full(len(lengths), np.inf), []
     total[0] = 0.0
