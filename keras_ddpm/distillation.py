@@ -91,7 +91,7 @@ def pairs(
     Raises:
         ValueError: if the sampler adds noise, labels are missing, or `sample` or `Pairs` raises it.
     """
-    refused = {"first", "return_trajectory"} & set(options)
+    refused = {"first", "return_trajectory", "image_noise"} & set(options)
     _checks.require(not refused, "Pairs are all of the samples, from index 0 on", **options)
     _checks.counts(num_pairs=num_pairs, batch_size=batch_size)
     _checks.require(batch_size <= num_pairs, f"Expected a batch of 1..{num_pairs}", batch_size=batch_size)
@@ -103,5 +103,9 @@ def pairs(
     valid = labels is not None or not (condition and condition.num_classes)
     _checks.require(valid, "The model has classes: choose `labels`", labels=labels)
     x = model.sample(num_pairs, sampler, seed, **options)
-    labels = None if condition is None else condition.array(labels, num_pairs)
+    parts = {}
+    if condition:
+        given = condition.by_name(labels, options.get("images"), complete=False)
+        parts = {name: condition.array(given.get(name), num_pairs, name) for name in condition.given}
+    labels = parts if len(parts) > 1 else next(iter(parts.values()), None)
     return Pairs(x, labels, batch_size, shuffle, seed=seed, diffusion=model.diffusion, noise_seed=seed)

@@ -5,21 +5,24 @@ which the model was made. They return float32 arrays. Arguments of several funct
 
     num_steps: number of steps of the default sampler, at most T. `None` for the sampler's own number.
     seed: a non-negative integer. `None` draws one.
-    **options: options of `DiffusionModel.sample`: `labels` (one for all images or one for each), `guidance_scale` and
-        the other options of guidance, `use_ema`, `batch_size` and `verbose`.
+    **options: options of `DiffusionModel.sample`: `labels` (one for all images or one for each, or a dict by name),
+        `guidance_scale`, `guidance`, `image_noise`, `use_ema`, `batch_size` and `verbose`.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from keras import ops
 
 from keras_ddpm import _checks, samplers
+from keras_ddpm.guidance import seen
 from keras_ddpm.model import DiffusionModel
 from keras_ddpm.samplers import loop
 from keras_ddpm.schedules import Schedule
 
-__all__ = ["decode", "encode", "inpaint", "interpolate", "resampled", "variations"]
+__all__ = ["cascade", "decode", "encode", "inpaint", "interpolate", "resampled", "upscale", "variations"]
 
 # For `encode` and `decode`. With the cosine schedule, the error on images is half of the error with "uniform" spacing.
 # With the linear schedule, it is 1.5 times as large.
@@ -167,6 +170,75 @@ def variations(
     if t > 0:
         steps = sampler.shortened(strength, schedule.timesteps).steps(schedule.until(t))
     return model.run(loop.Job(steps, start, len(images), seed), **options)
+
+
+def upscale(
+    model: DiffusionModel,
+    images: Any,
+    seed: int | None = None,
+    *,
+    strength: float = 1.0,
+    sampler: samplers.Sampler | None = None,
+    num_steps: int | None = None,
+    **options,
+) -> np.ndarray:
+    """Enlarges images with a model that was trained on pairs of large images and small ones.
+
+    Args:
+        model: a `DiffusionModel` whose network has images as condition, with as many channels as it makes.
+        images: small images `(batch, height, width, channels)`.
+        seed: see above.
+        strength: 1 starts from noise. Less starts from the images enlarged by interpolation, with as much noise as
+            there is at this share of T. This makes only this share of the steps.
+        sampler: a `samplers.Sampler`; `None` for the default of `model.sample`.
+        num_steps: see above.
+        **options: see above. Use some `image_noise` for images that another model has made, if the model was trained
+            with it.
+
+    Returns:
+        `(batch, height, width, channels)` of the model's size.
+
+    Raises:
+        ValueError: if the model has no such condition, the images have a wrong shape or are out of range, or an option
+            is invalid.
+
+    Reference: Ho et al., 2022 ("Cascaded diffusion models").
+    """
+    shape = model.data_shape
+    part = model.condition and model.condition.part("image")
+    fits = part is not None and part.shape == shape
+    _checks.require(fits, "The model is no upscaler: it needs condition images of its own shape", shape=shape)
+    images = _checks.array(images, "images")
+    given = model.condition.by_name(options.pop("labels", None), images, complete=False)
+    large = np.clip(ops.convert_to_numpy(seen(images, None, None, shape)), -1, 1)
+    options |= {"sampler": sampler, "num_steps": num_steps, "labels": given}
+    return variations(model, large, strength, seed, **options)
+
+
+def cascade(models: Sequence[DiffusionModel], num_samples: int, seed: int | None = None, **options) -> np.ndarray:
+    """Generates images with a model, and enlarges them with others, one after the other.
+
+    Args:
+        models: a `DiffusionModel` of small images, and the upscalers, in order.
+        num_samples: number of images.
+        seed: seed of the first model; `None` draws one. The next models use the next seeds.
+        **options: options of `DiffusionModel.sample`, such as `labels`, for every model. `image_noise` is for the
+            upscalers. Call the models one by one to give each its own.
+
+    Returns:
+        `(num_samples, height, width, channels)` of the last model's size.
+
+    Raises:
+        ValueError: if an option is invalid, or as in `upscale`.
+
+    Reference: Ho et al., 2022 ("Cascaded diffusion models").
+    """
+    seed = _checks.seed(seed)
+    noise = {"image_noise": options.pop("image_noise", 0.0)}
+    images = models[0].sample(num_samples, seed=seed, **options)
+    for number, model in enumerate(models[1:], 1):
+        images = upscale(model, images, seed + number, **options, **noise)
+    return images
 
 
 def encode(model: DiffusionModel, images: Any, *, num_steps: int | None = None, **options) -> np.ndarray:

@@ -171,7 +171,7 @@ def _description(model: DiffusionModel, graph: Any) -> dict:
         "schedule": diffusion.schedule.get_config(),
         "prior_std": float(np.hypot(diffusion.schedule.alpha[-1], diffusion.schedule.sigma[-1])),
         "num_classes": condition and condition.num_classes,
-        "null_label": condition and condition.null_label,
+        "null_label": condition and condition.parts[0].null,
         "class_names": condition and condition.class_names,
     }
 

@@ -13,7 +13,7 @@ In autoguidance, the worse prediction is that of another model, smaller or less 
 import dataclasses
 import difflib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import keras
@@ -22,21 +22,56 @@ from keras import ops
 
 from keras_ddpm import _checks
 
-__all__ = ["Condition", "Guidance", "guided", "without_condition"]
+__all__ = ["Condition", "Guidance", "Part", "guided", "seen", "without_condition"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One input of a network besides x_t and t.
+
+    Attributes:
+        name: "label", "context" (a vector or an array), "image" or "image_noise".
+        shape: shape of the input of one example, `()` for a label.
+        null: the value that stands for no condition: the label K, 0 for the entries of vectors and images, and 1 for
+            the noise of an image, as no image is left then.
+    """
+
+    name: str
+    shape: tuple
+    null: int = 0
+
+    @property
+    def dtype(self) -> str:
+        return "int32" if self.name == "label" else "float32"
+
+    def drop(self, value: Any, kept: Any) -> Any:
+        """Replaces values `(batch, ...)` by the null value if their entry of `kept`, `(batch,)`, is false."""
+        value = ops.cast(value, self.dtype)
+        kept = ops.reshape(kept, (-1,) + (1,) * len(self.shape))
+        return ops.where(kept, value, ops.full_like(value, self.null))
+
+    def known(self, value: Any) -> Any:
+        """Which examples `(batch,)` are in range: labels in 0..K − 1, pixels in [-1, 1], and finite vectors."""
+        if self.name == "label":
+            value = ops.cast(value, "int32")  # some integers are too short for the number of classes
+            return ops.logical_and(value >= 0, value < self.null)
+        value = ops.cast(value, "float32")
+        largest = 1 + _checks.ROUNDING if self.name == "image" else np.finfo("float32").max
+        return ops.all(ops.abs(value) <= largest, axis=tuple(range(1, len(value.shape))))
 
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-    """What a network is conditioned on: labels 0..K − 1, or vectors.
+    """What a network is conditioned on: a label or a vector, an image, or both.
+
+    Data and samples give it as a dict by the names of the parts, or as an array that stands for the first part.
 
     Attributes:
-        shape: shape of the condition of one example, `()` for a label.
-        num_classes: the number K of labels; `None` for vectors.
+        parts: the `Part`s, in the order of the network's inputs.
         class_names: the name of each label, if they have names.
     """
 
-    shape: tuple
-    num_classes: int | None
+    parts: tuple[Part, ...]
     class_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -45,21 +80,33 @@ class Condition:
 
     @classmethod
     def of(cls, network: keras.Model, class_names: Sequence[str] | None = None) -> "Condition | None":
-        """The condition of a functional model of `[x_t, t, condition]`, or `None` for a model of `[x_t, t]`.
+        """The condition of a functional model of `[x_t, t, *conditions]`, or `None` for a model of `[x_t, t]`.
+
+        The inputs have the names of parts. A single condition may have any name: integers are labels.
 
         Raises:
-            ValueError: if the condition is an integer and no layer has the name "label_embedding", or `class_names` are
-                not K different names.
+            ValueError: if an input has another name, there are labels and no layer has the name "label_embedding", or
+                `class_names` are not K different names.
         """
-        conditions = network.inputs[2:]
-        labels = [condition for condition in conditions if "int" in condition.dtype]
-        _checks.require(labels or class_names is None, "The network has no labels to name", class_names=class_names)
-        if not labels:
-            return cls(tuple(conditions[0].shape[1:]), None) if conditions else None
-        embeddings = [layer for layer in network.layers if layer.name == "label_embedding"]
-        _checks.require(embeddings, "A network of labels needs a layer 'label_embedding' with K + 1 entries")
-        num = embeddings[0].input_dim - 1
-        return cls((), num, None if class_names is None else tuple(class_names))
+        parts: list[Part] = []
+        inputs = network.inputs[2:]
+        for tensor in inputs:
+            name, shape = tensor.name, tuple(tensor.shape[1:])
+            if len(inputs) == 1 and name != "image":
+                name = "label" if "int" in tensor.dtype else "context"
+            valid = name in {"label", "context", "image", "image_noise"} - {part.name for part in parts}
+            needed = "Inputs of the network besides x_t and t are named 'label' or 'context', 'image' and 'image_noise'"
+            _checks.require(valid, needed, names=[tensor.name for tensor in inputs])
+            null = int(name == "image_noise")
+            if name == "label":
+                embeddings = [layer for layer in network.layers if layer.name == "label_embedding"]
+                _checks.require(embeddings, "A network of labels needs a layer 'label_embedding' with K + 1 entries")
+                null = embeddings[0].input_dim - 1
+            parts.append(Part(name, shape, null))
+        condition = cls(tuple(parts)) if parts else None
+        labeled = class_names is None or (condition and condition.num_classes)
+        _checks.require(labeled, "The network has no labels to name", class_names=class_names)
+        return condition if class_names is None else dataclasses.replace(condition, class_names=tuple(class_names))
 
     def named(self, class_names: Sequence[str] | None) -> "Condition":
         """This condition, which takes the names that data have if it has none. Warns if it has others."""
@@ -72,54 +119,139 @@ class Condition:
         return self
 
     @property
-    def null_label(self) -> int:
-        """The value that stands for no condition: the label K, or 0 for every entry of a vector."""
-        return self.num_classes or 0
+    def given(self) -> tuple[str, ...]:
+        """The names of the parts that data hold. The noise of an image is drawn."""
+        return tuple(part.name for part in self.parts if part.name != "image_noise")
+
+    def part(self, name: str) -> Part | None:
+        """The part of this name, or `None`."""
+        return next((part for part in self.parts if part.name == name), None)
 
     @property
-    def dtype(self) -> str:
-        return "int32" if self.num_classes else "float32"
+    def num_classes(self) -> int | None:
+        """The number K of labels, which is also the label that stands for none; `None` without labels."""
+        labels = self.part("label")
+        return labels and labels.null
 
-    def array(self, labels: Any, num: int) -> np.ndarray:
-        """The conditions of `num` examples.
+    def by_name(self, values: Any, images: Any = None, complete: bool = True) -> dict:
+        """Conditions as a dict by name.
 
         Args:
-            labels: one label, name or vector for all examples, or one for each; `None` for no condition.
-            num: number of examples.
-
-        Returns:
-            int32 array `(num,)` of labels, or float32 array `(num, context_dim)`.
+            values: a dict by name, or an array that stands for the first part; `None` for nothing.
+            images: the part "image", if it is not in `values`.
+            complete: whether all parts must be there, as in data.
 
         Raises:
-            ValueError: if the labels have a wrong shape, are out of range or are unknown names.
+            ValueError: if there is a part that the network does not take, or one is missing.
         """
-        shape = (num, *self.shape)
-        if labels is None:
-            return np.full(shape, self.null_label, self.dtype)
-        labels = np.asarray(labels)
-        if labels.dtype.kind in "OT":  # objects, and NumPy's text of any length
-            labels = np.array(labels.tolist())
-        if self.class_names and labels.dtype.kind in "US":
+        found = values if isinstance(values, dict) else {} if values is None else {self.given[0]: values}
+        found = found if images is None else found | {"image": images}
+        fits = {*found} == {*self.given} if complete else {*found} <= {*self.given}
+        _checks.require(fits, f"The network has the conditions {[*self.given]}", received=[*found])
+        return found
+
+    def array(self, values: Any, num: int, name: str | None = None) -> np.ndarray:
+        """One part of the condition of `num` examples.
+
+        Args:
+            values: one label, class name, vector or image for all examples, or one for each; `None` for no condition.
+            num: number of examples.
+            name: name of the part; `None` for the first.
+
+        Returns:
+            An array `(num, ...)`: int32 labels, or float32 vectors or images. Smaller images are enlarged.
+
+        Raises:
+            ValueError: if values have a wrong shape, are out of range or are unknown names.
+        """
+        part = self.part(name or self.given[0])
+        shape = (num, *part.shape)
+        if values is None:
+            return np.full(shape, part.null, part.dtype)
+        values = np.asarray(values)
+        if values.dtype.kind in "OT":  # objects, and NumPy's text of any length
+            values = np.array(values.tolist())
+        if self.class_names and values.dtype.kind in "US":
             numbers = {name: number for number, name in enumerate(self.class_names)}
-            names = [_checks.text(name) for name in labels.ravel().tolist()]
+            names = [_checks.text(name) for name in values.ravel().tolist()]
             for name in {*names} - {*numbers}:
                 similar = difflib.get_close_matches(name, numbers, cutoff=0.4) or self.class_names[:3]
                 raise ValueError(f"There is no class {name!r}. Similar names: {', '.join(similar)}.")
-            labels = np.reshape([numbers[name] for name in names], labels.shape)
-        if self.num_classes:
-            valid = np.issubdtype(labels.dtype, np.integer) and np.all((labels >= 0) & (labels < self.num_classes))
-            shown = None if valid else np.array2string(labels, threshold=8)
-            _checks.require(valid, f"Labels must be integers in 0..{self.num_classes - 1}. Received: labels={shown}")
-        valid = labels.shape in (shape, self.shape) and np.all(np.isfinite(labels))
-        expected = f"Expected finite conditions of shape {shape}, or one of shape {self.shape} for all"
-        _checks.require(valid, expected, shape=labels.shape)
-        return np.broadcast_to(labels, shape).astype(self.dtype)
+            values = np.reshape([numbers[name] for name in names], values.shape)
+        if part.name == "label":
+            valid = np.issubdtype(values.dtype, np.integer) and np.all((values >= 0) & (values < part.null))
+            shown = None if valid else np.array2string(values, threshold=8)
+            _checks.require(valid, f"Labels must be integers in 0..{part.null - 1}. Received: labels={shown}")
+        if part.name == "image":
+            return self._images(values, shape)
+        valid = values.shape in (shape, part.shape) and np.all(np.isfinite(values))
+        expected = f"Expected finite conditions of shape {shape}, or one of shape {part.shape} for all"
+        _checks.require(valid, expected, shape=values.shape)
+        return np.broadcast_to(values, shape).astype(part.dtype)
 
-    def drop(self, condition: Any, kept: Any) -> Any:
-        """Replaces conditions `(batch, ...)` by the null label if their entry of `kept`, `(batch,)`, is false."""
-        condition = ops.cast(condition, self.dtype)
-        kept = ops.reshape(kept, (-1,) + (1,) * len(self.shape))
-        return ops.where(kept, condition, ops.full_like(condition, self.null_label))
+    @staticmethod
+    def _images(values, shape):
+        num, *largest, channels = shape
+        fits = values.ndim in (3, 4) and values.shape[:-3] in ((), (num,)) and values.shape[-1] == channels
+        fits = fits and all(0 < side <= most for side, most in zip(values.shape[-3:-1], largest))
+        _checks.require(fits, f"Expected condition images of shape {shape}, or smaller", shape=values.shape)
+        in_range = values.dtype.kind == "f" and np.all(np.abs(values) <= 1 + _checks.ROUNDING)
+        received = {"dtype": str(values.dtype), "lowest": float(values.min()), "highest": float(values.max())}
+        _checks.require(in_range, "Condition images must be floats in [-1, 1]", **received)
+        return np.broadcast_to(values, (num, *values.shape[-3:])).astype("float32")
+
+    def arrays(self, values: Any, num: int, image_noise: float = 0.0, noise: Callable | None = None) -> tuple:
+        """The inputs of the network besides x_t and t, for `num` examples.
+
+        Args:
+            values: a dict by name, or an array that stands for the first part. Missing parts are no condition.
+            num: number of examples.
+            image_noise: the noise that images get, in [0, 1), as in `seen`.
+            noise: function from the shape of one image to standard Gaussian noise for all.
+
+        Returns:
+            A tuple of arrays `(num, ...)`.
+
+        Raises:
+            ValueError: as `array`, or if there is noise for a network that is not told of it.
+        """
+        found = self.by_name(values, complete=False)
+        valid = _checks.is_between(image_noise, 0, 1) and image_noise < 1
+        valid = valid and (not image_noise or (self.part("image_noise") and found.get("image") is not None))
+        needed = "`image_noise` must be in [0, 1), for images of a network that is told of it"
+        _checks.require(valid, needed, image_noise=image_noise)
+        arrays = {part.name: self.array(found.get(part.name), num, part.name) for part in self.parts}
+        if found.get("image") is not None:
+            image = arrays["image"]
+            levels = arrays["image_noise"] = np.full(num, image_noise, "float32")
+            drawn = noise(image.shape[1:]) if noise and image_noise else None
+            arrays["image"] = ops.convert_to_numpy(seen(image, levels, drawn, self.part("image").shape))
+        return tuple(arrays[part.name] for part in self.parts)
+
+
+def seen(images: Any, levels: Any, noise: Any, size: Sequence[int]) -> Any:
+    """Condition images as the network sees them: cos(π/2 level) image + sin(π/2 level) noise, enlarged.
+
+    A network that is told the level does not rely on details that noise hides. It then forgives faults of images that
+    another model has made.
+
+    Args:
+        images: `(batch, height, width, channels)`.
+        levels: how much noise, `(batch,)`, from 0 for none to 1 for noise alone.
+        noise: standard Gaussian noise like `images`; `None` for none.
+        size: `(height, width, ...)` to enlarge to, by bicubic interpolation.
+
+    Reference: Ho et al., 2022 ("Cascaded diffusion models"), section 4.2.
+    """
+    if noise is not None:
+        images, levels, noise = map(ops.convert_to_tensor, (images, levels, noise))
+        angles = ops.reshape(levels, (-1, 1, 1, 1)) * (np.pi / 2)
+        images = ops.cos(angles) * images + ops.sin(angles) * noise
+    size = tuple(size[:2])
+    if tuple(images.shape[1:3]) == size:
+        return images
+    # With antialiasing, all backends have the same cubic.
+    return ops.image.resize(images, size, "bicubic", antialias=True, data_format="channels_last")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -135,6 +267,8 @@ class Guidance:
             static clipping.
         guide: a `DiffusionModel` of the same data and process, such as an early checkpoint. Its averaged network
             replaces the unconditional prediction. The guide may be unconditional. [Karras et al., 2024]
+        drop: names of the parts of the condition that the worse prediction lacks, such as `("label", "image")`; `None`
+            for the first one that is given. Guidance by images needs a model with an `image_dropout`.
 
     Raises:
         ValueError: if a value is out of range.
@@ -147,6 +281,7 @@ class Guidance:
     interval: tuple | None = None
     dynamic_threshold: float | None = None
     guide: Any = None
+    drop: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         valid = _checks.is_between(self.rescale, 0, 1)
@@ -170,47 +305,54 @@ class Guidance:
         return np.where((low <= t) & (t <= high), guidance_scale, 1.0)
 
     def resolve(
-        self, condition: Condition | None, labels: Any, guidance_scale: float, num: int, t: np.ndarray
-    ) -> tuple[tuple, tuple, str]:
-        """The inputs of the network for `num` examples.
+        self, condition: Condition | None, given: Collection[str], inputs: tuple, guidance_scale: float, t: np.ndarray
+    ) -> tuple[tuple, tuple, tuple, str]:
+        """What guidance makes of the calls of a network.
 
         Args:
             condition: the `Condition` of the network, or `None`.
-            labels: as in `DiffusionModel.sample`.
+            given: names of the parts that samples are given.
+            inputs: the network's inputs after x and t.
             guidance_scale: as in `DiffusionModel.sample`.
-            num: number of examples.
             t: the time of each network call, `(calls,)`.
 
         Returns:
-            The network's inputs after x and t, arrays `(num, ...)`; the scale and the rescaling for `guided`, arrays
-            `(calls,)`; and which calls are guided: "none", "some" or "all".
+            The inputs; the scale and the rescaling for `guided`, arrays `(calls,)`; for `without_condition`, the null
+            value of each input, or `None` to keep it; and which calls are guided: "none", "some" or "all".
 
         Raises:
-            ValueError: if the network takes no labels but gets some, if guidance is asked for without labels and
-                without a guide, or if the labels or the scale are invalid.
+            ValueError: if guidance is asked for without a condition and without a guide, or the scale is invalid.
         """
         scale = self.scales(guidance_scale, t)
-        valid = labels is not None or guidance_scale == 1 or self.guide is not None
-        _checks.require(valid, "Guidance needs labels or a `guide`", guidance_scale=guidance_scale, labels=labels)
-        valid = labels is None or condition is not None
-        _checks.require(valid, "The network takes no labels", labels=labels)
-        inputs: tuple = (condition.array(labels, num),) if condition else ()
-        if condition and np.all(scale == 0) and not self.rescale and self.guide is None:
-            return (np.full_like(inputs[0], condition.null_label),), (), "none"
+        dropped = tuple(given)[:1] if self.drop is None else self.drop
+        valid = guidance_scale == 1 or self.guide is not None or (dropped and {*dropped} <= {*given})
+        _checks.require(valid, "Guidance needs labels or a `guide`", guidance_scale=guidance_scale, given=[*given])
+        if "image" in dropped:
+            dropped = (*dropped, "image_noise")
+        parts = condition.parts if condition else ()
+        nulls = tuple(part.null if part.name in dropped else None for part in parts)
+        if np.all(scale == 0) and not self.rescale and self.guide is None:
+            without = (c if null is None else np.full_like(c, null) for c, null in zip(inputs, nulls))
+            return tuple(without), (), (), "none"
         if np.all(scale == 1):
-            return inputs, (), "none"
-        return inputs, (scale, np.full(len(t), self.rescale)), "some" if np.any(scale == 1) else "all"
+            return inputs, (), (), "none"
+        return inputs, (scale, np.full(len(t), self.rescale)), nulls, "some" if np.any(scale == 1) else "all"
 
 
-def without_condition(predict: Callable, null_label: int) -> Callable:
-    """Returns a function from x, t and the condition to two outputs: without the condition, and with it.
+def without_condition(predict: Callable, nulls: Sequence) -> Callable:
+    """Returns a function from x, t and the conditions to two outputs: without some conditions, and with all.
 
-    It makes one call of `predict`. The value `null_label` stands for no condition.
+    It makes one call of `predict`.
+
+    Args:
+        predict: function from x, t and the conditions to the network's output.
+        nulls: for each condition the value that stands for none, or `None` to keep it.
     """
 
-    def predict_both(x: Any, t: Any, condition: Any) -> tuple:
-        both = ops.concatenate([ops.full_like(condition, null_label), condition])
-        return tuple(ops.split(predict(ops.concatenate([x, x]), ops.concatenate([t, t]), both), 2))
+    def predict_both(x: Any, t: Any, *conditions: Any) -> tuple:
+        without = [c if null is None else ops.full_like(c, null) for c, null in zip(conditions, nulls)]
+        pairs = [(x, x), (t, t), *zip(without, conditions)]
+        return tuple(ops.split(predict(*map(ops.concatenate, pairs)), 2))
 
     return predict_both
 
@@ -219,13 +361,13 @@ def guided(predict: Callable, predict_both: Callable, sometimes: bool) -> Callab
     """Returns a function that predicts with guidance.
 
     Args:
-        predict: function from x, t and the condition, if there is one, to the network's output.
+        predict: function from x, t and the conditions to the network's output.
         predict_both: function from the same arguments to a worse output and the output of `predict`.
         sometimes: whether the scale may be 1. In such calls only `predict` is called.
 
     Returns:
-        Function from x `(batch, ...)`, t `(batch,)`, the condition, the scale and the rescaling (scalar tensors) to the
-        guided output.
+        Function from x `(batch, ...)`, t `(batch,)`, the conditions, the scale and the rescaling (scalar tensors) to
+        the guided output.
     """
 
     def predict_guided(*arguments: Any) -> Any:

@@ -49,10 +49,12 @@ def _like(own):
 class DiffusionModel(keras.Model):
     """A denoising diffusion probabilistic model.
 
-    `fit` and `evaluate` take batches of clean data x_0, `(batch, ...)`, or tuples `(x_0, label)`. A network without a
-    condition ignores the label. Sample weights and class weights multiply the loss. Each step draws t and noise and
-    passes the regression problem (x_t, t) -> target to the training step of Keras. `compile` thus takes any loss,
-    metric and optimizer of Keras. `evaluate` draws the same t and noise at each call.
+    `fit` and `evaluate` take batches of clean data x_0, `(batch, ...)`, or tuples `(x_0, condition)`. A condition is an
+    array of labels, vectors or images, or a dict by the names of the network's inputs, such as `{"label": labels,
+    "image": images}`. Condition images may be smaller than x_0. A network without a condition ignores it. Sample
+    weights and class weights multiply the loss. Each step draws t and noise and passes the regression problem
+    (x_t, t) -> target to the training step of Keras. `compile` thus takes any loss, metric and optimizer of Keras.
+    `evaluate` draws the same t and noise at each call.
 
     The model keeps an exponential moving average of the network's weights (`ema.Average`). `sample` and
     `evaluate` use the average. `save` stores both.
@@ -65,8 +67,8 @@ class DiffusionModel(keras.Model):
     >>> samples = model.sample(16, seed=0)
 
     Args:
-        network: a functional `keras.Model` from `[x_t, t]` or `[x_t, t, condition]` to a tensor shaped like `x_t`;
-            see `networks`.
+        network: a functional `keras.Model` from `[x_t, t, *conditions]` to a tensor shaped like `x_t`; see `networks`
+            and `guidance.Condition.of`.
         diffusion: a `GaussianDiffusion`; `None` for one with its default arguments.
         ema_decay: the largest decay of the average, in [0, 1).
         loss_weight: array `(T + 1,)` of weights of the loss at t = 0..T, as `diffusion.min_snr_weight()` and
@@ -75,11 +77,15 @@ class DiffusionModel(keras.Model):
             batch. "stratified" spreads the times evenly in each batch, so that the loss varies less from batch to
             batch. In these three, each t is uniformly distributed. "half_at_T" gives half of the examples t = T, and
             spreads the others; it is for `distillation`.
-        label_dropout: the share of training examples that lose their condition, in [0, 1). Guidance needs a network
-            that was also trained without its condition. A network without a condition ignores this argument.
+        label_dropout: the share of training examples that lose their label or vector, in [0, 1). Guidance needs a
+            network that was also trained without its condition. A network without a condition ignores this argument.
         seed: integer seed of the t and the noise drawn in training. A saved model continues its random sequence.
         class_names: the name of each label, with which `sample` can be asked for it. With `None`, the model takes them
             from the first data with names that `fit` gets, such as `datasets.Batches.class_names`.
+        image_dropout: the share of training examples that lose their condition image, in [0, 1). Guidance by the image
+            needs it.
+        image_noise: the largest level of the noise that condition images get in training, in [0, 1), as in
+            `guidance.seen`. Models that enlarge the samples of others need some, or they repeat the faults of these.
         sampler: the default sampler of `sample`, which is saved with the model; `None` for `DPMSolver(10, eta=1.0)`.
 
     Raises:
@@ -101,6 +107,8 @@ class DiffusionModel(keras.Model):
         *,
         seed: int | None = None,
         class_names: Sequence[str] | None = None,
+        image_dropout: float = 0.0,
+        image_noise: float = 0.0,
         sampler: samplers.Sampler | None = None,
         **kwargs,
     ):
@@ -109,10 +117,8 @@ class DiffusionModel(keras.Model):
         _checks.require(is_float32, "Only the network has a dtype policy: `keras.config.set_dtype_policy`", dtype=dtype)
         super().__init__(**kwargs, dtype="float32")
         shapes = [tuple(tensor.shape) for tensor in getattr(network, "inputs", None) or []]
-        valid = len(shapes) in (2, 3) and network.output.shape == shapes[0] and None not in shapes[0][1:]
-        needed = (
-            "`network` must be a functional model of [x_t, t] or [x_t, t, condition], with an output shaped like x_t"
-        )
+        valid = len(shapes) >= 2 and network.output.shape == shapes[0] and None not in shapes[0][1:]
+        needed = "`network` must be a functional model of [x_t, t, *conditions], with an output shaped like x_t"
         _checks.require(valid, needed, inputs=shapes)
         valid = isinstance(diffusion, (GaussianDiffusion, type(None)))
         _checks.require(valid, "`diffusion` must be a `GaussianDiffusion`", diffusion=diffusion)
@@ -122,8 +128,9 @@ class DiffusionModel(keras.Model):
         self.network = network
         self.diffusion = diffusion or GaussianDiffusion()
         condition = Condition.of(network, class_names)
+        dropouts = label_dropout, image_dropout, image_noise
         self.corruption = Corruption(
-            self.diffusion, condition, loss_weight, timestep_sampling, label_dropout, self.draw_noise
+            self.diffusion, condition, loss_weight, timestep_sampling, *dropouts, self.draw_noise
         )
         self.ema_decay = ema_decay
         self.seed = seed if seed is None else _checks.seed(seed)
@@ -154,7 +161,7 @@ class DiffusionModel(keras.Model):
         return self.corruption.condition
 
     def call(self, inputs, training=None):
-        """The network's output for `(x_t, t)` or `(x_t, t, condition)`. Outside of training, the average computes it.
+        """The network's output for `(x_t, t, *conditions)`. Outside of training, the average computes it.
 
         Raises:
             ValueError: if the inputs are something else.
@@ -280,7 +287,7 @@ class DiffusionModel(keras.Model):
 
     def test_step(self, *args):
         """Evaluates on noisy data, with all conditions. The arguments are `data`, on JAX `state` and `data`."""
-        corruption = dataclasses.replace(self.corruption, label_dropout=0.0)
+        corruption = dataclasses.replace(self.corruption, label_dropout=0.0, image_dropout=0.0)
         if len(args) == 1:
             return replicas.joined(super().test_step(self._corrupted(*args, corruption, self._test_random)))
         state, data = args
@@ -323,6 +330,8 @@ class DiffusionModel(keras.Model):
         seed: int | None = None,
         *,
         labels: Any = None,
+        images: Any = None,
+        image_noise: float = 0.0,
         guidance_scale: float = 1.0,
         guidance: Guidance | None = None,
         use_ema: bool = True,
@@ -343,8 +352,11 @@ class DiffusionModel(keras.Model):
             num_samples: number of samples.
             sampler: a `samplers.Sampler`; `None` for `default_sampler`.
             seed: non-negative integer; `None` draws one from Python's `random`.
-            labels: the condition of the samples: one label, class name or vector for all samples, or one for each;
-                `None` for no condition.
+            labels: the condition of the samples: one label, class name or vector for all samples, or one for each, or a
+                dict of conditions by name; `None` for no condition.
+            images: condition images `(num_samples, height, width, channels)` in [-1, 1], or one for all. Smaller ones
+                are enlarged.
+            image_noise: level of the noise that `images` get, in [0, 1), as in `guidance.seen`.
             guidance_scale: w in [0, 1000], how strongly samples follow their condition. 1 is the condition as it was
                 learned. Larger values cost two network calls a step. [Ho and Salimans, 2022, Eq. 6]
             guidance: rare options, a `guidance.Guidance`.
@@ -380,6 +392,8 @@ class DiffusionModel(keras.Model):
         states = self.run(
             loop.Job(steps, start, num_samples, seed, first, num_states=return_trajectory),
             labels=labels,
+            images=images,
+            image_noise=image_noise,
             guidance_scale=guidance_scale,
             guidance=guidance,
             use_ema=use_ema,
@@ -395,7 +409,8 @@ class DiffusionModel(keras.Model):
             x_t: noisy data, `(batch, ...)`.
             t: time of `x_t`, an integer in 1..T.
             clip: whether to clip the result to the `clip_range` of the diffusion.
-            **options: `labels`, `guidance_scale`, `guidance`, `use_ema`, `batch_size` and `verbose`, as in `sample`.
+            **options: `labels`, `images`, `image_noise`, `guidance_scale`, `guidance`, `use_ema`, `batch_size` and
+                `verbose`, as in `sample`.
 
         Returns:
             float32 array `(batch, ...)`.
@@ -429,6 +444,8 @@ class DiffusionModel(keras.Model):
         job: loop.Job,
         *,
         labels: Any = None,
+        images: Any = None,
+        image_noise: float = 0.0,
         guidance_scale: float = 1.0,
         guidance: Guidance | None = None,
         use_ema: bool = True,
@@ -439,7 +456,7 @@ class DiffusionModel(keras.Model):
 
         Args:
             job: the rows and where they start.
-            labels, guidance_scale, guidance, use_ema, batch_size, verbose: as in `sample`.
+            labels, images, image_noise, guidance_scale, guidance, use_ema, batch_size, verbose: as in `sample`.
 
         Returns:
             As `samplers.loop.Loop.run`.
@@ -453,7 +470,16 @@ class DiffusionModel(keras.Model):
         _checks.require(valid, "`guidance` must be a `guidance.Guidance`", guidance=guidance)
         self._check_guide(asked.guide)
         times = np.concatenate(job.steps)["t"]
-        inputs, columns, guided_calls = asked.resolve(self.condition, labels, guidance_scale, job.num, times)
+        condition, indices = self.condition, job.first + np.arange(job.num)
+        wanted = {"labels": labels, "images": images, "image_noise": image_noise or None}
+        wanted = {name: value for name, value in wanted.items() if value is not None}
+        _checks.require(condition or not wanted, "The network has no condition", **wanted)
+        given, inputs = {}, ()
+        if condition:
+            given = condition.by_name(labels, images, complete=False)
+            noise = functools.partial(loop.noise, seed=job.seed, indices=indices, stream=(1,))
+            inputs = condition.arrays(given, job.num, image_noise, noise)
+        inputs, columns, nulls, guided_calls = asked.resolve(condition, given, inputs, guidance_scale, times)
         threshold = asked.dynamic_threshold
         valid = threshold is None or (job.clip and self.diffusion.clip_range is not None)
         _checks.require(valid, "Nothing is clipped, so there is no threshold", dynamic_threshold=threshold)
@@ -465,7 +491,7 @@ class DiffusionModel(keras.Model):
                 # In a callback after a step, Keras on JAX holds the weights elsewhere.
                 getattr(model, "jax_state_sync", lambda: None)()
             return self._loop.run(
-                self._predictors(use_ema, guided_calls, guide),
+                self._predictors(use_ema, guided_calls, guide, nulls),
                 job,
                 inputs=inputs,
                 columns=columns,
@@ -482,11 +508,10 @@ class DiffusionModel(keras.Model):
         kind, kind_of_guide = ((of.data_shape, of.diffusion.prediction) for of in (self, guide))
         same = kind == kind_of_guide and guide.diffusion.schedule.is_close(self.diffusion.schedule)
         _checks.require(same, "`guide` must have the data shape and the process of the model", guide=guide.diffusion)
-        condition, condition_of_guide = (c and (c.shape, c.num_classes) for c in (self.condition, guide.condition))
-        fits = condition_of_guide in (None, condition)
-        _checks.require(fits, "`guide` must take the labels of the model, or none", guide=guide.condition)
+        fits = {*_parts(guide)} <= {*_parts(self)}
+        _checks.require(fits, "`guide` must take conditions of the model, or none", guide=guide.condition)
 
-    def _predictor(self, use_ema, guided_calls, guide):
+    def _predictor(self, use_ema, guided_calls, guide, nulls):
         """Returns the function that predicts with these weights and this kind of guidance."""
 
         def predict(*inputs):
@@ -495,11 +520,11 @@ class DiffusionModel(keras.Model):
         if guided_calls == "none":
             return predict
         if guide is None:
-            null_label = self.condition.null_label if self.condition else 0
-            return guided(predict, without_condition(predict, null_label), guided_calls == "some")
+            return guided(predict, without_condition(predict, nulls), guided_calls == "some")
 
-        def predict_both(*inputs):
-            return guide.average.predict(*inputs[: len(guide.network.inputs)]), predict(*inputs)
+        def predict_both(x, t, *conditions):
+            known = [c for c, part in zip(conditions, _parts(self)) if part in _parts(guide)]
+            return guide.average.predict(x, t, *known), predict(x, t, *conditions)
 
         function: Any = guided(predict, predict_both, guided_calls == "some")
         function.variables = guide.variables  # which the sampling program reads, too
@@ -612,6 +637,8 @@ class DiffusionModel(keras.Model):
             "loss_weight": None if corruption.loss_weight is None else corruption.loss_weight.tolist(),
             "timestep_sampling": corruption.timestep_sampling,
             "label_dropout": corruption.label_dropout,
+            "image_dropout": corruption.image_dropout,
+            "image_noise": corruption.image_noise,
             "seed": self.seed,
             "class_names": self.condition and self.condition.class_names,
             "sampler": keras.saving.serialize_keras_object(self.sampler),
@@ -642,6 +669,11 @@ class DiffusionModel(keras.Model):
         """The random states of the network's layers."""
         weights = {id(v) for v in self.network.weights}
         return [v for v in self.network.variables if id(v) not in weights]
+
+
+def _parts(model):
+    """The parts of the condition of a `DiffusionModel`."""
+    return model.condition.parts if model.condition else ()
 
 
 def _layers(model):

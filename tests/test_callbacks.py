@@ -120,7 +120,7 @@ def untrained():
         ({"path": "x.png", "guidance_scale": -2}, "guidance_scale=-2"),
         ({"path": "x.png", "use_ema": 1}, "use_ema=1"),
         ({"path": "x.png", "sampler": "ddim"}, "sampler='ddim'"),
-        ({"path": "x.png", "labels": 1}, "takes no labels"),
+        ({"path": "x.png", "labels": 1}, "has no condition"),
         ({"path": "x.png", "guidance_scale": 2.0}, "Guidance needs labels"),
         ({"path": "x.png", "guidance_scale": -1}, "guidance_scale=-1"),
     ],
@@ -229,7 +229,7 @@ def test_metrics_of_samples_that_cannot_be_had(untrained):
     with pytest.raises(ValueError, match="has no real images"):
         untrained.fit(IMAGES, callbacks=[kd.callbacks.SampleMetrics(kid)], verbose=0)
     kid.update_state(real_images=IMAGES)
-    with pytest.raises(ValueError, match="takes no labels"):
+    with pytest.raises(ValueError, match="has no condition"):
         untrained.fit(IMAGES, callbacks=[kd.callbacks.SampleMetrics(kid, labels=1)], verbose=0)
     with pytest.raises(ValueError, match="at least 4. Received: num_generated=3"):
         untrained.fit(IMAGES, callbacks=[kd.callbacks.SampleMetrics(kid, num_samples=3)], verbose=0)

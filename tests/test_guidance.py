@@ -201,11 +201,11 @@ def test_guides_that_do_not_fit(mixture):
         ("bad", "must be a `DiffusionModel`. Received: guide='bad'"),
         (TWO.model(kd.schedules.cosine(1000)), "the data shape and the process"),
         (kd.DiffusionModel(kd.networks.mlp(2), mixture.diffusion), "the data shape and the process"),
-        (kd.DiffusionModel(kd.networks.mlp(1, 8, 1, num_classes=7), mixture.diffusion), "the labels of the model"),
+        (kd.DiffusionModel(kd.networks.mlp(1, 8, 1, num_classes=7), mixture.diffusion), "conditions of the model"),
     ]:
         with pytest.raises(ValueError, match=message):
             mixture.sample(1, guidance=Guidance(guide=guide), guidance_scale=2.0)
-    with pytest.raises(ValueError, match="the labels of the model, or none"):
+    with pytest.raises(ValueError, match="conditions of the model, or none"):
         TWO.model(schedule).sample(1, guidance=Guidance(guide=mixture), guidance_scale=2.0)
 
 
@@ -230,7 +230,7 @@ def test_rescale_keeps_the_deviation_of_the_conditional_output():
     network = kd.networks.mlp(64, 16, 1, num_classes=3)
     randomize(network)
     call = lambda *inputs: network(list(inputs))
-    predict = guidance.guided(call, guidance.without_condition(call, null_label=3), sometimes=False)
+    predict = guidance.guided(call, guidance.without_condition(call, nulls=(3,)), sometimes=False)
     x = ops.convert_to_tensor(np.random.default_rng(0).standard_normal((4, 64)), "float32")
     t, label = ops.full((4,), 300, dtype="int32"), ops.convert_to_tensor([0, 1, 2, 0], "int32")
     got = ops.convert_to_numpy(predict(x, t, label, 4.0, 1.0))
@@ -377,7 +377,7 @@ def test_bad_conditions_in_training():
     inputs = keras.Input((2,)), keras.Input(()), keras.Input((), dtype="int32")
     with pytest.raises(ValueError, match="label_embedding"):
         kd.DiffusionModel(keras.Model(inputs, inputs[0] * ops.cast(inputs[2], "float32")[:, None]))
-    with pytest.raises(ValueError, match="takes no labels. Received: labels=0"):
+    with pytest.raises(ValueError, match="has no condition. Received: labels=0"):
         kd.DiffusionModel(kd.networks.mlp(2, 8, 1)).sample(2, labels=0)
 
 
@@ -440,11 +440,12 @@ def test_labels_in_data_have_any_integer_dtype(dtype):
 
 
 COMPOSED, DECOMPOSED = ["café", "b", "Å"], ["cafe\u0301", "b", "A\u030a"]
+LABEL = (guidance.Part("label", (), 3),)
 
 
 @pytest.mark.parametrize("known, asked", [(COMPOSED, DECOMPOSED), (DECOMPOSED, COMPOSED)])
 def test_names_have_any_dtype_and_normal_form(known, asked):
-    condition = guidance.Condition((), 3, known)
+    condition = guidance.Condition(LABEL, known)
     assert condition.class_names == tuple(COMPOSED)
     forms = [list, tuple, np.array, lambda names: np.array(names, object), lambda names: [n.encode() for n in names]]
     if hasattr(np.dtypes, "StringDType"):
@@ -461,9 +462,12 @@ def test_names_have_any_dtype_and_normal_form(known, asked):
         ["a", "b", 1],
     ):
         with pytest.raises(ValueError, match="`class_names` must be 3 different names without control characters"):
-            guidance.Condition((), 3, names)
+            guidance.Condition(LABEL, names)
     with pytest.raises(ValueError, match="`class_names` must be different names"):
         kd.datasets.Batches(np.zeros((4, 2)), np.zeros(4), 4, class_names=["a", "a"])
-    assert guidance.Condition((), 2, ["a\nb", "<b>&\u200c/.."]).class_names == ("a b", "<b>&\u200c/..")
+    assert guidance.Condition((guidance.Part("label", (), 2),), ["a\nb", "<b>&\u200c/.."]).class_names == (
+        "a b",
+        "<b>&\u200c/..",
+    )
     with pytest.raises(ValueError, match="There is no class 'cafe'. Similar names: café"):
         condition.array(["cafe", "b"], 2)

@@ -144,7 +144,7 @@ def test_of_images_by_label():
         (np.full((2, 1), 255.0), {}, r"in \[-1, 1\]"),
         (np.ones((2, 2)), {}, "shape"),
         (np.ones((2, 1)), {"seed": -1}, "seed=-1"),
-        (np.ones((2, 1)), {"labels": 3}, "takes no labels"),
+        (np.ones((2, 1)), {"labels": 3}, "has no condition"),
     ],
 )
 def test_bad_input(x, options, message):

@@ -18,7 +18,7 @@ __all__ = ["Batches"]
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Batches(keras.utils.PyDataset):
-    """Batches of data in memory, or in a memory-mapped file: `x_0`, or `(x_0, label)` if there are labels.
+    """Batches of data in memory, or in a memory-mapped file: `x_0`, or `(x_0, condition)` if there are labels.
 
     With `shuffle`, the batches of all epochs are cut from one endless sequence of permutations of the data. Every batch
     is full, and all examples are seen equally often. A batch depends on the seed, the epoch and its number alone.
@@ -29,10 +29,11 @@ class Batches(keras.utils.PyDataset):
     Args:
         x: array `(num, ...)`, possibly memory-mapped. uint8 images are scaled to [-1, 1] in the batches. Floats must be
             finite and are not scaled. A memory-mapped file is read one batch at a time.
-        labels: array `(num,)` or `None`.
+        labels: array `(num,)` of labels, another condition `(num, ...)`, or a dict of them by name, such as `{"label":
+            labels, "image": images}`; `None` for none. uint8 images are scaled like `x`.
         batch_size: number of examples in a batch.
         shuffle: whether to shuffle. Otherwise an epoch is the data in order, and its last batch may be smaller.
-        flip: whether to mirror each image with probability 1/2.
+        flip: whether to mirror each image with probability 1/2, together with its condition image.
         steps_per_epoch: number of batches in an epoch of shuffled data. By default `num // batch_size`.
         seed: seed of the order and of the flips.
         class_names: the name of each label 0..K − 1, if they have names.
@@ -49,7 +50,7 @@ class Batches(keras.utils.PyDataset):
     """
 
     x: np.ndarray
-    labels: np.ndarray | None = None
+    labels: Any = None
     batch_size: int = 64
     shuffle: bool = True
     flip: bool = False
@@ -74,10 +75,13 @@ class Batches(keras.utils.PyDataset):
         _checks.require(x.dtype == "uint8" or _is_finite(x), "The data hold NaN or infinite values")
         _checks.require(not self.flip or x.ndim == 4, "Only images can be flipped", shape=x.shape)
         if self.labels is not None:
-            self.labels = np.asarray(self.labels)
-            if self.labels.dtype == "uint64":  # PyTorch lacks it
-                self.labels = self.labels.astype("int64")
-            _checks.require(len(self.labels) == len(x), f"Expected {len(x)} labels", shape=self.labels.shape)
+            parts = self.labels if isinstance(self.labels, dict) else {"labels": self.labels}
+            parts = {name: np.asarray(values) for name, values in parts.items()}
+            for name, values in parts.items():
+                _checks.require(len(values) == len(x), f"Expected {len(x)} {name}", shape=values.shape)
+                if values.dtype == "uint64":  # PyTorch lacks it
+                    parts[name] = values.astype("int64")
+            self.labels = parts if isinstance(self.labels, dict) else parts["labels"]
         self.epoch = 0
         self._begun = False
         self._owner: int | None = None
@@ -132,18 +136,27 @@ class Batches(keras.utils.PyDataset):
         mirrored = np.random.default_rng([self.seed, 1, batch]).random(len(chosen)) < 0.5
         mine = slice(len(chosen) * process // num_processes, len(chosen) * (process + 1) // num_processes)
         chosen, mirrored = chosen[mine], mirrored[mine]
-        x = self._examples(chosen, mirrored)
-        labels = None if self.labels is None else self.labels[chosen]
+        x, labels = self._examples(chosen, mirrored), self.labels
+        if isinstance(labels, dict):
+            labels = {name: self._chosen(values, chosen, mirrored) for name, values in labels.items()}
+        elif labels is not None:
+            labels = self._chosen(labels, chosen, mirrored)
         if weight is not None:
             return x, labels, weight[mine]
         return x if labels is None else (x, labels)
 
     def _examples(self, chosen, mirrored):
-        x = self.x[chosen]
+        x = self._chosen(self.x, chosen, mirrored)
         cache.forget(self.x)
-        if self.flip:
-            x[mirrored] = x[mirrored, :, ::-1]
         return images.from_uint8(x) if x.dtype == "uint8" else x.astype("float32")
+
+    def _chosen(self, values, chosen, mirrored):
+        values = values[chosen]
+        if values.ndim < 4:
+            return values
+        if self.flip:
+            values[mirrored] = values[mirrored, :, ::-1]
+        return images.from_uint8(values) if values.dtype == "uint8" else values
 
     def __getstate__(self):
         return self.__dict__ | {"_owner": None, "_pool": None, "_coming": {}}

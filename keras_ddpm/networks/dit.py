@@ -20,6 +20,7 @@ def dit(
     num_heads: int = 6,
     num_classes: int | None = None,
     context_dim: int | None = None,
+    image_channels: int | None = None,
 ) -> keras.Model:
     """The diffusion transformer of Peebles and Xie: patches, and adaptive layer normalization with gates at zero.
 
@@ -34,6 +35,7 @@ def dit(
         num_heads: number of attention heads.
         num_classes: number K of labels 0..K − 1 to condition on. The label embedding is added to the time embedding.
         context_dim: size of the vectors to condition on instead of labels.
+        image_channels: channels of images to condition on, as in `unet`.
 
     Returns:
         A functional `keras.Model` with the inputs and the output of `unet`.
@@ -48,7 +50,7 @@ def dit(
     _checks.require(valid, "`width` >= 8 must be a multiple of 4 and of `num_heads`", width=width, num_heads=num_heads)
     padding = layers.padding_to(image_shape, patch_size)
     x_t = keras.Input(tuple(image_shape), name="x_t")
-    conditions, embedding = embed(256, width, num_classes, context_dim)
+    conditions, x, embedding = embed(x_t, 256, width, num_classes, context_dim, image_channels)
     condition = keras.layers.Activation("swish", name="condition_swish")(embedding)
 
     def modulation(num, name):
@@ -60,7 +62,7 @@ def dit(
         x = keras.layers.LayerNormalization(epsilon=1e-6, center=False, scale=False, name=f"{name}_norm")(x)
         return x * (1.0 + scale) + shift
 
-    x = keras.layers.ZeroPadding2D(padding, name="pad")(x_t)
+    x = keras.layers.ZeroPadding2D(padding, name="pad")(x)
     patches = keras.layers.Conv2D(width, patch_size, patch_size, name="patches")
     x = layers.PositionEmbedding(name="positions")(patches(x))
     grid = x.shape[1:]

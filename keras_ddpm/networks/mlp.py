@@ -29,8 +29,8 @@ def mlp(
     """
     _checks.counts(dim=dim, width=width, depth=depth)
     x_t = keras.Input((dim,), name="x_t")
-    conditions, time = embed(width, width, num_classes, context_dim)
-    x = keras.layers.Dense(width, name="dense_in")(x_t)
+    conditions, x, time = embed(x_t, width, width, num_classes, context_dim)
+    x = keras.layers.Dense(width, name="dense_in")(x)
     for block in range(depth):
         h = keras.layers.Add(name=f"block_{block}_add_time")([x, time])
         h = keras.layers.Activation("swish", name=f"block_{block}_swish_1")(h)

@@ -25,6 +25,7 @@ def unet(
     num_classes: int | None = None,
     context_dim: int | None = None,
     patch_size: int = 1,
+    image_channels: int | None = None,
 ) -> keras.Model:
     """The U-Net of Ho et al.: residual blocks with group normalization, and self-attention at low resolution.
 
@@ -50,16 +51,19 @@ def unet(
         context_dim: size of the vectors to condition on instead of labels.
         patch_size: side of the square patches that the first convolution turns into one pixel, and the last convolution
             turns back. Resolutions are counted in patches. With 2, a quarter as many pixels are left.
+        image_channels: channels of images to condition on, also beside labels or vectors. They have the size of x_t,
+            and are joined to its channels.
 
     Returns:
         A functional `keras.Model` with inputs `x_t` `(batch, height, width, channels)`, `t` `(batch,)`, int32, and,
-        if conditioned, `label` `(batch,)`, int32, or `context` `(batch, context_dim)`.
+        if conditioned, `label` `(batch,)`, int32, or `context` `(batch, context_dim)`; `image` `(batch, height, width,
+        image_channels)`, and `image_noise` `(batch,)`, the level of noise in the image as in `guidance.seen`.
 
     Raises:
         ValueError: if an argument is invalid, the images are too small for the number of levels, `groups` does not
             divide the channels, or both `num_classes` and `context_dim` are given.
 
-    Reference: Ho et al., 2020, appendix B.
+    Reference: Ho et al., 2020, appendix B; Ho et al., 2022 ("Cascaded diffusion models"), section 3, on images.
     """
     _checks.counts(width=width, num_blocks=num_blocks, groups=groups, patch_size=patch_size)
     valid = _checks.are_counts(width_multipliers) and len(width_multipliers)
@@ -106,12 +110,12 @@ def unet(
         return keras.layers.Add(name=f"{name}_add")([x, h])
 
     x_t = keras.Input(tuple(image_shape), name="x_t")
-    conditions, embedding = embed(width, 4 * width, num_classes, context_dim)
+    conditions, x, embedding = embed(x_t, width, 4 * width, num_classes, context_dim, image_channels)
     time = keras.layers.Activation("swish", name="time_swish")(embedding)
     time = keras.layers.Reshape((1, 1, 4 * width), name="time_pixel")(time)
 
     # Down.
-    x = keras.layers.ZeroPadding2D(padding, name="pad")(x_t)
+    x = keras.layers.ZeroPadding2D(padding, name="pad")(x)
     x = _conv(width, 3 * patch_size, patch_size, name="conv_in")(x)
     skips = [x]
     for level, channels in enumerate(widths):

@@ -26,18 +26,20 @@ __all__ = ["Job", "Loop", "noise", "prior"]
 MAX_BATCH_SIZE = 256
 
 
-def noise(shape: tuple, seed: int, indices: np.ndarray) -> np.ndarray:
+def noise(shape: tuple, seed: int, indices: np.ndarray, stream: tuple = ()) -> np.ndarray:
     """Standard Gaussian noise. The noise of each sample depends on the seed and the sample's index alone.
 
     Args:
         shape: shape of one sample.
         seed: a non-negative integer.
         indices: the indices of the samples, integers `(num,)`.
+        stream: positive integers for noise that is independent of that of x_T.
 
     Returns:
         float32 array `(num, *shape)`.
     """
-    return np.stack([np.random.default_rng([seed, index]).standard_normal(shape, "float32") for index in indices])
+    draws = (np.random.default_rng([seed, index, *stream]) for index in indices)
+    return np.stack([draw.standard_normal(shape, "float32") for draw in draws])
 
 
 def prior(diffusion: GaussianDiffusion, shape: tuple, seed: int, indices: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from keras import ops
 
 from keras_ddpm import _checks
 from keras_ddpm.diffusion import GaussianDiffusion
-from keras_ddpm.guidance import Condition
+from keras_ddpm.guidance import Condition, seen
 
 __all__ = ["TIMESTEP_SAMPLINGS", "Corruption"]
 
@@ -40,22 +40,24 @@ class Corruption:
         condition: the network's `guidance.Condition`, or `None`.
         loss_weight: array `(T + 1,)` of weights of the loss at t = 0..T; `None` for 1.
         timestep_sampling: how t is drawn from 1..T: a name in `TIMESTEP_SAMPLINGS`.
-        label_dropout: the share of examples that lose their condition, in [0, 1).
+        label_dropout: the share of examples that lose their label or vector, in [0, 1).
+        image_dropout: the share of examples that lose their condition image, in [0, 1).
+        image_noise: the largest level of noise in condition images, in [0, 1), as in `guidance.seen`.
         draw_noise: function from x_0 and a seed generator to noise like x_0.
 
     Call arguments:
         x_0: clean data `(batch, ...)`, or a dict `{"x_0": x_0, "noise": noise}`. Then this noise is used.
-        condition: labels or vectors of the batch. They are ignored if `condition` is `None`.
+        condition: labels, vectors or images of the batch, or a dict by name. Ignored if `condition` is `None`.
         weight: weights of the examples `(batch,)`, or `None`.
         generator: a `keras.random.SeedGenerator`.
 
     Returns:
-        The network's inputs, a tuple of x_t, t and, if there is one, the condition; the target, shaped like x_t; and
+        The network's inputs, a tuple of x_t, t and the parts of the condition; the target, shaped like x_t; and
         the weights of the loss `(batch,)`, or `None` for 1.
 
     Raises:
-        ValueError: if `timestep_sampling` is unknown, `label_dropout` is outside [0, 1), or `loss_weight` has another
-            shape or is not positive at some t in 1..T.
+        ValueError: if `timestep_sampling` is unknown, a dropout or `image_noise` is outside [0, 1), or `loss_weight`
+            has another shape or is not positive at some t in 1..T.
 
     Reference: Ho et al., 2020, algorithm 1.
     """
@@ -65,13 +67,18 @@ class Corruption:
     loss_weight: Any = None
     timestep_sampling: str = "stratified"
     label_dropout: float = 0.0
+    image_dropout: float = 0.0
+    image_noise: float = 0.0
     draw_noise: Callable = standard_normal
 
     def __post_init__(self) -> None:
         kinds = list(TIMESTEP_SAMPLINGS)
         valid, needed = self.timestep_sampling in kinds, f"`timestep_sampling` must be one of {kinds}"
         _checks.require(valid, needed, timestep_sampling=self.timestep_sampling)
-        _checks.share(label_dropout=self.label_dropout)
+        for name in ("label_dropout", "image_dropout", "image_noise"):
+            _checks.share(**{name: getattr(self, name)})
+        told = not self.image_noise or (self.condition and self.condition.part("image_noise"))
+        _checks.require(told, "The network is not told the noise of images", image_noise=self.image_noise)
         object.__setattr__(self, "loss_weight", _checked_weight(self.loss_weight, self.diffusion.timesteps))
 
     def __call__(self, x_0: Any, condition: Any, weight: Any, generator: keras.random.SeedGenerator) -> tuple:
@@ -82,14 +89,27 @@ class Corruption:
         noise = self.draw_noise(x_0, generator) if noise is None else ops.cast(noise, "float32")
         inputs: tuple = (self.diffusion.q_sample(x_0, t, noise), t)
         if self.condition:
-            kept = keras.random.uniform((batch_size,), seed=generator) >= self.label_dropout
-            inputs = (*inputs, self.condition.drop(condition, kept))
+            inputs = (*inputs, *self._conditions(self.condition, condition, batch_size, generator))
         of_time = self.weight(t)
         if weight is None:
             weight = of_time
         else:
             weight = ops.cast(weight, "float32") if of_time is None else of_time * ops.cast(weight, "float32")
         return inputs, self.diffusion.target(x_0, t, noise), weight
+
+    def _conditions(self, known, values, batch_size, generator):
+        """The network's inputs after x_t and t. Some examples lose parts of their condition, and images get noise."""
+        values, kept = dict(known.by_name(values)), {}
+        for name in values:
+            dropout = self.image_dropout if name == "image" else self.label_dropout
+            kept[name] = keras.random.uniform((batch_size,), seed=generator) >= dropout
+        if "image" in values:
+            images = ops.cast(values["image"], "float32")
+            levels = self.image_noise * keras.random.uniform((batch_size,), seed=generator)
+            noise = standard_normal(images, generator) if self.image_noise else None
+            values["image"] = seen(images, levels, noise, known.part("image").shape)
+            values["image_noise"], kept["image_noise"] = levels, kept["image"]
+        return [part.drop(values[part.name], kept[part.name]) for part in known.parts]
 
     def weight(self, t: Any) -> Any:
         """The weights of the loss at times t, `(batch,)`; `None` if all are 1."""
@@ -117,9 +137,10 @@ class Corruption:
         if self.condition:
             hint = "The network has a condition: call `fit(x_0, labels)`, or give `(x_0, label)` batches"
             _checks.require(condition is not None, hint)
-            condition = ops.convert_to_numpy(condition)
-            _checks.require(condition.dtype.kind in "biuf", "Labels in data are integers", labels=condition[:3])
-            self.condition.array(condition, len(condition))
+            for name, values in self.condition.by_name(condition).items():
+                values = ops.convert_to_numpy(values)
+                _checks.require(values.dtype.kind in "biuf", "Labels in data are integers", labels=values[:3])
+                self.condition.array(values, len(values), name)
         return x_0
 
     def draw_timesteps(self, batch_size: Any, generator: keras.random.SeedGenerator) -> Any:
@@ -139,9 +160,8 @@ class Corruption:
         if self.diffusion.clip_range is not None:
             low, high = self.diffusion.clip_range
             valid = ops.logical_and(x_0 >= low - _checks.ROUNDING, x_0 <= high + _checks.ROUNDING)
-        if self.condition and self.condition.num_classes:
-            condition = ops.cast(condition, "int32")  # some integers are too short for the number of classes
-            known = ops.logical_and(condition >= 0, condition < self.condition.num_classes)
+        for name, values in self.condition.by_name(condition).items() if self.condition else ():
+            known = self.condition.part(name).known(values)
             valid = ops.logical_and(valid, ops.reshape(known, (-1,) + (1,) * (len(x_0.shape) - 1)))
         return x_0 if valid is True else ops.where(valid, x_0, np.nan)
 

@@ -49,7 +49,7 @@ def opened(data: Any, labels: Any = None) -> tuple[Any, tuple]:
             data.collate_fn = functools.partial(_in_tuple, data.collate_fn)
     _checks.require(first is not None, "The data hold no batch", data=data)
     x, y, weight = keras.utils.unpack_x_y_sample_weight(first)
-    if orders_itself(data):
+    if orders_itself(data) and not isinstance(y, dict):
         y = data.labels  # those of all batches
     return data, (x, y, weight)
 
