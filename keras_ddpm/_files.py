@@ -20,7 +20,7 @@ except ImportError:  # on Windows
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path, temporary: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A context that writes the file `temporary`, which then takes the place of `path`. A link keeps its target.
+    """A context that writes the file `temporary`, which then replaces `path`. If `path` is a link, it stays one.
 
     A kill leaves the file `path` as it was, or replaces it by the whole new one, which has reached the disk.
     """

@@ -43,7 +43,7 @@ class Pairs(datasets.Batches):
         diffusion: the process of the model that made them.
         noise_seed: the seed with which it made them.
         batch_size, shuffle, steps_per_epoch, seed, class_names, num_workers: as in `datasets.Batches`.
-        flip: must be false, as the noise is that of the samples as they are.
+        flip: must be false, as the noise belongs to the samples as they are.
 
     Raises:
         ValueError: if `flip` is set, or `datasets.Batches` raises it.

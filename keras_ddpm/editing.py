@@ -93,7 +93,7 @@ def inpaint(
 
 
 def resampled(steps: list, schedule: Schedule, num_resamples: int) -> list:
-    """The steps of a sampler, of which each but the last is made several times, with noise added in between.
+    """The steps of a sampler, with each but the last made several times. Noise is added in between.
 
     Args:
         steps: list of rows, as `Sampler.steps` returns.
@@ -204,12 +204,12 @@ def upscale(
 
     Reference: Ho et al., 2022 ("Cascaded diffusion models").
     """
-    shape = model.data_shape
-    part = model.condition and model.condition.part("image")
-    fits = part is not None and part.shape == shape
-    _checks.require(fits, "The model is no upscaler: it needs condition images of its own shape", shape=shape)
+    shape, condition = model.data_shape, model.condition
+    needed = "The model is no upscaler: it needs condition images of its own shape"
+    if condition is None or "image" not in condition or condition["image"].shape != shape:
+        raise ValueError(f"{needed}. Received: shape={shape}")
     images = _checks.array(images, "images")
-    given = model.condition.by_name(options.pop("labels", None), images, complete=False)
+    given = condition.by_name(options.pop("labels", None), images, complete=False)
     large = np.clip(ops.convert_to_numpy(seen(images, None, None, shape)), -1, 1)
     options |= {"sampler": sampler, "num_steps": num_steps, "labels": given}
     return variations(model, large, strength, seed, **options)
@@ -352,7 +352,7 @@ def _images(model, x, name):
 
 
 def _sampler(model, sampler, num_steps, default):
-    """The sampler that is given, or the default with so many steps."""
+    """The sampler that is given, or the default with `num_steps` steps."""
     if sampler is None:
         most = model.diffusion.timesteps
         if num_steps is None and (default.num_steps or 0) <= most:

@@ -103,10 +103,9 @@ class Condition:
                 _checks.require(embeddings, "A network of labels needs a layer 'label_embedding' with K + 1 entries")
                 null = embeddings[0].input_dim - 1
             parts.append(Part(name, shape, null))
-        condition = cls(tuple(parts)) if parts else None
-        labeled = class_names is None or (condition and condition.num_classes)
+        labeled = class_names is None or any(part.name == "label" for part in parts)
         _checks.require(labeled, "The network has no labels to name", class_names=class_names)
-        return condition if class_names is None else dataclasses.replace(condition, class_names=tuple(class_names))
+        return cls(tuple(parts), None if class_names is None else tuple(class_names)) if parts else None
 
     def named(self, class_names: Sequence[str] | None) -> "Condition":
         """This condition, which takes the names that data have if it has none. Warns if it has others."""
@@ -123,15 +122,17 @@ class Condition:
         """The names of the parts that data hold. The noise of an image is drawn."""
         return tuple(part.name for part in self.parts if part.name != "image_noise")
 
-    def part(self, name: str) -> Part | None:
-        """The part of this name, or `None`."""
-        return next((part for part in self.parts if part.name == name), None)
+    def __contains__(self, name: str) -> bool:
+        return any(part.name == name for part in self.parts)
+
+    def __getitem__(self, name: str) -> Part:
+        """The part of this name."""
+        return next(part for part in self.parts if part.name == name)
 
     @property
     def num_classes(self) -> int | None:
         """The number K of labels, which is also the label that stands for none; `None` without labels."""
-        labels = self.part("label")
-        return labels and labels.null
+        return self["label"].null if "label" in self else None
 
     def by_name(self, values: Any, images: Any = None, complete: bool = True) -> dict:
         """Conditions as a dict by name.
@@ -164,7 +165,7 @@ class Condition:
         Raises:
             ValueError: if values have a wrong shape, are out of range or are unknown names.
         """
-        part = self.part(name or self.given[0])
+        part = self[name or self.given[0]]
         shape = (num, *part.shape)
         if values is None:
             return np.full(shape, part.null, part.dtype)
@@ -217,7 +218,7 @@ class Condition:
         """
         found = self.by_name(values, complete=False)
         valid = _checks.is_between(image_noise, 0, 1) and image_noise < 1
-        valid = valid and (not image_noise or (self.part("image_noise") and found.get("image") is not None))
+        valid = valid and (not image_noise or ("image_noise" in self and found.get("image") is not None))
         needed = "`image_noise` must be in [0, 1), for images of a network that is told of it"
         _checks.require(valid, needed, image_noise=image_noise)
         arrays = {part.name: self.array(found.get(part.name), num, part.name) for part in self.parts}
@@ -225,7 +226,7 @@ class Condition:
             image = arrays["image"]
             levels = arrays["image_noise"] = np.full(num, image_noise, "float32")
             drawn = noise(image.shape[1:]) if noise and image_noise else None
-            arrays["image"] = ops.convert_to_numpy(seen(image, levels, drawn, self.part("image").shape))
+            arrays["image"] = ops.convert_to_numpy(seen(image, levels, drawn, self["image"].shape))
         return tuple(arrays[part.name] for part in self.parts)
 
 

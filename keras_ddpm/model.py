@@ -90,8 +90,8 @@ class DiffusionModel(keras.Model):
 
     Raises:
         ValueError: if the network's output is not shaped like its input, `diffusion` is not a `GaussianDiffusion`, a
-            decay or share is outside [0, 1), the seed is not an integer of 32 bits, `sampler` is no sampler, a weight
-            is not positive at some t in 1..T, `timestep_sampling` is unknown, or `dtype` is not float32.
+            decay or share is outside [0, 1), the seed is not an integer of 32 bits, `sampler` is not a sampler, a
+            weight is not positive at some t in 1..T, `timestep_sampling` is unknown, or `dtype` is not float32.
 
     Reference: Ho et al., 2020, algorithm 1.
     """
@@ -161,7 +161,7 @@ class DiffusionModel(keras.Model):
         return self.corruption.condition
 
     def call(self, inputs, training=None):
-        """The network's output for `(x_t, t, *conditions)`. Outside of training, it is that of the average.
+        """The network's output for `(x_t, t, *conditions)`. Outside of training, the average computes it.
 
         Raises:
             ValueError: if the inputs are something else.
@@ -214,8 +214,8 @@ class DiffusionModel(keras.Model):
     def fit(self, given) -> keras.callbacks.History:
         """`keras.Model.fit` on clean data. It checks the data first.
 
-        Arrays are checked completely. Of other sources, the first batch is checked. Labels in the data are ignored if
-        the network takes none. Weights of examples and of classes multiply the loss.
+        Arrays are checked completely, and the first batch of other sources. Labels in the data are ignored if the
+        network takes none. Weights of examples and of classes multiply the loss.
 
         In place of x_0, the data can hold a dict `{"x_0": x_0, "noise": noise}`, as `distillation.pairs` makes them.
         Then x_0 is mixed with this noise.
@@ -244,7 +244,7 @@ class DiffusionModel(keras.Model):
     @_like(keras.Model.evaluate)
     @replicas.in_scope
     def evaluate(self, given) -> Any:
-        """`keras.Model.evaluate` of the average on clean data as of `fit`, with the same t and noise at each call."""
+        """`keras.Model.evaluate` of the average on clean data, as in `fit`. Every call uses the same t and noise."""
         self._test_random.state.assign([0, 0])
         if given.get("_use_cached_eval_dataset"):  # `fit` calls, which has checked the data
             return super().evaluate(**given)
@@ -522,8 +522,8 @@ class DiffusionModel(keras.Model):
     def save(self, filepath: Any, overwrite: bool = True, zipped: bool | None = None, **kwargs) -> None:
         """`keras.Model.save` to a `.keras` file. A file of this name stays whole until the new one is.
 
-        Of several processes, the first one writes. A link keeps its target, which is replaced. Keras writes to an
-        address, such as "hf://USER/REPOSITORY".
+        With several processes, the first one writes. If the name is a link, the file behind it is replaced.
+        Keras writes to an address, such as "hf://USER/REPOSITORY".
 
         Raises:
             ValueError: if the file name has another ending.
@@ -539,15 +539,15 @@ class DiffusionModel(keras.Model):
     @replicas.in_scope
     @replicas.by_chief
     def save_weights(self, *args, **kwargs) -> None:
-        """`keras.Model.save_weights`. Of several processes, the first one writes."""
+        """`keras.Model.save_weights`. With several processes, the first one writes."""
         return super().save_weights(*args, **kwargs)
 
     @replicas.in_scope
     @replicas.by_chief
     def save_compact(self, filepath: str | pathlib.Path) -> None:
-        """Saves what samples: the averaged weights, in half precision, and no optimizer.
+        """Saves what sampling needs: the averaged weights in half precision, without the optimizer.
 
-        The file has about an eighth of the size of that of `save` with Adam. It is a `.keras` file like others: the
+        The file is about an eighth as large as a file of `save` with Adam. It is a `.keras` file like others: the
         loaded model samples as this one up to rounding, and can be compiled and trained.
 
         Raises:

@@ -1,16 +1,21 @@
 """The documents: their code runs as printed, their links lead somewhere, and the reference is complete."""
 
 import ast
+import importlib
 import inspect
 import json
 import re
+import runpy
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT, TORCH
 
 import keras_ddpm as kd
 
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "SECURITY.md", ROOT / "examples/README.md"]
 
 
@@ -18,12 +23,23 @@ def name_of(path):
     return str(path.relative_to(ROOT))
 
 
+def calls_in(table):
+    """The calls in the last column of a table that ends in `keras_ddpm`, and those left of it, by the row."""
+    header, _, *rows = [line[1:-1].split(" |") for line in table.splitlines()]
+    if header[-1].strip() == "keras_ddpm":
+        for row in rows:
+            yield re.findall("`(.+?)`", row[-1]), re.findall("`(.+?)`", row[1])
+
+
 def code_of(path):
-    return re.findall(r"^```python\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
+    """The code of a page in order: its blocks, and the calls in tables."""
+    pattern = re.compile(r"^```python\n(.*?)^```|((?:^\|[^\n]*\n)+)", re.DOTALL | re.MULTILINE)
+    for block, table in pattern.findall(path.read_text()):
+        yield from [call for ours, _ in calls_in(table) for call in ours] if table else [block]
 
 
 @pytest.mark.skipif(not TORCH, reason="takes longest to compile elsewhere")
-@pytest.mark.parametrize("path", [path for path in PAGES if code_of(path) and path.name != "README.md"], ids=name_of)
+@pytest.mark.parametrize("path", [path for path in PAGES[1:] if any(code_of(path))], ids=name_of)
 def test_code_of_the_documents(path, tmp_path, monkeypatch):
     """All blocks of a page, in order."""
     monkeypatch.chdir(tmp_path)
@@ -34,6 +50,58 @@ def test_code_of_the_documents(path, tmp_path, monkeypatch):
     finally:
         kd.diffusion.PREDICTIONS.pop("difference", None)  # which a page adds
     assert names.get("same", True)  # what a page says of two samples
+
+
+# The classes of objects in the left columns of docs/coming_from.md.
+OTHERS = {
+    "diffusers": {
+        "scheduler": ["DDPMScheduler"],
+        "unet": ["UNet2DModel"],
+        "pipeline": ["DDPMPipeline", "DDIMPipeline", "DiTPipeline", "RePaintPipeline"],
+        "ema": ["training_utils.EMAModel"],
+        "EMAModel": ["training_utils.EMAModel"],
+        "compute_snr": ["training_utils.compute_snr"],
+    },
+    "denoising_diffusion_pytorch": {"diffusion": ["GaussianDiffusion"], "trainer": ["Trainer"]},
+}
+
+
+@pytest.mark.skipif(not TORCH, reason="uses no backend")
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("package", OTHERS)
+def test_the_calls_of_other_packages_exist(package):
+    """Names and arguments of the left columns, by the signatures of the installed package."""
+    pytest.importorskip(package)
+    text = (ROOT / "docs/coming_from.md").read_text()
+    (table,) = re.findall(rf"^\| \| {package.replace('_', '-')} \|.*\n(?:\|.*\n)+", text, re.MULTILINE)
+    theirs = [call for _, calls in calls_in(table) for call in calls]
+    checked = 0
+    for node in (node for call in theirs for node in ast.walk(ast.parse(call)) if isinstance(node, ast.Call)):
+        name, _, attribute = ast.unparse(node.func).partition(".")
+        paths = [f"{path}.{attribute}".strip(".") for path in OTHERS[package].get(name, [name])]
+        fitting = [path for path in paths if accepts(package, path, node, of_object=name.islower() and not attribute)]
+        assert fitting, ast.unparse(node)
+        checked += 1
+    assert checked > 15
+
+
+def accepts(package, path, call, of_object):
+    """Whether a function or class, or with `of_object` an object of the class, takes the arguments of a call."""
+    value = importlib.import_module(package)
+    for name in path.split("."):
+        if inspect.ismodule(value) and not hasattr(value, name):
+            value = importlib.import_module(f"{value.__name__}.{name}")
+        elif (value := getattr(value, name, None)) is None:
+            return False
+    if of_object and inspect.isclass(value):
+        value = value.__call__ if "__call__" in vars(value) else value.forward
+    is_method = inspect.isfunction(value) and "self" in inspect.signature(value).parameters
+    arguments = [None] * (len(call.args) + is_method)
+    try:
+        inspect.signature(value).bind(*arguments, **{keyword.arg: None for keyword in call.keywords})
+    except TypeError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=name_of)
@@ -100,3 +168,66 @@ def test_the_notebook(tmp_path, monkeypatch):
             else:
                 exec(code, names)
     assert images == 6
+
+
+KERAS_IO = ROOT / "examples/keras_io/ddpm_flowers.py"
+
+
+def test_the_example_for_keras_io_has_its_form():
+    """A header, text in docstrings without LaTeX, lines below 90, names of more than one letter, and Black's format."""
+    source = KERAS_IO.read_text()
+    made = runpy.run_path(str(KERAS_IO.parent / "to_notebook.py"))
+    (kind, text), *parts = made["blocks"](source)
+    assert kind == "header"
+    header = made["header"](text)
+    expected = ["Title", "Author", "Date created", "Last modified", "Description", "Accelerator"]
+    assert [*header] == expected and header["Accelerator"] == "GPU"
+    assert all(re.fullmatch(r"20\d\d/\d\d/\d\d", header[name]) for name in expected[2:4])
+    assert {kind for kind, _ in parts} == {"text", "code", "shell"}
+    lines = source.splitlines()
+    assert max(map(len, lines)) < 90 and len(lines) < 250
+    assert not any(word in source for word in ("$", "argparse", "sys.argv", "train_on_batch"))
+    names = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
+    assert min(map(len, names)) > 1
+    command = [sys.executable, "-m", "ruff", "format", "--isolated", "--line-length=80", "--check", str(KERAS_IO)]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def test_the_notebook_for_keras_io_holds_all_of_the_example(tmp_path):
+    path = tmp_path / "example.ipynb"
+    subprocess.run([sys.executable, str(KERAS_IO.parent / "to_notebook.py"), str(path)], check=True)
+    cells = json.loads(path.read_text())["cells"]
+    header, *shown = [line for cell in cells for line in "".join(cell["source"]).splitlines() if line]
+    assert header.startswith("# ") and "!pip install" in "\n".join(shown)
+    written = [line for line in KERAS_IO.read_text().splitlines() if line.strip('"') not in ("", "shell")]
+    assert [line.removeprefix("!") for line in shown[5:]] == written[6:]
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            ast.parse("".join(cell["source"]).replace("!", "#"))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:No level has resolution")
+def test_the_example_for_keras_io_trains(tmp_path, monkeypatch):
+    """In miniature, on drawn flowers, with other values of the constants at the top."""
+    from matplotlib import pyplot
+
+    source = KERAS_IO.read_text().replace('os.environ["KERAS_BACKEND"] = "jax"', "")
+    small = {"image_size": 16, "batch_size": 8, "width": 16, "width_multipliers": (1, 2), "num_epochs": 1}
+    for name, value in {**small, "steps_per_epoch": 2}.items():
+        source, number = re.subn(rf"^{name} = .*$", f"{name} = {value}", source, flags=re.MULTILINE)
+        assert number == 1, name
+
+    def flowers(image_size, batch_size, labels, **options):
+        x, kinds = kd.datasets.procedural_flowers(48, image_size)
+        data = {"x": kd.images.to_uint8(x), "labels": kinds, "class_names": [*kd.datasets.FLOWER_KINDS]}
+        return [kd.datasets.Batches(**data, batch_size=batch_size, **more) for more in (options, {"shuffle": False})]
+
+    monkeypatch.setattr(kd.datasets, "oxford_flowers", flowers)
+    shown = []
+    monkeypatch.setattr(pyplot, "show", lambda: shown.append(pyplot.close()))
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(source, "ddpm_flowers", "exec"), names)
+    assert len(shown) == 9 and (tmp_path / "flowers.keras").exists()
+    assert np.isfinite(names["history"].history["val_loss"]).all()

@@ -457,7 +457,7 @@ def test_labels_of_flowers(tmp_path):
 
 def test_the_readmes_code(tmp_path, monkeypatch):
     """As printed, but for the size of the job."""
-    preset, fifteen_lines, own_data = README_CODE
+    fifteen_lines, own_data, preset = README_CODE
     for old, new in [("1024", "64"), ("epochs=6", "epochs=2"), ("width=24", "width=16")]:
         assert old in fifteen_lines
         fifteen_lines = fifteen_lines.replace(old, new)
@@ -481,7 +481,7 @@ def test_the_readmes_code_learns(tmp_path, monkeypatch):
     """As printed."""
     monkeypatch.chdir(tmp_path)
     names = {}
-    exec(README_CODE[1], names)
+    exec(README_CODE[0], names)
     losses = names["model"].history.history["loss"]
     assert losses[-1] < losses[0] / 2
 

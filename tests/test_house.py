@@ -100,6 +100,21 @@ def test_one_door_to_pytorch():
     assert {name: number for name, number in found.items() if number} == {"datasets.sources": 1}
 
 
+# Where code names a kind of device: checkpoints hold the random states of CUDA devices, and the data sets of TensorFlow
+# must leave the memory of an accelerator to another backend.
+DEVICES = {"_backend.torch": {"cuda"}, "datasets.sources": {"GPU"}}
+
+
+def test_devices_are_asked_for_by_means_of_keras():
+    """Code names no kind of accelerator, neither as an attribute nor in a string, except in these places."""
+    for name, text in MODULES.items():
+        tokens = [t.string for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type != tokenize.COMMENT]
+        docstrings = {string for string in tokens if string.startswith('"""')}
+        words = {word for string in set(tokens) - docstrings for word in re.findall(r"[A-Za-z]+", string)}
+        found = {word for word in words if word.lower() in ("cuda", "gpu", "mps", "xpu", "tpu", "metal", "rocm")}
+        assert found == DEVICES.get(name, set()), name
+
+
 # Names with an underscore that belong to other packages, by module. Each has a fall-back that a test forces, or is
 # bounded by the versions in setup.cfg.
 PRIVATE = {

@@ -22,7 +22,7 @@ from keras_ddpm._backend import devices, replicas
 
 __all__ = ["Checkpoint", "variables_of"]
 
-# What Keras' callbacks know of the steps before. `min_delta` is no part of it: Keras turns its sign at the first use.
+# What Keras' callbacks know of the steps before. `min_delta` is left out, as Keras turns its sign at the first use.
 # Keras may rename the private ones. Then these begin anew.
 STATE_OF_KERAS = (
     *("best", "best_epoch", "best_weights", "wait", "stopped_epoch", "cooldown_counter", "keys"),
@@ -48,12 +48,12 @@ class Checkpoint(keras.callbacks.Callback):
 
     A learning rate that is a number is part of the state, so a changed one has no effect. A changed schedule has.
 
-    A file is written under another name, synchronized with the disk and renamed, so that a kill leaves no partial one.
+    A file is written under another name, synchronized with the disk and renamed, so that a kill leaves no partial file.
     Damaged files are set aside with a warning. A checkpoint with NaN or infinite values is not written.
 
     Ctrl-C and SIGTERM end the run with a checkpoint before the next batch; a second one ends it at once. The run then
-    raises `KeyboardInterrupt` or `SystemExit`. Their handlers are left alone if they are not Python's own, and if there
-    are several processes. These would stop at different steps and wait for each other, so a signal ends them at once,
+    raises `KeyboardInterrupt` or `SystemExit`. Custom signal handlers are kept. With several processes no handler is
+    installed, as the processes would stop at different steps and wait for each other. A signal then ends them at once,
     and the run goes on from the last checkpoint.
 
     Args:

@@ -59,8 +59,8 @@ class SampleGrid(_Sampling):
 
     Raises:
         ModuleNotFoundError: before training, if `tensorboard` is given and not installed.
-        ValueError: before training, if the data are not images, `path` has other names in braces or no ending of an
-            image file, the sampler has more steps than the schedule, or an option is invalid.
+        ValueError: before training, if the data are not images, `path` has a placeholder other than `{epoch}` or
+            an unknown image extension, the sampler has more steps than the schedule, or an option is invalid.
         OSError: before training, if files cannot be written to the folder.
     """
 

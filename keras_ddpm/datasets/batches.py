@@ -28,7 +28,7 @@ class Batches(keras.utils.PyDataset):
 
     Args:
         x: array `(num, ...)`, possibly memory-mapped. uint8 images are scaled to [-1, 1] in the batches. Floats must be
-            finite and are not scaled. Of a file, one batch is in the memory of the process at once.
+            finite and are not scaled. A memory-mapped file is read one batch at a time.
         labels: array `(num,)` of labels, another condition `(num, ...)`, or a dict of them by name, such as `{"label":
             labels, "image": images}`; `None` for none. uint8 images are scaled like `x`.
         batch_size: number of examples in a batch.
@@ -38,7 +38,7 @@ class Batches(keras.utils.PyDataset):
         seed: seed of the order and of the flips.
         class_names: the name of each label 0..K − 1, if they have names.
         num_workers: number of threads that make the next batches in the meantime. 0 makes each when it is needed. Use
-            it instead of `workers` of Keras, of which 3.15 mixes up the order.
+            this instead of Keras' `workers`, which in 3.15 do not keep the order.
 
     Attributes:
         epoch: number of the epoch, which determines its batches. It counts on in further calls of `fit`; with
@@ -128,7 +128,7 @@ class Batches(keras.utils.PyDataset):
         elif num % parts:
             filled = num + -num % parts
             row = row[row < filled]
-            # So the mean over all batches is that over the data.
+            # This makes the mean over batches equal the mean over the data.
             chosen, weight = np.minimum(row, num - 1), np.where(row < num, filled / num, 0.0).astype("float32")
         else:
             chosen = row[row < num]

@@ -183,9 +183,9 @@ def from_tfds(
 def oxford_flowers(
     image_size: int = 64, batch_size: int = 64, data_dir: str | Path | None = None, labels: bool = False, **kwargs
 ) -> tuple[Batches, Batches]:
-    """Reads Oxford Flowers 102: 8189 photographs, of which the last 10 % of each split are held out.
+    """Reads Oxford Flowers 102: 8189 photographs. The last 10 % of each split are held out.
 
-    All three splits are used ("train" alone is an eighth of the data). Of identical photographs, one is kept.
+    All three splits are used ("train" alone is an eighth of the data). Duplicates are removed.
 
     Args:
         image_size: side to which images are cropped and resized.

@@ -142,7 +142,7 @@ class _Distance(abc.ABC):
         return np.mean(values, axis=0).tolist(), np.std(values, axis=0, ddof=1).tolist()
 
     def _features(self, at_least):
-        """The features of both sets, which must have at least so many images."""
+        """The features of both sets, which must have at least `at_least` images."""
         _checks.counts(low=at_least, num_real=self.num_real, num_generated=self.num_generated)
         return np.concatenate(self._real), np.concatenate(self._generated)
 

@@ -96,7 +96,7 @@ class _Network:
             images = np.repeat(images, 3, axis=-1)
         fits = all(size in (None, got) for size, got in zip(expected, images.shape[1:], strict=True))
         _checks.require(fits, f"The extractor {self.name} takes images {expected}", shape=images.shape[1:])
-        # Of several replicas of TensorFlow, each returns all features. `predict` wants batches that devices can share.
+        # Every replica of TensorFlow returns all features. `predict` wants batches that devices can share.
         return self.network.predict_on_batch(images)[: len(images)]
 
 

@@ -59,17 +59,15 @@ def optimized(paths: Trajectories, sampler: Sampler) -> Sampler:
         columns = DDIM().coefficients(alpha[i], sigma[i], alpha[i + 1 :], sigma[i + 1 :])
         for j, from_x, from_x_0 in zip(range(i + 1, num + 1), columns["from_x"], columns["from_x_0"]):
             deviation[i, j] = np.sqrt(np.mean((from_x * x + from_x_0 * x_0 - paths.x[j]) ** 2))
-    return dataclasses.replace(
-        sampler, spacing=tuple(map(int, paths.times[shortest_path(deviation, wanted)]))
-    )
+    return dataclasses.replace(sampler, spacing=tuple(map(int, paths.times[shortest_path(deviation, wanted)])))
 
 
 def shortest_path(lengths: Array, num_steps: int) -> list[int]:
-    """The nodes from 0 on, without the last node, of the shortest path to the last node in so many steps.
+    """The nodes from 0 on, without the last node, of the shortest path to the last node in `num_steps` steps.
 
     Args:
-        lengths: array `(nodes, nodes)`: the length of each step, infinite where there is none.
-        num_steps: number of steps, of which there must be a path.
+        lengths: array `(nodes, nodes)`: the length of each step, infinite if there is no step.
+        num_steps: number of steps. A path of this length must exist.
     """
     total, origins = np.full(len(lengths), np.inf), []
     total[0] = 0.0

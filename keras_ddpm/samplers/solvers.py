@@ -194,7 +194,7 @@ class DPMSolver(DDIM):
     """DPM-Solver++: DDIM with the x_0 of the step extrapolated from the last `order` network calls.
 
     With order 3, the weights integrate a parabola in λ = log(alpha/sigma) exactly, as those of UniP-3 do. Published
-    code of DPM-Solver++(3M) has half of its second difference, and so converges with the second order only.
+    implementations of DPM-Solver++(3M) use half of the second difference, and are therefore only second order.
 
     Args:
         num_steps: number of steps; `None` for all T.
@@ -226,7 +226,7 @@ class DPMSolver(DDIM):
 
 @dataclasses.dataclass(frozen=True)
 class UniPC(Sampler):
-    """UniPC: the steps of `DPMSolver`, of which each is corrected by the network call at its end, for free.
+    """UniPC: the steps of `DPMSolver`. The network call at the end of each step also corrects it, for free.
 
     Args:
         num_steps: number of steps; `None` for all T.
@@ -304,7 +304,7 @@ QUADRATURE = np.polynomial.legendre.leggauss(32)  # places and weights, for poly
 def _multistep(
     order: int, from_x: Array, alpha_t: Array, sigma_t: Array, alpha_s: Array
 ) -> Iterator[tuple[list, float]]:
-    """Yields for each step where the predictions are that it uses, and how fast the weight of earlier ones decays.
+    """Yields, for each step, the positions of the predictions it uses and the decay rate of their weights.
 
     The places are in λ = log(alpha/sigma), with 0 at the start of the step and 1 at its end. A step that is infinitely
     long in λ, from a time without signal or to clean data, uses one prediction. Its decay is given as 0.
@@ -322,8 +322,8 @@ def _multistep(
 def _shares(nodes: list, decay: float) -> Array:
     """The shares of predictions of x_0 at `nodes`, which add up to 1, in a step from 0 to 1.
 
-    Two or more integrate polynomials through the nodes with the weight exp(−decay (1 − u)). Of two nodes, the
-    polynomial's value at 1/2 is taken, as DPM-Solver++(2M) and UniPC do.
+    Two or more integrate polynomials through the nodes with the weight exp(−decay (1 − u)). With two nodes,
+    the polynomial's value at 1/2 is taken, as DPM-Solver++(2M) and UniPC do.
     """
     powers = np.vander(nodes, increasing=True).T
     u, weights = QUADRATURE

@@ -19,7 +19,7 @@ FILE_FORMAT = ("v110", "v110")
 
 
 def compress(path: pathlib.Path) -> None:
-    """Rewrites the `.keras` file at `path`: weights get 16 bits, and those that occur twice stand once."""
+    """Rewrites the `.keras` file at `path`: stores weights in 16 bits, and identical weights once."""
     with zipfile.ZipFile(path) as archive:
         parts = {name: archive.read(name) for name in archive.namelist()}
     buffer, name_of = io.BytesIO(), dict[tuple, str]()

@@ -77,7 +77,7 @@ class Corruption:
         _checks.require(valid, needed, timestep_sampling=self.timestep_sampling)
         for name in ("label_dropout", "image_dropout", "image_noise"):
             _checks.share(**{name: getattr(self, name)})
-        told = not self.image_noise or (self.condition and self.condition.part("image_noise"))
+        told = not self.image_noise or (self.condition and "image_noise" in self.condition)
         _checks.require(told, "The network is not told the noise of images", image_noise=self.image_noise)
         object.__setattr__(self, "loss_weight", _checked_weight(self.loss_weight, self.diffusion.timesteps))
 
@@ -107,7 +107,7 @@ class Corruption:
             images = ops.cast(values["image"], "float32")
             levels = self.image_noise * keras.random.uniform((batch_size,), seed=generator)
             noise = standard_normal(images, generator) if self.image_noise else None
-            values["image"] = seen(images, levels, noise, known.part("image").shape)
+            values["image"] = seen(images, levels, noise, known["image"].shape)
             values["image_noise"], kept["image_noise"] = levels, kept["image"]
         return [part.drop(values[part.name], kept[part.name]) for part in known.parts]
 
@@ -160,9 +160,10 @@ class Corruption:
         if self.diffusion.clip_range is not None:
             low, high = self.diffusion.clip_range
             valid = ops.logical_and(x_0 >= low - _checks.ROUNDING, x_0 <= high + _checks.ROUNDING)
-        for name, values in self.condition.by_name(condition).items() if self.condition else ():
-            known = self.condition.part(name).known(values)
-            valid = ops.logical_and(valid, ops.reshape(known, (-1,) + (1,) * (len(x_0.shape) - 1)))
+        if self.condition:
+            for name, values in self.condition.by_name(condition).items():
+                known = ops.reshape(self.condition[name].known(values), (-1,) + (1,) * (len(x_0.shape) - 1))
+                valid = ops.logical_and(valid, known)
         return x_0 if valid is True else ops.where(valid, x_0, np.nan)
 
 

@@ -13,7 +13,7 @@ from keras_ddpm.training import feed
 
 __all__ = ["evaluating", "training"]
 
-# Keras' callbacks that write files. Of several processes, one has them.
+# Keras' callbacks that write files. With several processes, the first one runs them.
 WRITERS = (keras.callbacks.CSVLogger, keras.callbacks.ModelCheckpoint, keras.callbacks.TensorBoard)
 
 
