@@ -22,7 +22,10 @@ from keras import ops
 
 from keras_ddpm import _checks
 
-__all__ = ["Condition", "Guidance", "Part", "guided", "seen", "without_condition"]
+__all__ = ["Condition", "Guidance", "Part", "guided", "seen", "told", "without_condition"]
+
+
+GIVEN, TOLD = ("label", "context", "image"), ("image_noise", "scale")  # what data hold, and what is drawn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +33,10 @@ class Part:
     """One input of a network besides x_t and t.
 
     Attributes:
-        name: "label", "context" (a vector or an array), "image" or "image_noise".
+        name: "label", "context" (a vector or an array), "image", "image_noise" or "scale" (of guidance, as 1 / w).
         shape: shape of the input of one example, `()` for a label.
-        null: the value that stands for no condition: the label K, 0 for the entries of vectors and images, and 1 for
-            the noise of an image, as no image is left then.
+        null: the value that stands for no condition: the label K, 0 for the entries of vectors and images, 1 for the
+            noise of an image, as no image is left then, and 1 for the scale.
     """
 
     name: str
@@ -94,10 +97,10 @@ class Condition:
             name, shape = tensor.name, tuple(tensor.shape[1:])
             if len(inputs) == 1 and name != "image":
                 name = "label" if "int" in tensor.dtype else "context"
-            valid = name in {"label", "context", "image", "image_noise"} - {part.name for part in parts}
-            needed = "Inputs of the network besides x_t and t are named 'label' or 'context', 'image' and 'image_noise'"
+            valid = name in {*GIVEN, *TOLD} - {part.name for part in parts}
+            needed = f"Inputs of the network besides x_t and t are named {', '.join([*GIVEN, *TOLD])}"
             _checks.require(valid, needed, names=[tensor.name for tensor in inputs])
-            null = int(name == "image_noise")
+            null = int(name in TOLD)
             if name == "label":
                 embeddings = [layer for layer in network.layers if layer.name == "label_embedding"]
                 _checks.require(embeddings, "A network of labels needs a layer 'label_embedding' with K + 1 entries")
@@ -118,16 +121,26 @@ class Condition:
         return self
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the parts, in the order of the network's inputs."""
+        return tuple(part.name for part in self.parts)
+
+    @property
     def given(self) -> tuple[str, ...]:
-        """The names of the parts that data hold. The noise of an image is drawn."""
-        return tuple(part.name for part in self.parts if part.name != "image_noise")
+        """The names of the parts that data hold. The others are drawn in training."""
+        return tuple(name for name in self.names if name in GIVEN)
 
     def __contains__(self, name: str) -> bool:
-        return any(part.name == name for part in self.parts)
+        return name in self.names
 
     def __getitem__(self, name: str) -> Part:
         """The part of this name."""
-        return next(part for part in self.parts if part.name == name)
+        return self.parts[self.names.index(name)]
+
+    def nulls(self, dropped: Collection[str]) -> tuple:
+        """The null values of the parts with these names, and `None` for others. An image goes with its noise."""
+        names = {*dropped, *(["image_noise"] if "image" in dropped else [])}
+        return tuple(part.null if part.name in names else None for part in self.parts)
 
     @property
     def num_classes(self) -> int | None:
@@ -306,7 +319,13 @@ class Guidance:
         return np.where((low <= t) & (t <= high), guidance_scale, 1.0)
 
     def resolve(
-        self, condition: Condition | None, given: Collection[str], inputs: tuple, guidance_scale: float, t: np.ndarray
+        self,
+        condition: Condition | None,
+        given: Collection[str],
+        inputs: tuple,
+        guidance_scale: float,
+        t: np.ndarray,
+        largest: float = 1.0,
     ) -> tuple[tuple, tuple, tuple, str]:
         """What guidance makes of the calls of a network.
 
@@ -316,10 +335,12 @@ class Guidance:
             inputs: the network's inputs after x and t.
             guidance_scale: as in `DiffusionModel.sample`.
             t: the time of each network call, `(calls,)`.
+            largest: the largest scale that a network with the input `scale` was trained with.
 
         Returns:
-            The inputs; the scale and the rescaling for `guided`, arrays `(calls,)`; for `without_condition`, the null
-            value of each input, or `None` to keep it; and which calls are guided: "none", "some" or "all".
+            The inputs; the scale and the rescaling for `guided`, or 1 / scale for `told`, arrays `(calls,)`; for
+            `without_condition`, the null value of each input, or `None` to keep it; and which calls are guided: "none",
+            "some" or "all", or "told" if the network is told the scale.
 
         Raises:
             ValueError: if guidance is asked for without a condition and without a guide, or the scale is invalid.
@@ -328,11 +349,12 @@ class Guidance:
         dropped = tuple(given)[:1] if self.drop is None else self.drop
         valid = guidance_scale == 1 or self.guide is not None or (dropped and {*dropped} <= {*given})
         _checks.require(valid, "Guidance needs labels or a `guide`", guidance_scale=guidance_scale, given=[*given])
-        if "image" in dropped:
-            dropped = (*dropped, "image_noise")
-        parts = condition.parts if condition else ()
-        nulls = tuple(part.null if part.name in dropped else None for part in parts)
-        if np.all(scale == 0) and not self.rescale and self.guide is None:
+        nulls = condition.nulls(dropped) if condition else ()
+        plain = not self.rescale and self.guide is None
+        if condition and "scale" in condition and plain and dropped == condition.given[:1]:
+            if np.all((1 <= scale) & (scale <= largest)) and np.any(scale > 1):
+                return inputs, (1 / scale,), (), "told"
+        if np.all(scale == 0) and plain:
             without = (c if null is None else np.full_like(c, null) for c, null in zip(inputs, nulls))
             return tuple(without), (), (), "none"
         if np.all(scale == 1):
@@ -356,6 +378,22 @@ def without_condition(predict: Callable, nulls: Sequence) -> Callable:
         return tuple(ops.split(predict(*map(ops.concatenate, pairs)), 2))
 
     return predict_both
+
+
+def told(predict: Callable, place: int) -> Callable:
+    """Returns a function that predicts with guidance in one call of a network that is told 1 / scale.
+
+    Args:
+        predict: function from x, t and the conditions to the network's output.
+        place: which of the conditions is the scale.
+    """
+
+    def predict_told(x: Any, t: Any, *conditions: Any) -> Any:
+        *values, scale = conditions
+        values[place] = ops.broadcast_to(scale, ops.shape(t))
+        return predict(x, t, *values)
+
+    return predict_told
 
 
 def guided(predict: Callable, predict_both: Callable, sometimes: bool) -> Callable:

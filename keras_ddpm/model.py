@@ -20,7 +20,8 @@ from keras_ddpm._backend import devices, replicas
 from keras_ddpm.callbacks.watch import LossWatch
 from keras_ddpm.diffusion import GaussianDiffusion
 from keras_ddpm.ema import Average
-from keras_ddpm.guidance import Condition, Guidance, guided, without_condition
+from keras_ddpm.guidance import Condition, Guidance, guided, told, without_condition
+from keras_ddpm.networks.conditions import with_num_classes
 from keras_ddpm.samplers import loop
 from keras_ddpm.saving import compact
 from keras_ddpm.training import feed, running
@@ -86,6 +87,9 @@ class DiffusionModel(keras.Model):
             needs it.
         image_noise: the largest level of the noise that condition images get in training, in [0, 1), as in
             `guidance.seen`. Models that enlarge the samples of others need some, or they repeat the faults of these.
+        max_guidance_scale: the largest guidance scale that a network with the input `scale` learns, as
+            `networks.with_guidance_scale` makes them. Each training step then costs one network call more, and guidance
+            up to this scale costs one call instead of two.
         sampler: the default sampler of `sample`, which is saved with the model; `None` for `DPMSolver(10, eta=1.0)`.
 
     Raises:
@@ -109,6 +113,7 @@ class DiffusionModel(keras.Model):
         class_names: Sequence[str] | None = None,
         image_dropout: float = 0.0,
         image_noise: float = 0.0,
+        max_guidance_scale: float = 1.0,
         sampler: samplers.Sampler | None = None,
         **kwargs,
     ):
@@ -128,9 +133,17 @@ class DiffusionModel(keras.Model):
         self.network = network
         self.diffusion = diffusion or GaussianDiffusion()
         condition = Condition.of(network, class_names)
-        dropouts = label_dropout, image_dropout, image_noise
         self.corruption = Corruption(
-            self.diffusion, condition, loss_weight, timestep_sampling, *dropouts, self.draw_noise
+            self.diffusion,
+            condition,
+            loss_weight,
+            timestep_sampling,
+            label_dropout,
+            image_dropout,
+            image_noise,
+            max_guidance_scale,
+            predict=lambda *inputs: self.average.predict(*inputs),
+            draw_noise=self.draw_noise,
         )
         self.ema_decay = ema_decay
         self.seed = seed if seed is None else _checks.seed(seed)
@@ -285,7 +298,7 @@ class DiffusionModel(keras.Model):
 
     def test_step(self, *args):
         """Evaluates on noisy data, with all conditions. The arguments are `data`, on JAX `state` and `data`."""
-        corruption = dataclasses.replace(self.corruption, label_dropout=0.0, image_dropout=0.0)
+        corruption = dataclasses.replace(self.corruption, label_dropout=0.0, image_dropout=0.0, max_guidance_scale=1.0)
         if len(args) == 1:
             return replicas.joined(super().test_step(self._corrupted(*args, corruption, self._test_random)))
         state, data = args
@@ -356,7 +369,8 @@ class DiffusionModel(keras.Model):
                 are enlarged.
             image_noise: level of the noise that `images` get, in [0, 1), as in `guidance.seen`.
             guidance_scale: w in [0, 1000], how strongly samples follow their condition. 1 is the condition as it was
-                learned. Larger values cost two network calls a step. [Ho and Salimans, 2022, Eq. 6]
+                learned. Larger values cost two network calls a step, or one with a network that has learned the scale.
+                [Ho and Salimans, 2022, Eq. 6]
             guidance: rare options, a `guidance.Guidance`.
             use_ema: whether to use the averaged weights instead of the raw weights.
             batch_size: number of samples that are made at once; `None` for at most 256. The last batch is filled up.
@@ -454,7 +468,7 @@ class DiffusionModel(keras.Model):
         valid = isinstance(asked, Guidance)
         _checks.require(valid, "`guidance` must be a `guidance.Guidance`", guidance=guidance)
         self._check_guide(asked.guide)
-        times = np.concatenate(job.steps)["t"]
+        times, largest = np.concatenate(job.steps)["t"], self.corruption.max_guidance_scale
         condition, indices = self.condition, job.first + np.arange(job.num)
         wanted = {"labels": labels, "images": images, "image_noise": image_noise or None}
         wanted = {name: value for name, value in wanted.items() if value is not None}
@@ -464,7 +478,7 @@ class DiffusionModel(keras.Model):
             given = condition.by_name(labels, images, complete=False)
             noise = functools.partial(loop.noise, seed=job.seed, indices=indices, stream=(1,))
             inputs = condition.arrays(given, job.num, image_noise, noise)
-        inputs, columns, nulls, guided_calls = asked.resolve(condition, given, inputs, guidance_scale, times)
+        inputs, columns, nulls, guided_calls = asked.resolve(condition, given, inputs, guidance_scale, times, largest)
         threshold = asked.dynamic_threshold
         valid = threshold is None or (job.clip and self.diffusion.clip_range is not None)
         _checks.require(valid, "Nothing is clipped, so there is no threshold", dynamic_threshold=threshold)
@@ -504,6 +518,8 @@ class DiffusionModel(keras.Model):
 
         if guided_calls == "none":
             return predict
+        if guided_calls == "told":
+            return told(predict, [part.name for part in _parts(self)].index("scale"))
         if guide is None:
             return guided(predict, without_condition(predict, nulls), guided_calls == "some")
 
@@ -564,14 +580,25 @@ class DiffusionModel(keras.Model):
     def from_model(cls, model: Any, **kwargs: Any) -> Any:
         """Makes a model of this class whose raw and averaged weights are both the average of another one.
 
+        To fine-tune a model on other classes, give their names. The new labels begin as no label.
+
         Args:
             model: a `DiffusionModel`. It is not changed.
-            **kwargs: arguments of this class; the others are those of `model`.
+            **kwargs: arguments of this class; the others are those of `model`. Another `network` keeps those of its
+                weights that have no counterpart of the same name and shape.
+
+        >>> tuned = DiffusionModel.from_model(DiffusionModel.from_preset("flowers64"), class_names=["moss", "fern"])
         """
+        names, condition = kwargs.get("class_names"), model.condition
+        if names is not None and "network" not in kwargs and condition and len(names) != condition.num_classes:
+            kwargs["network"] = with_num_classes(model.network, len(names))
+        known = {v.path: average for v, average in zip(model.network.weights, model.ema_weights)}
         copy = cls.from_config({**model.get_config(), **kwargs})
-        for weights in (copy.network.weights, copy.ema_weights):
-            for v, average in zip(weights, model.ema_weights):
-                v.assign(keras.ops.convert_to_numpy(average))
+        for v, of_average in zip(copy.network.weights, copy.ema_weights):
+            average = known.get(v.path)
+            if average is not None and average.shape == v.shape:
+                v.assign(ops.convert_to_numpy(average))
+                of_average.assign(ops.convert_to_numpy(average))
         return copy
 
     @classmethod
@@ -624,6 +651,7 @@ class DiffusionModel(keras.Model):
             "label_dropout": corruption.label_dropout,
             "image_dropout": corruption.image_dropout,
             "image_noise": corruption.image_noise,
+            "max_guidance_scale": corruption.max_guidance_scale,
             "seed": self.seed,
             "class_names": self.condition and self.condition.class_names,
             "sampler": keras.saving.serialize_keras_object(self.sampler),

@@ -1,11 +1,12 @@
 """The inputs of a network other than x_t: the time and the condition, with their embeddings."""
 
 import keras
+import numpy as np
 
 from keras_ddpm import _checks
 from keras_ddpm.networks import layers
 
-__all__ = ["embed"]
+__all__ = ["embed", "with_guidance_scale", "with_num_classes"]
 
 
 def embed(x_t, dim, width, num_classes, context_dim, image_channels=None):
@@ -32,3 +33,78 @@ def embed(x_t, dim, width, num_classes, context_dim, image_channels=None):
         embedded.append(keras.layers.Dense(width, name="image_noise_embedding")(sinusoids))
         x_t = keras.layers.Concatenate(name="with_image")([x_t, image])
     return inputs, x_t, keras.layers.Add(name="add_condition")(embedded) if len(embedded) > 1 else x
+
+
+def with_guidance_scale(network: keras.Model) -> keras.Model:
+    """A copy of a network that is also told the guidance scale w, so that guidance needs one call instead of two.
+
+    The copy has one more input, `scale` `(batch,)`, which is 1 / w. Its embedding is added to that of the time and
+    starts at zero, so that the output is that of the network for every scale. Training a `DiffusionModel` of it with a
+    `max_guidance_scale` teaches what the scale means.
+
+    >>> guided = DiffusionModel.from_model(model, network=with_guidance_scale(model.network), max_guidance_scale=4.0)
+
+    Args:
+        network: one of `networks`, or another functional model with a layer "time_dense_2" that ends the embedding of
+            the time.
+
+    Returns:
+        A functional `keras.Model` with the weights of `network`.
+
+    Raises:
+        ValueError: if there is no such layer, or the network has the input already.
+
+    Reference: Chen et al., 2025 ("Visual generation without guidance"), section 4.
+    """
+    known = {layer.name: layer for layer in network.layers}
+    valid = "time_dense_2" in known and "scale" not in known
+    _checks.require(valid, "Expected a network with a layer 'time_dense_2', which is not told the scale yet")
+    width = known["time_dense_2"].units
+    time, scale = keras.Input((width,), name="time_dense_2"), keras.Input((), name="scale")
+    x = layers.TimestepEmbedding(256, name="scale_sinusoid")(keras.layers.Rescaling(1000, name="scale_1000")(scale))
+    x = keras.layers.Dense(width, kernel_initializer="zeros", name="scale_embedding")(x)
+    added = keras.Model([time, scale], keras.layers.Add(name="add_scale")([time, x])).get_config()
+
+    config = network.get_config()
+    for layer in config["layers"]:  # what read the time reads the sum
+        layer["inbound_nodes"] = _renamed(layer["inbound_nodes"], "time_dense_2", "add_scale")
+    # In the order of computation, as Keras reads the layers.
+    place = 1 + [layer["name"] for layer in config["layers"]].index("time_dense_2")
+    config["layers"][place:place] = [layer for layer in added["layers"] if layer["name"] != "time_dense_2"]
+    config["input_layers"] = [*config["input_layers"], ["scale", 0, 0]]
+    result = keras.Model.from_config(config)
+    for name, layer in known.items():
+        result.get_layer(name).set_weights(layer.get_weights())
+    return result
+
+
+def with_num_classes(network: keras.Model, num_classes: int) -> keras.Model:
+    """A copy of a network of labels for other classes, each of which begins as no label.
+
+    Args:
+        network: a functional model with a layer "label_embedding".
+        num_classes: the number of the new classes.
+    """
+
+    def copied(layer):
+        config = layer.get_config()
+        if layer.name == "label_embedding":
+            config["input_dim"] = num_classes + 1
+        return type(layer).from_config(config)
+
+    result = keras.models.clone_model(network, clone_function=copied)
+    for layer in network.layers:
+        weights = layer.get_weights()
+        if layer.name == "label_embedding":
+            weights = [np.repeat(weights[0][-1:], num_classes + 1, axis=0)]
+        result.get_layer(layer.name).set_weights(weights)
+    return result
+
+
+def _renamed(nodes, old, new):
+    """The nodes of a layer's configuration, with tensors of one layer replaced by those of another."""
+    if isinstance(nodes, dict):
+        return {key: _renamed(value, old, new) for key, value in nodes.items()}
+    if isinstance(nodes, (list, tuple)):
+        return [_renamed(value, old, new) for value in nodes]
+    return new if nodes == old else nodes

@@ -43,6 +43,9 @@ class Corruption:
         label_dropout: the share of examples that lose their label or vector, in [0, 1).
         image_dropout: the share of examples that lose their condition image, in [0, 1).
         image_noise: the largest level of noise in condition images, in [0, 1), as in `guidance.seen`.
+        max_guidance_scale: the largest guidance scale w that a network with the input `scale` learns; 1 for none.
+        predict: function from the network's inputs to its output, which this needs. [Chen et al., 2025, "Visual
+            generation without guidance"]
         draw_noise: function from x_0 and a seed generator to noise like x_0.
 
     Call arguments:
@@ -69,6 +72,8 @@ class Corruption:
     label_dropout: float = 0.0
     image_dropout: float = 0.0
     image_noise: float = 0.0
+    max_guidance_scale: float = 1.0
+    predict: Callable | None = None
     draw_noise: Callable = standard_normal
 
     def __post_init__(self) -> None:
@@ -79,6 +84,11 @@ class Corruption:
             _checks.share(**{name: getattr(self, name)})
         told = not self.image_noise or (self.condition and "image_noise" in self.condition)
         _checks.require(told, "The network is not told the noise of images", image_noise=self.image_noise)
+        largest = self.max_guidance_scale
+        told = largest == 1 or (self.condition is not None and "scale" in self.condition)
+        valid = _checks.is_between(largest, 1, 1000) and told
+        needed = "`max_guidance_scale` must be 1, or up to 1000 for a network with the input 'scale'"
+        _checks.require(valid, needed, max_guidance_scale=largest)
         object.__setattr__(self, "loss_weight", _checked_weight(self.loss_weight, self.diffusion.timesteps))
 
     def __call__(self, x_0: Any, condition: Any, weight: Any, generator: keras.random.SeedGenerator) -> tuple:
@@ -88,14 +98,17 @@ class Corruption:
         t = self.draw_timesteps(batch_size, generator)
         noise = self.draw_noise(x_0, generator) if noise is None else ops.cast(noise, "float32")
         inputs: tuple = (self.diffusion.q_sample(x_0, t, noise), t)
+        target, of_time = self.diffusion.target(x_0, t, noise), self.weight(t)
         if self.condition:
             inputs = (*inputs, *self._conditions(self.condition, condition, batch_size, generator))
-        of_time = self.weight(t)
+            if self.max_guidance_scale > 1 and self.predict:
+                target, factor = self._guided(self.condition, self.predict, inputs, target)
+                of_time = factor if of_time is None else of_time * factor
         if weight is None:
             weight = of_time
         else:
             weight = ops.cast(weight, "float32") if of_time is None else of_time * ops.cast(weight, "float32")
-        return inputs, self.diffusion.target(x_0, t, noise), weight
+        return inputs, target, weight
 
     def _conditions(self, known, values, batch_size, generator):
         """The network's inputs after x_t and t. Some examples lose parts of their condition, and images get noise."""
@@ -109,7 +122,25 @@ class Corruption:
             noise = standard_normal(images, generator) if self.image_noise else None
             values["image"] = seen(images, levels, noise, known["image"].shape)
             values["image_noise"], kept["image_noise"] = levels, kept["image"]
+        if "scale" in known:
+            values["scale"], kept["scale"] = ops.ones((batch_size,)), kept[known.given[0]]
+            if self.max_guidance_scale > 1:
+                u = keras.random.uniform((batch_size,), seed=generator)
+                values["scale"] = 1 / (1 + (self.max_guidance_scale - 1) * u)
         return [part.drop(values[part.name], kept[part.name]) for part in known.parts]
+
+    def _guided(self, known, predict, inputs, target):
+        """The target of guidance in one call, and the factor of its weight.
+
+        The network learns y such that y / w + (1 − 1 / w) y(x_t, t, no condition) is the target of training.
+        """
+        x_t, t, *conditions = inputs
+        nulls = known.nulls((known.given[0], "scale"))
+        without = [c if null is None else ops.full_like(c, null) for c, null in zip(conditions, nulls)]
+        worse = ops.stop_gradient(predict(x_t, t, *without))
+        scale = conditions[known.names.index("scale")]
+        share = ops.reshape(scale, (-1,) + (1,) * (len(target.shape) - 1))
+        return (target - (1 - share) * worse) / share, scale**2
 
     def weight(self, t: Any) -> Any:
         """The weights of the loss at times t, `(batch,)`; `None` if all are 1."""

@@ -1,0 +1,146 @@
+"""Guidance in one call: a network that is told the scale, against the guided denoiser and the paper's loss."""
+
+import keras
+import numpy as np
+import pytest
+from conftest import TORCH, randomize
+from keras import ops
+
+import keras_ddpm as kd
+from keras_ddpm import guidance
+from keras_ddpm.networks import with_guidance_scale
+from keras_ddpm.training.corruption import Corruption
+
+MAKERS = {
+    "unet": lambda: kd.networks.unet((8, 8, 1), 8, (1, 2), 1, (), 4, num_classes=3),
+    "dit": lambda: kd.networks.dit((8, 8, 1), 4, 16, 1, 2, num_classes=3),
+    "mlp": lambda: kd.networks.mlp(4, 8, 1, num_classes=3),
+}
+SAMPLER = kd.samplers.DDIM(3)
+
+
+def pair(name, **options):
+    network = MAKERS[name]()
+    randomize(network)
+    model = kd.DiffusionModel(network, seed=0)
+    return model, kd.DiffusionModel.from_model(model, network=with_guidance_scale(network), **options)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_input_starts_without_effect(name, tmp_path):
+    """Before training, every scale gives the old model: on PyTorch to the bit, elsewhere up to the order of sums."""
+    model, copy = pair(name, max_guidance_scale=4.0)
+    samples = model.sample(3, SAMPLER, 0, labels=1)
+    for scale in (1.0, 2.0, 4.0):
+        np.testing.assert_allclose(
+            copy.sample(3, SAMPLER, 0, labels=1, guidance_scale=scale), samples, atol=0 if TORCH else 1e-4
+        )
+    for scale in (0.5, 6.0):  # outside of what it learns, guidance needs two calls
+        options = {"labels": 1, "guidance_scale": scale}
+        np.testing.assert_allclose(
+            copy.sample(3, SAMPLER, 0, **options), model.sample(3, SAMPLER, 0, **options), atol=1e-4
+        )
+    if name == "mlp":
+        randomize(copy.network)
+        copy.compile(loss="mse", optimizer="sgd", run_eagerly=True)
+        copy.fit(np.zeros((2, 4)), np.array([0, 1]), verbose=0)
+        copy.save(tmp_path / "m.keras")
+        loaded = kd.saving.load_model(tmp_path / "m.keras")
+        options = {"labels": 2, "guidance_scale": 3.0}
+        np.testing.assert_allclose(*(m.sample(3, SAMPLER, 0, **options) for m in (copy, loaded)), atol=1e-6)
+        assert loaded.corruption.max_guidance_scale == 4.0
+
+
+def test_one_call_gets_the_inverse_of_the_scale_within_the_interval():
+    """A network that returns 1 / w shows what it was told at each call."""
+    inputs = [keras.Input((1,), name="x_t"), keras.Input((), dtype="int32", name="t")]
+    inputs += [keras.Input((), dtype="int32", name="label"), keras.Input((), name="scale")]
+    zeros = keras.layers.Embedding(4, 1, embeddings_initializer="zeros", name="label_embedding")(inputs[2])
+    network = keras.Model(inputs, 0 * inputs[0] + zeros + ops.expand_dims(inputs[3], -1))
+    process = kd.GaussianDiffusion(prediction="x0", clip_range=None)
+    model = kd.DiffusionModel(network, process, max_guidance_scale=5.0)
+    x = np.zeros((2, 1), "float32")
+    denoise = lambda t, scale, **options: model.denoise(x, t, False, labels=1, guidance_scale=scale, **options)
+    np.testing.assert_allclose(denoise(500, 4.0), 0.25)
+    np.testing.assert_allclose(denoise(500, 1.0), 1.0)
+    inside = {"guidance": guidance.Guidance(interval=(300, 700))}
+    np.testing.assert_allclose([denoise(t, 4.0, **inside)[0, 0] for t in (200, 500, 800)], [1, 0.25, 1])
+    np.testing.assert_allclose(denoise(500, 8.0), 1.0)  # two calls, both told 1
+
+
+@pytest.mark.parametrize("label_dropout", [0.0, 0.4])
+def test_the_loss_is_the_papers(label_dropout):
+    """‖β y(x_t, t, c, β) + (1 − β) sg[y(x_t, t, no condition, 1)] − target‖², with β = 1 for dropped labels."""
+    condition = guidance.Condition((guidance.Part("label", (), 3), guidance.Part("scale", (), 1)))
+
+    def network(x_t, t, label, scale):
+        return 0.3 * x_t + 0.1 * ops.cast(label, "float32")[:, None] + 0.7 * scale[:, None]
+
+    process, num = kd.GaussianDiffusion(prediction="x0"), 400
+    options = {"label_dropout": label_dropout, "max_guidance_scale": 4.0}
+    corruption = Corruption(process, condition, predict=network, **options)
+    x_0 = ops.convert_to_tensor(np.random.default_rng(0).uniform(-1, 1, (num, 2)), "float32")
+    (x_t, t, label, scale), target, weight = corruption(
+        x_0, ops.ones((num,), "int32"), None, keras.random.SeedGenerator(0)
+    )
+    y, worse = network(x_t, t, label, scale), network(x_t, t, ops.full_like(label, 3), ops.ones_like(scale))
+    beta = scale[:, None]
+    expected = (beta * y + (1 - beta) * worse - x_0) ** 2
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(weight[:, None] * (y - target) ** 2), ops.convert_to_numpy(expected), atol=1e-4
+    )
+    label, scale = ops.convert_to_numpy(label), ops.convert_to_numpy(scale)
+    assert np.all(scale[label == 3] == 1) and abs(np.mean(label == 3) - label_dropout) < 0.1
+    w = 1 / scale[label != 3]
+    assert 1 <= w.min() < 1.1 and 3.9 < w.max() <= 4 and abs(w.mean() - 2.5) < 0.2
+
+
+class AtOneTime(Corruption):
+    def draw_timesteps(self, batch_size, generator):
+        return ops.full((batch_size,), 30, "int32")
+
+
+def test_the_regression_has_the_guided_denoiser_as_its_solution():
+    """Of a Gaussian for each class, x_0 with guidance is linear in x_t and in w. Weighted least squares find it."""
+    means, std, num = np.array([-0.4, 0.5]), 0.2, 2_000_000
+    schedule = kd.schedules.cosine(1000)
+    alpha, sigma = schedule.alpha[30], schedule.sigma[30]
+
+    def denoise(x, mean, variance):
+        return mean + alpha * variance / (alpha**2 * variance + sigma**2) * (x - alpha * mean)
+
+    def worse(x):  # the best linear denoiser of both classes
+        return denoise(x, means.mean(), std**2 + means.std() ** 2)
+
+    condition = guidance.Condition((guidance.Part("label", (), 2), guidance.Part("scale", (), 1)))
+    process = kd.GaussianDiffusion(schedule, "x0", clip_range=None)
+    corruption = AtOneTime(process, condition, max_guidance_scale=4.0, predict=lambda x, *_: worse(x))
+    labels = np.arange(num) % 2
+    products = np.zeros((2, 4, 5))  # of the weighted features with themselves and with the target, for each label
+    for seed in range(8):
+        x_0 = means[labels] + std * np.random.default_rng(seed).standard_normal(num)
+        data = ops.convert_to_tensor(x_0[:, None], "float32"), ops.convert_to_tensor(labels)
+        (x_t, _, _, scale), target, weight = corruption(*data, None, keras.random.SeedGenerator(seed))
+        arrays = (ops.convert_to_numpy(v).astype("float64").ravel() for v in (x_t, 1 / scale, target, weight))
+        x_t, w, target, weight = arrays
+        rows = np.stack([x_t, np.ones(num), w * x_t, w, target])
+        for label in (0, 1):
+            of = labels == label
+            products[label] += (weight * rows[:4])[:, of] @ rows[:, of].T
+    points = np.linspace(-0.6, 0.7, 9)
+    for mean, product in zip(means, products):
+        found = np.linalg.solve(product[:, :4], product[:, 4])
+        for scale in (1.0, 1.5, 2.0, 4.0):
+            got = found @ np.stack([points, np.ones(9), scale * points, np.full(9, scale)])
+            expected = (1 - scale) * worse(points) + scale * denoise(points, mean, std**2)
+            np.testing.assert_allclose(got, expected, atol=1e-3)
+
+
+def test_bad_scales():
+    with pytest.raises(ValueError, match="a layer 'time_dense_2', which is not told the scale yet"):
+        with_guidance_scale(with_guidance_scale(MAKERS["mlp"]()))
+    for largest in (0.5, np.inf, "a"):
+        with pytest.raises(ValueError, match="`max_guidance_scale` must be 1, or up to 1000"):
+            kd.DiffusionModel(with_guidance_scale(MAKERS["mlp"]()), max_guidance_scale=largest)
+    with pytest.raises(ValueError, match="`max_guidance_scale` must be 1, or up to 1000"):
+        kd.DiffusionModel(MAKERS["mlp"](), max_guidance_scale=2.0)
