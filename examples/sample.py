@@ -36,7 +36,7 @@ def labels_of(model, names, num):
         return None
     numbered = all(name.isdecimal() for name in names) and not set(names) & {*(model.condition.class_names or ())}
     asked = [int(name) for name in names] if numbered else list(names)
-    known = model.condition.array(
+    known = model.condition.encoded(
         asked or np.arange(model.condition.num_classes), len(asked) or model.condition.num_classes
     )
     return np.resize(known, num)

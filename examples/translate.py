@@ -113,7 +113,7 @@ def main(
     truth = truth[:200]
     given = command(truth, **settings)
     results = [model.sample(len(truth), seed=number, images=given) for number in (seed, seed + 1)]
-    seen = keras.ops.convert_to_numpy(kd.guidance.seen(given, None, None, truth.shape[1:])).clip(-1, 1)
+    seen = keras.ops.convert_to_numpy(kd.conditions.seen(given, None, None, truth.shape[1:])).clip(-1, 1)
     pictures = {"condition": seen} if seen.shape[-1] == truth.shape[-1] else {}
     pictures |= {"result": results[0], "mean of two": (results[0] + results[1]) / 2}
     extractor = common.find_extractor(judge, train) if judge else None

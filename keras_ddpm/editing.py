@@ -17,7 +17,7 @@ import numpy as np
 from keras import ops
 
 from keras_ddpm import _checks, samplers
-from keras_ddpm.guidance import seen
+from keras_ddpm.conditions import seen
 from keras_ddpm.model import DiffusionModel
 from keras_ddpm.samplers import loop
 from keras_ddpm.schedules import Schedule
@@ -222,8 +222,8 @@ def cascade(models: Sequence[DiffusionModel], num_samples: int, seed: int | None
         models: a `DiffusionModel` of small images, and the upscalers, in order.
         num_samples: number of images.
         seed: seed of the first model; `None` draws one. The next models use the next seeds.
-        **options: options of `DiffusionModel.sample`, such as `labels`, for every model. `image_noise` is for the
-            upscalers. Call the models one by one to give each its own.
+        **options: options of `DiffusionModel.sample`, such as `labels`, for every model that takes them. `image_noise`
+            is for the upscalers. Call the models one by one to give each its own.
 
     Returns:
         `(num_samples, height, width, channels)` of the last model's size.
@@ -237,7 +237,9 @@ def cascade(models: Sequence[DiffusionModel], num_samples: int, seed: int | None
     noise = {"image_noise": options.pop("image_noise", 0.0)}
     images = models[0].sample(num_samples, seed=seed, **options)
     for number, model in enumerate(models[1:], 1):
-        images = upscale(model, images, seed + number, **options, **noise)
+        labeled = model.condition and model.condition.given[0] != "image"
+        of_model = options if labeled else {name: value for name, value in options.items() if name != "labels"}
+        images = upscale(model, images, seed + number, **of_model, **noise)
     return images
 
 

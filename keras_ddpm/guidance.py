@@ -11,261 +11,34 @@ In autoguidance, the worse prediction is that of another model, smaller or less 
 """
 
 import dataclasses
-import difflib
-import warnings
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-import keras
 import numpy as np
 from keras import ops
 
 from keras_ddpm import _checks
+from keras_ddpm.conditions import GIVEN, Condition
 
-__all__ = ["Condition", "Guidance", "Part", "guided", "seen", "told", "without_condition"]
-
-
-GIVEN, TOLD = ("label", "context", "image"), ("image_noise", "scale")  # what data hold, and what is drawn
+__all__ = ["Condition", "Guidance", "Plan", "guided", "in_one_call", "without_condition"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """One input of a network besides x_t and t.
+class Plan:
+    """How the calls of a network are guided.
 
     Attributes:
-        name: "label", "context" (a vector or an array), "image", "image_noise" or "scale" (of guidance, as 1 / w).
-        shape: shape of the input of one example, `()` for a label.
-        null: the value that stands for no condition: the label K, 0 for the entries of vectors and images, 1 for the
-            noise of an image, as no image is left then, and 1 for the scale.
+        inputs: the network's inputs after x and t, arrays `(num, ...)`.
+        kind: "none"; "all" or "some" for two predictions in all or in some calls; "one call" if the network is told the
+            scale.
+        columns: arrays `(calls,)`: the scale and the rescaling for `guided`, or 1 / scale for `in_one_call`.
+        nulls: for `without_condition`, the null value of each input, or `None` to keep it.
     """
 
-    name: str
-    shape: tuple
-    null: int = 0
-
-    @property
-    def dtype(self) -> str:
-        return "int32" if self.name == "label" else "float32"
-
-    def drop(self, value: Any, kept: Any) -> Any:
-        """Replaces values `(batch, ...)` by the null value if their entry of `kept`, `(batch,)`, is false."""
-        value = ops.cast(value, self.dtype)
-        kept = ops.reshape(kept, (-1,) + (1,) * len(self.shape))
-        return ops.where(kept, value, ops.full_like(value, self.null))
-
-    def known(self, value: Any) -> Any:
-        """Which examples `(batch,)` are in range: labels in 0..K − 1, pixels in [-1, 1], and finite vectors."""
-        if self.name == "label":
-            value = ops.cast(value, "int32")  # some integers are too short for the number of classes
-            return ops.logical_and(value >= 0, value < self.null)
-        value = ops.cast(value, "float32")
-        largest = 1 + _checks.ROUNDING if self.name == "image" else np.finfo("float32").max
-        return ops.all(ops.abs(value) <= largest, axis=tuple(range(1, len(value.shape))))
-
-
-@dataclasses.dataclass(frozen=True)
-class Condition:
-    """What a network is conditioned on: a label or a vector, an image, or both.
-
-    Data and samples give it as a dict by the names of the parts, or as an array that stands for the first part.
-
-    Attributes:
-        parts: the `Part`s, in the order of the network's inputs.
-        class_names: the name of each label, if they have names.
-    """
-
-    parts: tuple[Part, ...]
-    class_names: tuple[str, ...] | None = None
-
-    def __post_init__(self) -> None:
-        if self.class_names is not None:
-            object.__setattr__(self, "class_names", _checks.names(self.class_names, self.num_classes))
-
-    @classmethod
-    def of(cls, network: keras.Model, class_names: Sequence[str] | None = None) -> "Condition | None":
-        """The condition of a functional model of `[x_t, t, *conditions]`, or `None` for a model of `[x_t, t]`.
-
-        The inputs have the names of parts. A single condition may have any name: integers are labels.
-
-        Raises:
-            ValueError: if an input has another name, there are labels and no layer has the name "label_embedding", or
-                `class_names` are not K different names.
-        """
-        parts: list[Part] = []
-        inputs = network.inputs[2:]
-        for tensor in inputs:
-            name, shape = tensor.name, tuple(tensor.shape[1:])
-            if len(inputs) == 1 and name != "image":
-                name = "label" if "int" in tensor.dtype else "context"
-            valid = name in {*GIVEN, *TOLD} - {part.name for part in parts}
-            needed = f"Inputs of the network besides x_t and t are named {', '.join([*GIVEN, *TOLD])}"
-            _checks.require(valid, needed, names=[tensor.name for tensor in inputs])
-            null = int(name in TOLD)
-            if name == "label":
-                embeddings = [layer for layer in network.layers if layer.name == "label_embedding"]
-                _checks.require(embeddings, "A network of labels needs a layer 'label_embedding' with K + 1 entries")
-                null = embeddings[0].input_dim - 1
-            parts.append(Part(name, shape, null))
-        labeled = class_names is None or any(part.name == "label" for part in parts)
-        _checks.require(labeled, "The network has no labels to name", class_names=class_names)
-        return cls(tuple(parts), None if class_names is None else tuple(class_names)) if parts else None
-
-    def named(self, class_names: Sequence[str] | None) -> "Condition":
-        """This condition, which takes the names that data have if it has none. Warns if it has others."""
-        if not class_names or not self.num_classes or self.class_names == tuple(map(_checks.text, class_names)):
-            return self
-        if not self.class_names and len(class_names) == self.num_classes:
-            return dataclasses.replace(self, class_names=tuple(class_names))
-        known = f"The data name {len(class_names)} classes, and the model's {self.num_classes} labels stay as they are"
-        warnings.warn(f"{known}: check that they mean the same", stacklevel=3)
-        return self
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names of the parts, in the order of the network's inputs."""
-        return tuple(part.name for part in self.parts)
-
-    @property
-    def given(self) -> tuple[str, ...]:
-        """The names of the parts that data hold. The others are drawn in training."""
-        return tuple(name for name in self.names if name in GIVEN)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.names
-
-    def __getitem__(self, name: str) -> Part:
-        """The part of this name."""
-        return self.parts[self.names.index(name)]
-
-    def nulls(self, dropped: Collection[str]) -> tuple:
-        """The null values of the parts with these names, and `None` for others. An image goes with its noise."""
-        names = {*dropped, *(["image_noise"] if "image" in dropped else [])}
-        return tuple(part.null if part.name in names else None for part in self.parts)
-
-    @property
-    def num_classes(self) -> int | None:
-        """The number K of labels, which is also the label that stands for none; `None` without labels."""
-        return self["label"].null if "label" in self else None
-
-    def by_name(self, values: Any, images: Any = None, complete: bool = True) -> dict:
-        """Conditions as a dict by name.
-
-        Args:
-            values: a dict by name, or an array that stands for the first part; `None` for nothing.
-            images: the part "image", if it is not in `values`.
-            complete: whether all parts must be there, as in data.
-
-        Raises:
-            ValueError: if there is a part that the network does not take, or one is missing.
-        """
-        found = values if isinstance(values, dict) else {} if values is None else {self.given[0]: values}
-        found = found if images is None else found | {"image": images}
-        fits = {*found} == {*self.given} if complete else {*found} <= {*self.given}
-        _checks.require(fits, f"The network has the conditions {[*self.given]}", received=[*found])
-        return found
-
-    def array(self, values: Any, num: int, name: str | None = None) -> np.ndarray:
-        """One part of the condition of `num` examples.
-
-        Args:
-            values: one label, class name, vector or image for all examples, or one for each; `None` for no condition.
-            num: number of examples.
-            name: name of the part; `None` for the first.
-
-        Returns:
-            An array `(num, ...)`: int32 labels, or float32 vectors or images. Smaller images are enlarged.
-
-        Raises:
-            ValueError: if values have a wrong shape, are out of range or are unknown names.
-        """
-        part = self[name or self.given[0]]
-        shape = (num, *part.shape)
-        if values is None:
-            return np.full(shape, part.null, part.dtype)
-        values = np.asarray(values)
-        if values.dtype.kind in "OT":  # objects, and NumPy's text of any length
-            values = np.array(values.tolist())
-        if self.class_names and values.dtype.kind in "US":
-            numbers = {name: number for number, name in enumerate(self.class_names)}
-            names = [_checks.text(name) for name in values.ravel().tolist()]
-            for name in {*names} - {*numbers}:
-                similar = difflib.get_close_matches(name, numbers, cutoff=0.4) or self.class_names[:3]
-                raise ValueError(f"There is no class {name!r}. Similar names: {', '.join(similar)}.")
-            values = np.reshape([numbers[name] for name in names], values.shape)
-        if part.name == "label":
-            valid = np.issubdtype(values.dtype, np.integer) and np.all((values >= 0) & (values < part.null))
-            shown = None if valid else np.array2string(values, threshold=8)
-            _checks.require(valid, f"Labels must be integers in 0..{part.null - 1}. Received: labels={shown}")
-        if part.name == "image":
-            return self._images(values, shape)
-        valid = values.shape in (shape, part.shape) and np.all(np.isfinite(values))
-        expected = f"Expected finite conditions of shape {shape}, or one of shape {part.shape} for all"
-        _checks.require(valid, expected, shape=values.shape)
-        return np.broadcast_to(values, shape).astype(part.dtype)
-
-    @staticmethod
-    def _images(values, shape):
-        num, *largest, channels = shape
-        fits = values.ndim in (3, 4) and values.shape[:-3] in ((), (num,)) and values.shape[-1] == channels
-        fits = fits and all(0 < side <= most for side, most in zip(values.shape[-3:-1], largest))
-        _checks.require(fits, f"Expected condition images of shape {shape}, or smaller", shape=values.shape)
-        in_range = values.dtype.kind == "f" and np.all(np.abs(values) <= 1 + _checks.ROUNDING)
-        received = {"dtype": str(values.dtype), "lowest": float(values.min()), "highest": float(values.max())}
-        _checks.require(in_range, "Condition images must be floats in [-1, 1]", **received)
-        return np.broadcast_to(values, (num, *values.shape[-3:])).astype("float32")
-
-    def arrays(self, values: Any, num: int, image_noise: float = 0.0, noise: Callable | None = None) -> tuple:
-        """The inputs of the network besides x_t and t, for `num` examples.
-
-        Args:
-            values: a dict by name, or an array that stands for the first part. Missing parts are no condition.
-            num: number of examples.
-            image_noise: the noise that images get, in [0, 1), as in `seen`.
-            noise: function from the shape of one image to standard Gaussian noise for all.
-
-        Returns:
-            A tuple of arrays `(num, ...)`.
-
-        Raises:
-            ValueError: as `array`, or if there is noise for a network that is not told of it.
-        """
-        found = self.by_name(values, complete=False)
-        valid = _checks.is_between(image_noise, 0, 1) and image_noise < 1
-        valid = valid and (not image_noise or ("image_noise" in self and found.get("image") is not None))
-        needed = "`image_noise` must be in [0, 1), for images of a network that is told of it"
-        _checks.require(valid, needed, image_noise=image_noise)
-        arrays = {part.name: self.array(found.get(part.name), num, part.name) for part in self.parts}
-        if found.get("image") is not None:
-            image = arrays["image"]
-            levels = arrays["image_noise"] = np.full(num, image_noise, "float32")
-            drawn = noise(image.shape[1:]) if noise and image_noise else None
-            arrays["image"] = ops.convert_to_numpy(seen(image, levels, drawn, self["image"].shape))
-        return tuple(arrays[part.name] for part in self.parts)
-
-
-def seen(images: Any, levels: Any, noise: Any, size: Sequence[int]) -> Any:
-    """Condition images as the network sees them: cos(π/2 level) image + sin(π/2 level) noise, enlarged.
-
-    A network that is told the level does not rely on details that noise hides. It then forgives faults of images that
-    another model has made.
-
-    Args:
-        images: `(batch, height, width, channels)`.
-        levels: how much noise, `(batch,)`, from 0 for none to 1 for noise alone.
-        noise: standard Gaussian noise like `images`; `None` for none.
-        size: `(height, width, ...)` to enlarge to, by bicubic interpolation.
-
-    Reference: Ho et al., 2022 ("Cascaded diffusion models"), section 4.2.
-    """
-    if noise is not None:
-        images, levels, noise = map(ops.convert_to_tensor, (images, levels, noise))
-        angles = ops.reshape(levels, (-1, 1, 1, 1)) * (np.pi / 2)
-        images = ops.cos(angles) * images + ops.sin(angles) * noise
-    size = tuple(size[:2])
-    if tuple(images.shape[1:3]) == size:
-        return images
-    # With antialiasing, all backends have the same cubic.
-    return ops.image.resize(images, size, "bicubic", antialias=True, data_format="channels_last")
+    inputs: tuple
+    kind: str = "none"
+    columns: tuple = ()
+    nulls: tuple = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -306,6 +79,8 @@ class Guidance:
         _checks.require(valid, "`interval` must be (low, high)", interval=ends)
         valid = p is None or _checks.is_positive(p) and p < 1
         _checks.require(valid, "`dynamic_threshold` must be in (0, 1)", dynamic_threshold=p)
+        valid = self.drop is None or (isinstance(self.drop, (tuple, list)) and {*self.drop} <= {*GIVEN})
+        _checks.require(valid, f"`drop` must be a tuple of names among {[*GIVEN]}", drop=self.drop)
 
     def scales(self, guidance_scale: float, t: np.ndarray) -> np.ndarray:
         """The guidance scale at times t: `guidance_scale` within the interval, and 1 outside.
@@ -318,7 +93,7 @@ class Guidance:
         low, high = self.interval or (-np.inf, np.inf)
         return np.where((low <= t) & (t <= high), guidance_scale, 1.0)
 
-    def resolve(
+    def plan(
         self,
         condition: Condition | None,
         given: Collection[str],
@@ -326,8 +101,8 @@ class Guidance:
         guidance_scale: float,
         t: np.ndarray,
         largest: float = 1.0,
-    ) -> tuple[tuple, tuple, tuple, str]:
-        """What guidance makes of the calls of a network.
+    ) -> Plan:
+        """Plans the calls of a network.
 
         Args:
             condition: the `Condition` of the network, or `None`.
@@ -337,29 +112,25 @@ class Guidance:
             t: the time of each network call, `(calls,)`.
             largest: the largest scale that a network with the input `scale` was trained with.
 
-        Returns:
-            The inputs; the scale and the rescaling for `guided`, or 1 / scale for `told`, arrays `(calls,)`; for
-            `without_condition`, the null value of each input, or `None` to keep it; and which calls are guided: "none",
-            "some" or "all", or "told" if the network is told the scale.
-
         Raises:
             ValueError: if guidance is asked for without a condition and without a guide, or the scale is invalid.
         """
         scale = self.scales(guidance_scale, t)
-        dropped = tuple(given)[:1] if self.drop is None else self.drop
+        dropped = tuple(given)[:1] if self.drop is None else tuple(self.drop)
         valid = guidance_scale == 1 or self.guide is not None or (dropped and {*dropped} <= {*given})
         _checks.require(valid, "Guidance needs labels or a `guide`", guidance_scale=guidance_scale, given=[*given])
-        nulls = condition.nulls(dropped) if condition else ()
-        plain = not self.rescale and self.guide is None
-        if condition and "scale" in condition and plain and dropped == condition.given[:1]:
-            if np.all((1 <= scale) & (scale <= largest)) and np.any(scale > 1):
-                return inputs, (1 / scale,), (), "told"
-        if np.all(scale == 0) and plain:
-            without = (c if null is None else np.full_like(c, null) for c, null in zip(inputs, nulls))
-            return tuple(without), (), (), "none"
         if np.all(scale == 1):
-            return inputs, (), (), "none"
-        return inputs, (scale, np.full(len(t), self.rescale)), nulls, "some" if np.any(scale == 1) else "all"
+            return Plan(inputs)
+        kind, columns = "some" if np.any(scale == 1) else "all", (scale, np.full(len(t), self.rescale))
+        if self.guide is not None:
+            return Plan(inputs, kind, columns)
+        nulls = condition.nulls(dropped) if condition else ()
+        if not self.rescale and np.all(scale == 0):
+            return Plan(tuple(c if null is None else np.full_like(c, null) for c, null in zip(inputs, nulls)))
+        learned = condition and "scale" in condition and dropped == condition.given[:1]
+        if learned and not self.rescale and np.all((1 <= scale) & (scale <= largest)):
+            return Plan(inputs, "one call", (1 / scale,))
+        return Plan(inputs, kind, columns, nulls)
 
 
 def without_condition(predict: Callable, nulls: Sequence) -> Callable:
@@ -380,7 +151,7 @@ def without_condition(predict: Callable, nulls: Sequence) -> Callable:
     return predict_both
 
 
-def told(predict: Callable, place: int) -> Callable:
+def in_one_call(predict: Callable, place: int) -> Callable:
     """Returns a function that predicts with guidance in one call of a network that is told 1 / scale.
 
     Args:
@@ -388,12 +159,12 @@ def told(predict: Callable, place: int) -> Callable:
         place: which of the conditions is the scale.
     """
 
-    def predict_told(x: Any, t: Any, *conditions: Any) -> Any:
+    def predict_in_one_call(x: Any, t: Any, *conditions: Any) -> Any:
         *values, scale = conditions
         values[place] = ops.broadcast_to(scale, ops.shape(t))
         return predict(x, t, *values)
 
-    return predict_told
+    return predict_in_one_call
 
 
 def guided(predict: Callable, predict_both: Callable, sometimes: bool) -> Callable:

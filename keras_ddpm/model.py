@@ -18,10 +18,11 @@ from keras import ops
 from keras_ddpm import _checks, _files, samplers, saving
 from keras_ddpm._backend import devices, replicas
 from keras_ddpm.callbacks.watch import LossWatch
+from keras_ddpm.conditions import Condition
 from keras_ddpm.diffusion import GaussianDiffusion
 from keras_ddpm.ema import Average
-from keras_ddpm.guidance import Condition, Guidance, guided, told, without_condition
-from keras_ddpm.networks.conditions import with_num_classes
+from keras_ddpm.guidance import Guidance, guided, in_one_call, without_condition
+from keras_ddpm.networks.embedding import with_num_classes
 from keras_ddpm.samplers import loop
 from keras_ddpm.saving import compact
 from keras_ddpm.training import feed, running
@@ -51,8 +52,8 @@ class DiffusionModel(keras.Model):
     """A denoising diffusion probabilistic model.
 
     `fit` and `evaluate` take batches of clean data x_0, `(batch, ...)`, or tuples `(x_0, condition)`. A condition is an
-    array of labels, vectors or images, or a dict by the names of the network's inputs, such as `{"label": labels,
-    "image": images}`. Condition images may be smaller than x_0. A network without a condition ignores it. Sample
+    array of labels, vectors or images, or a dict by the names of its parts, such as `{"label": labels, "image":
+    images}`. Condition images may be smaller than x_0. A network without a condition ignores it. Sample
     weights and class weights multiply the loss. Each step draws t and noise and passes the regression problem
     (x_t, t) -> target to the training step of Keras. `compile` thus takes any loss, metric and optimizer of Keras.
     `evaluate` draws the same t and noise at each call.
@@ -69,7 +70,7 @@ class DiffusionModel(keras.Model):
 
     Args:
         network: a functional `keras.Model` from `[x_t, t, *conditions]` to a tensor shaped like `x_t`; see `networks`
-            and `guidance.Condition.of`.
+            and `conditions.Condition.of`.
         diffusion: a `GaussianDiffusion`; `None` for one with its default arguments.
         ema_decay: the largest decay of the average, in [0, 1).
         loss_weight: array `(T + 1,)` of weights of the loss at t = 0..T, as `diffusion.min_snr_weight()` and
@@ -86,7 +87,7 @@ class DiffusionModel(keras.Model):
         image_dropout: the share of training examples that lose their condition image, in [0, 1). Guidance by the image
             needs it.
         image_noise: the largest level of the noise that condition images get in training, in [0, 1), as in
-            `guidance.seen`. Models that enlarge the samples of others need some, or they repeat the faults of these.
+            `conditions.seen`. Models that enlarge the samples of others need some, or they repeat the faults of these.
         max_guidance_scale: the largest guidance scale that a network with the input `scale` learns, as
             `networks.with_guidance_scale` makes them. Each training step then costs one network call more, and guidance
             up to this scale costs one call instead of two.
@@ -142,7 +143,7 @@ class DiffusionModel(keras.Model):
             image_dropout,
             image_noise,
             max_guidance_scale,
-            predict=lambda *inputs: self.average.predict(*inputs),
+            predict=lambda *inputs: self.average.predict(*inputs),  # made below
             draw_noise=self.draw_noise,
         )
         self.ema_decay = ema_decay
@@ -170,7 +171,7 @@ class DiffusionModel(keras.Model):
 
     @property
     def condition(self) -> Condition | None:
-        """The `guidance.Condition` of the network, or `None`."""
+        """The `conditions.Condition` of the network, or `None`."""
         return self.corruption.condition
 
     def call(self, inputs, training=None):
@@ -249,6 +250,8 @@ class DiffusionModel(keras.Model):
             named = self.condition.named(getattr(given["x"], "class_names", None))
             self.corruption = dataclasses.replace(self.corruption, condition=named)
         weights = (weight, given.get("sample_weight"), given.get("class_weight"))
+        counted = given.get("class_weight") is None or not (self.condition and len(self.condition.given) > 1)
+        _checks.require(counted, "Keras weighs classes of labels alone. Give `sample_weight` beside images")
         plain = self.loss is not None and type(self).compute_loss is keras.Model.compute_loss
         watch = LossWatch(first, warns=plain and all(entry is None for entry in weights))
         with running.training(self, watch, given) as arranged:
@@ -367,7 +370,7 @@ class DiffusionModel(keras.Model):
                 dict of conditions by name; `None` for no condition.
             images: condition images `(num_samples, height, width, channels)` in [-1, 1], or one for all. Smaller ones
                 are enlarged.
-            image_noise: level of the noise that `images` get, in [0, 1), as in `guidance.seen`.
+            image_noise: level of the noise that `images` get, in [0, 1), as in `conditions.seen`.
             guidance_scale: w in [0, 1000], how strongly samples follow their condition. 1 is the condition as it was
                 learned. Larger values cost two network calls a step, or one with a network that has learned the scale.
                 [Ho and Salimans, 2022, Eq. 6]
@@ -477,12 +480,12 @@ class DiffusionModel(keras.Model):
         if condition:
             given = condition.by_name(labels, images, complete=False)
             noise = functools.partial(loop.noise, seed=job.seed, indices=indices, stream=(1,))
-            inputs = condition.arrays(given, job.num, image_noise, noise)
-        inputs, columns, nulls, guided_calls = asked.resolve(condition, given, inputs, guidance_scale, times, largest)
+            inputs = condition.network_inputs(given, job.num, image_noise, noise)
+        plan = asked.plan(condition, given, inputs, guidance_scale, times, largest)
         threshold = asked.dynamic_threshold
         valid = threshold is None or (job.clip and self.diffusion.clip_range is not None)
         _checks.require(valid, "Nothing is clipped, so there is no threshold", dynamic_threshold=threshold)
-        guide = None if guided_calls == "none" else asked.guide
+        guide = None if plan.kind == "none" else asked.guide
         with contextlib.ExitStack() as stack:
             # In one order, as two models may guide each other in two threads.
             for model in sorted([self] if guide is None else [self, guide], key=id):
@@ -490,10 +493,10 @@ class DiffusionModel(keras.Model):
                 # In a callback after a step, Keras on JAX holds the weights elsewhere.
                 getattr(model, "jax_state_sync", lambda: None)()
             return self._loop.run(
-                self._predictors(use_ema, guided_calls, guide, nulls),
+                self._predictors(use_ema, plan.kind, guide, plan.nulls),
                 job,
-                inputs=inputs,
-                columns=columns,
+                inputs=plan.inputs,
+                columns=plan.columns,
                 dynamic_threshold=threshold,
                 batch_size=batch_size,
                 verbose=verbose,
@@ -510,24 +513,24 @@ class DiffusionModel(keras.Model):
         fits = {*_parts(guide)} <= {*_parts(self)}
         _checks.require(fits, "`guide` must take conditions of the model, or none", guide=guide.condition)
 
-    def _predictor(self, use_ema, guided_calls, guide, nulls):
+    def _predictor(self, use_ema, kind, guide, nulls):
         """Returns the function that predicts with these weights and this kind of guidance."""
 
         def predict(*inputs):
             return self.average.predict(*inputs) if use_ema else self.network(list(inputs), training=False)
 
-        if guided_calls == "none":
+        if kind == "none":
             return predict
-        if guided_calls == "told":
-            return told(predict, [part.name for part in _parts(self)].index("scale"))
+        if kind == "one call":
+            return in_one_call(predict, [part.name for part in _parts(self)].index("scale"))
         if guide is None:
-            return guided(predict, without_condition(predict, nulls), guided_calls == "some")
+            return guided(predict, without_condition(predict, nulls), kind == "some")
 
         def predict_both(x, t, *conditions):
-            known = [c for c, part in zip(conditions, _parts(self)) if part in _parts(guide)]
+            known = [conditions[_parts(self).index(part)] for part in _parts(guide)]
             return guide.average.predict(x, t, *known), predict(x, t, *conditions)
 
-        function: Any = guided(predict, predict_both, guided_calls == "some")
+        function: Any = guided(predict, predict_both, kind == "some")
         function.variables = guide.variables  # which the sampling program reads, too
         return function
 
@@ -580,25 +583,40 @@ class DiffusionModel(keras.Model):
     def from_model(cls, model: Any, **kwargs: Any) -> Any:
         """Makes a model of this class whose raw and averaged weights are both the average of another one.
 
-        To fine-tune a model on other classes, give their names. The new labels begin as no label.
+        To fine-tune a model on other classes, give their names. Labels of known names keep their embeddings, and others
+        begin as no label.
 
         Args:
             model: a `DiffusionModel`. It is not changed.
-            **kwargs: arguments of this class; the others are those of `model`. Another `network` keeps those of its
-                weights that have no counterpart of the same name and shape.
+            **kwargs: arguments of this class; the others are those of `model`. A `network` must have all weights of the
+                model's. Those of another shape, and further ones, stay as they are.
 
-        >>> tuned = DiffusionModel.from_model(DiffusionModel.from_preset("flowers64"), class_names=["moss", "fern"])
+        Raises:
+            ValueError: if a weight of the model has no counterpart of its name in `network`, or names are not unique.
+
+        >>> tuned = DiffusionModel.from_model(DiffusionModel.from_preset("flowers64"), class_names=["rose", "fern"])
         """
+        values = [ops.convert_to_numpy(average) for average in model.ema_weights]
+        paths = [v.path for v in model.network.weights]
         names, condition = kwargs.get("class_names"), model.condition
-        if names is not None and "network" not in kwargs and condition and len(names) != condition.num_classes:
-            kwargs["network"] = with_num_classes(model.network, len(names))
-        known = {v.path: average for v, average in zip(model.network.weights, model.ema_weights)}
+        if "network" not in kwargs and names is not None and condition and condition.num_classes:
+            known = {name: label for label, name in enumerate(condition.class_names or names)}
+            rows = [*(known.get(_checks.text(name), condition.num_classes) for name in names), condition.num_classes]
+            network = with_num_classes(model.network, len(names))
+            at = [v.path for v in network.weights].index("label_embedding/embeddings")
+            kwargs["network"], values[at] = network, values[at][rows]
+        elif "network" in kwargs:
+            found = [v.path for v in kwargs["network"].weights]
+            unique = len({*paths}) == len(paths) and len({*found}) == len(found)
+            missing = sorted({*paths} - {*found})
+            _checks.require(unique and not missing, "`network` must have the weights of the model", missing=missing)
+            known = dict(zip(paths, values))
+            values = [known.get(path) for path in found]
         copy = cls.from_config({**model.get_config(), **kwargs})
-        for v, of_average in zip(copy.network.weights, copy.ema_weights):
-            average = known.get(v.path)
-            if average is not None and average.shape == v.shape:
-                v.assign(ops.convert_to_numpy(average))
-                of_average.assign(ops.convert_to_numpy(average))
+        for v, of_average, value in zip(copy.network.weights, copy.ema_weights, values):
+            if value is not None and value.shape == v.shape:
+                v.assign(value)
+                of_average.assign(value)
         return copy
 
     @classmethod

@@ -11,7 +11,7 @@ from conftest import BACKEND, randomize
 from keras import ops
 
 import keras_ddpm as kd
-from keras_ddpm import guidance
+from keras_ddpm import conditions
 from keras_ddpm.guidance import Guidance
 from keras_ddpm.training.corruption import Corruption
 
@@ -20,7 +20,7 @@ MEANS = np.array([[0.1, -0.1], [-0.2, 0.15], [0.0, 0.0]])  # of the labels 0, 1 
 COVARIANCE = np.array([[0.04, 0.018], [0.018, 0.02]])
 U = np.array([0.6, -0.3])
 SAMPLER = kd.samplers.DPMSolver(60, spacing="logsnr")
-LABEL = guidance.Part("label", (), 2)
+LABEL = conditions.Part("label", (), 2)
 
 
 def posterior(label, level=1.0, seen=0.0):
@@ -120,7 +120,7 @@ def test_a_condition_by_name_and_for_each_sample(exact):
     np.testing.assert_allclose(some, x[3:], atol=1e-5)
 
 
-CONDITION = guidance.Condition((LABEL, guidance.Part("image", (4, 6, 1)), guidance.Part("image_noise", (), 1)))
+CONDITION = conditions.Condition((LABEL, conditions.Part("image", (4, 6, 1)), conditions.Part("image_noise", (), 1)))
 
 
 def test_corruption_drops_and_noises_parts():
@@ -153,7 +153,7 @@ def test_small_images_are_enlarged_alike_in_training_and_sampling():
     corruption = Corruption(kd.GaussianDiffusion(SCHEDULE), CONDITION)
     batch = {"label": ops.zeros((1,), "int32"), "image": ops.convert_to_tensor(low)}
     (_, _, _, image, level), _, _ = corruption(ops.zeros((1, 4, 6, 1)), batch, None, keras.random.SeedGenerator(0))
-    for got in (ops.convert_to_numpy(image), CONDITION.arrays({"image": low}, 1)[1]):
+    for got in (ops.convert_to_numpy(image), CONDITION.network_inputs({"image": low}, 1)[1]):
         np.testing.assert_allclose(got[0, :, :, 0], expected, atol=1e-5)
     assert ops.convert_to_numpy(level) == 0
 
@@ -277,7 +277,7 @@ def test_bad_conditions_in_training(model, parts, message):
 def test_bad_networks():
     x, t = keras.Input((2,), name="x_t"), keras.Input((), dtype="int32", name="t")
     others = keras.Input((2,), name="a"), keras.Input((2,), name="b")
-    with pytest.raises(ValueError, match="are named 'label' or 'context', 'image' and 'image_noise'. Received: names"):
+    with pytest.raises(ValueError, match="are named label, context, image, image_noise, scale. Received: names"):
         kd.DiffusionModel(keras.Model([x, t, *others], x + others[0] + others[1]))
     with pytest.raises(ValueError, match="is not told the noise of images. Received: image_noise=0.5"):
         kd.DiffusionModel(kd.networks.mlp(2, 8, 1), image_noise=0.5)

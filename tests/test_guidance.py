@@ -10,7 +10,7 @@ from conftest import TORCH, randomize
 from keras import ops
 
 import keras_ddpm as kd
-from keras_ddpm import guidance
+from keras_ddpm import conditions, guidance
 from keras_ddpm.guidance import Guidance
 from keras_ddpm.samplers import loop as sampling
 
@@ -440,20 +440,20 @@ def test_labels_in_data_have_any_integer_dtype(dtype):
 
 
 COMPOSED, DECOMPOSED = ["café", "b", "Å"], ["cafe\u0301", "b", "A\u030a"]
-LABEL = (guidance.Part("label", (), 3),)
+LABEL = (conditions.Part("label", (), 3),)
 
 
 @pytest.mark.parametrize("known, asked", [(COMPOSED, DECOMPOSED), (DECOMPOSED, COMPOSED)])
 def test_names_have_any_dtype_and_normal_form(known, asked):
-    condition = guidance.Condition(LABEL, known)
+    condition = conditions.Condition(LABEL, known)
     assert condition.class_names == tuple(COMPOSED)
     forms = [list, tuple, np.array, lambda names: np.array(names, object), lambda names: [n.encode() for n in names]]
     if hasattr(np.dtypes, "StringDType"):
         forms.append(lambda names: np.array(names, np.dtypes.StringDType()))
     for form in forms:
-        assert condition.array(form(asked), 3).tolist() == [0, 1, 2]
-    assert condition.array(asked[2], 2).tolist() == [2, 2]
-    assert condition.array(np.array([2, 0], object), 2).tolist() == [2, 0]
+        assert condition.encoded(form(asked), 3).tolist() == [0, 1, 2]
+    assert condition.encoded(asked[2], 2).tolist() == [2, 2]
+    assert condition.encoded(np.array([2, 0], object), 2).tolist() == [2, 0]
     for names in (
         [COMPOSED[0], DECOMPOSED[0], "b"],
         ["a", "b", "a "],
@@ -462,12 +462,12 @@ def test_names_have_any_dtype_and_normal_form(known, asked):
         ["a", "b", 1],
     ):
         with pytest.raises(ValueError, match="`class_names` must be 3 different names without control characters"):
-            guidance.Condition(LABEL, names)
+            conditions.Condition(LABEL, names)
     with pytest.raises(ValueError, match="`class_names` must be different names"):
         kd.datasets.Batches(np.zeros((4, 2)), np.zeros(4), 4, class_names=["a", "a"])
-    assert guidance.Condition((guidance.Part("label", (), 2),), ["a\nb", "<b>&\u200c/.."]).class_names == (
+    assert conditions.Condition((conditions.Part("label", (), 2),), ["a\nb", "<b>&\u200c/.."]).class_names == (
         "a b",
         "<b>&\u200c/..",
     )
     with pytest.raises(ValueError, match="There is no class 'cafe'. Similar names: café"):
-        condition.array(["cafe", "b"], 2)
+        condition.encoded(["cafe", "b"], 2)

@@ -15,7 +15,7 @@ __all__ = ["LossWatch", "loss_of"]
 def loss_of(model: Any, y: Any, x_0: Any, t: Any, noise: Any, labels: Any = None, weight: Any = None) -> float:
     """The loss that Keras computes in training if the network predicts `y`."""
     inputs = [model.diffusion.q_sample(x_0, t, noise), t]
-    inputs += model.condition.arrays(labels, len(x_0)) if model.condition else ()
+    inputs += model.condition.network_inputs(labels, len(x_0)) if model.condition else ()
     target = model.diffusion.target(x_0, t, noise)
     # The scope hides the losses that layers have added in the last call. Metrics stay as they are.
     with keras.StatelessScope([(v, v.value) for v in model.variables]):

@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_ddpm import _checks
 from keras_ddpm.networks import layers
-from keras_ddpm.networks.conditions import embed
+from keras_ddpm.networks.embedding import embed
 
 __all__ = ["dit"]
 

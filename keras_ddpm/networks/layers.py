@@ -1,7 +1,7 @@
 """Layers that Keras does not have, and faster versions of layers that it has.
 
 Convolutions, normalization and attention call a plain function of `keras.ops` that is defined below the layer.
-`_torch.py` has a faster function of the same name.
+`_backend/torch.py` has a faster function of the same name.
 """
 
 from typing import Any

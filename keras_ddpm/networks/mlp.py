@@ -3,7 +3,7 @@
 import keras
 
 from keras_ddpm import _checks
-from keras_ddpm.networks.conditions import embed
+from keras_ddpm.networks.embedding import embed
 
 __all__ = ["mlp"]
 

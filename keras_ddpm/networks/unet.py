@@ -9,7 +9,7 @@ from keras import ops
 
 from keras_ddpm import _checks
 from keras_ddpm.networks import layers
-from keras_ddpm.networks.conditions import embed
+from keras_ddpm.networks.embedding import embed
 
 __all__ = ["unet"]
 
@@ -57,7 +57,7 @@ def unet(
     Returns:
         A functional `keras.Model` with inputs `x_t` `(batch, height, width, channels)`, `t` `(batch,)`, int32, and,
         if conditioned, `label` `(batch,)`, int32, or `context` `(batch, context_dim)`; `image` `(batch, height, width,
-        image_channels)`, and `image_noise` `(batch,)`, the level of noise in the image as in `guidance.seen`.
+        image_channels)`, and `image_noise` `(batch,)`, the level of noise in the image as in `conditions.seen`.
 
     Raises:
         ValueError: if an argument is invalid, the images are too small for the number of levels, `groups` does not

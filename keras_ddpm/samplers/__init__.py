@@ -7,7 +7,7 @@ keeps the noise ε = (x − alpha_t x_0) / sigma_t. Its row is
 
 To add a sampler, subclass `Sampler` as a frozen dataclass. If each step calls the network once, override
 `coefficients`. It gets the scales at both ends of all steps and returns the columns by name. Otherwise override
-`steps`, which returns the rows of each step, and `evaluations`. Columns that are not given are 0.
+`steps`, which returns the rows of each step. Columns that are not given are 0.
 """
 
 from keras_ddpm.samplers.rows import NUM_PREVIOUS, ROW, add_noise_back, row, step

@@ -13,7 +13,7 @@ with the x before the update. By default this is x_0. A method that uses earlier
 sigma_t.
 
 A sampler is thus a table with one row for each network call and the named columns of `ROW`. NumPy computes it in
-float64 from a `schedules.Schedule`. `step` applies one row. One compiled loop runs every sampler (`sampling.py`).
+float64 from a `schedules.Schedule`. `step` applies one row. One compiled loop runs every sampler (`loop.py`).
 """
 
 from collections.abc import Callable

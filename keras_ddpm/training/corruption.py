@@ -12,8 +12,8 @@ import numpy as np
 from keras import ops
 
 from keras_ddpm import _checks
+from keras_ddpm.conditions import Condition, seen
 from keras_ddpm.diffusion import GaussianDiffusion
-from keras_ddpm.guidance import Condition, seen
 
 __all__ = ["TIMESTEP_SAMPLINGS", "Corruption"]
 
@@ -37,15 +37,15 @@ class Corruption:
 
     Args:
         diffusion: the process.
-        condition: the network's `guidance.Condition`, or `None`.
+        condition: the network's `conditions.Condition`, or `None`.
         loss_weight: array `(T + 1,)` of weights of the loss at t = 0..T; `None` for 1.
         timestep_sampling: how t is drawn from 1..T: a name in `TIMESTEP_SAMPLINGS`.
         label_dropout: the share of examples that lose their label or vector, in [0, 1).
         image_dropout: the share of examples that lose their condition image, in [0, 1).
-        image_noise: the largest level of noise in condition images, in [0, 1), as in `guidance.seen`.
-        max_guidance_scale: the largest guidance scale w that a network with the input `scale` learns; 1 for none.
-        predict: function from the network's inputs to its output, which this needs. [Chen et al., 2025, "Visual
-            generation without guidance"]
+        image_noise: the largest level of noise in condition images, in [0, 1), as in `conditions.seen`.
+        max_guidance_scale: the largest guidance scale w that a network with the input `scale` learns; 1 for none. The
+            weights of the loss are those of a squared error. [Chen et al., 2025, "Visual generation without guidance"]
+        predict: function from the network's inputs to its output, needed if `max_guidance_scale` > 1.
         draw_noise: function from x_0 and a seed generator to noise like x_0.
 
     Call arguments:
@@ -82,17 +82,28 @@ class Corruption:
         _checks.require(valid, needed, timestep_sampling=self.timestep_sampling)
         for name in ("label_dropout", "image_dropout", "image_noise"):
             _checks.share(**{name: getattr(self, name)})
-        told = not self.image_noise or (self.condition and "image_noise" in self.condition)
-        _checks.require(told, "The network is not told the noise of images", image_noise=self.image_noise)
+        known = self.condition or ()
+        _checks.require(
+            not self.image_noise or "image_noise" in known,
+            "The network is not told the noise of images",
+            image_noise=self.image_noise,
+        )
         largest = self.max_guidance_scale
-        told = largest == 1 or (self.condition is not None and "scale" in self.condition)
-        valid = _checks.is_between(largest, 1, 1000) and told
+        valid = _checks.is_between(largest, 1, 1000) and (largest == 1 or "scale" in known)
         needed = "`max_guidance_scale` must be 1, or up to 1000 for a network with the input 'scale'"
         _checks.require(valid, needed, max_guidance_scale=largest)
+        if largest > 1 and self.condition:
+            dropout = "image_dropout" if self.condition.given[0] == "image" else "label_dropout"
+            trained = getattr(self, dropout) > 0
+            _checks.require(
+                trained, f"Guidance needs a `{dropout}` above 0, or no output without the condition is learned"
+            )
         object.__setattr__(self, "loss_weight", _checked_weight(self.loss_weight, self.diffusion.timesteps))
 
     def __call__(self, x_0: Any, condition: Any, weight: Any, generator: keras.random.SeedGenerator) -> tuple:
-        x_0, noise = _parts(x_0)
+        x_0, noise = _x_0_and_noise(x_0)
+        if isinstance(weight, dict):  # Keras repeats it for each part of the condition
+            weight = next(iter(weight.values()))
         x_0 = self._poisoned(ops.cast(x_0, "float32"), condition)
         batch_size = ops.shape(x_0)[0]
         t = self.draw_timesteps(batch_size, generator)
@@ -160,7 +171,7 @@ class Corruption:
         Raises:
             ValueError: if the data have another shape, lie outside the `clip_range`, contain NaN or lack the condition.
         """
-        x_0, noise = _parts(x_0)
+        x_0, noise = _x_0_and_noise(x_0)
         x_0 = _checks.data(ops.convert_to_numpy(x_0), shape, self.diffusion.clip_range)
         if noise is not None:
             noise = _checks.data(ops.convert_to_numpy(noise), shape, name="noise")
@@ -171,7 +182,7 @@ class Corruption:
             for name, values in self.condition.by_name(condition).items():
                 values = ops.convert_to_numpy(values)
                 _checks.require(values.dtype.kind in "biuf", "Labels in data are integers", labels=values[:3])
-                self.condition.array(values, len(values), name)
+                self.condition.encoded(values, len(values), name)
         return x_0
 
     def draw_timesteps(self, batch_size: Any, generator: keras.random.SeedGenerator) -> Any:
@@ -193,12 +204,12 @@ class Corruption:
             valid = ops.logical_and(x_0 >= low - _checks.ROUNDING, x_0 <= high + _checks.ROUNDING)
         if self.condition:
             for name, values in self.condition.by_name(condition).items():
-                known = ops.reshape(self.condition[name].known(values), (-1,) + (1,) * (len(x_0.shape) - 1))
+                known = ops.reshape(self.condition[name].in_range(values), (-1,) + (1,) * (len(x_0.shape) - 1))
                 valid = ops.logical_and(valid, known)
         return x_0 if valid is True else ops.where(valid, x_0, np.nan)
 
 
-def _parts(x: Any) -> tuple:
+def _x_0_and_noise(x: Any) -> tuple:
     """The x_0 and the noise of a batch `{"x_0": x_0, "noise": noise}`, or x_0 and `None`."""
     if not isinstance(x, dict):
         return x, None

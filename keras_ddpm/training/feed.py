@@ -49,7 +49,7 @@ def opened(data: Any, labels: Any = None) -> tuple[Any, tuple]:
             data.collate_fn = functools.partial(_in_tuple, data.collate_fn)
     _checks.require(first is not None, "The data hold no batch", data=data)
     x, y, weight = keras.utils.unpack_x_y_sample_weight(first)
-    if orders_itself(data) and not isinstance(y, dict):
+    if orders_itself(data) and not isinstance(y, dict) and np.ndim(y) < 4:
         y = data.labels  # those of all batches
     return data, (x, y, weight)
 
@@ -57,8 +57,8 @@ def opened(data: Any, labels: Any = None) -> tuple[Any, tuple]:
 def with_labels(x: Any, y: Any, weight: Any) -> Any:
     """The labels `y` of arrays. Keras ignores sample weights if there are no labels, so dummy labels are added."""
     first = next(iter(x.values())) if isinstance(x, dict) else x
-    if getattr(y, "dtype", None) == "uint64":  # PyTorch lacks it
-        y = np.asarray(y, "int64")
+    # PyTorch lacks uint64.
+    y = keras.tree.map_structure(lambda v: np.asarray(v, "int64") if getattr(v, "dtype", None) == "uint64" else v, y)
     return np.zeros(len(first)) if y is None and weight is not None and hasattr(first, "shape") else y
 
 

@@ -1,7 +1,6 @@
 """The inputs of a network other than x_t: the time and the condition, with their embeddings."""
 
 import keras
-import numpy as np
 
 from keras_ddpm import _checks
 from keras_ddpm.networks import layers
@@ -57,11 +56,13 @@ def with_guidance_scale(network: keras.Model) -> keras.Model:
     Reference: Chen et al., 2025 ("Visual generation without guidance"), section 4.
     """
     known = {layer.name: layer for layer in network.layers}
-    valid = "time_dense_2" in known and "scale" not in known
-    _checks.require(valid, "Expected a network with a layer 'time_dense_2', which is not told the scale yet")
+    valid = "time_dense_2" in known and "scale" not in known and len(network.inputs) > 2
+    _checks.require(valid, "Expected a conditional network with a layer 'time_dense_2' that is not told the scale yet")
     width = known["time_dense_2"].units
     time, scale = keras.Input((width,), name="time_dense_2"), keras.Input((), name="scale")
-    x = layers.TimestepEmbedding(256, name="scale_sinusoid")(keras.layers.Rescaling(1000, name="scale_1000")(scale))
+    x = layers.TimestepEmbedding(256, name="scale_sinusoid")(
+        keras.layers.Rescaling(1000, dtype="float32", name="scale_1000")(scale)
+    )
     x = keras.layers.Dense(width, kernel_initializer="zeros", name="scale_embedding")(x)
     added = keras.Model([time, scale], keras.layers.Add(name="add_scale")([time, x])).get_config()
 
@@ -79,26 +80,13 @@ def with_guidance_scale(network: keras.Model) -> keras.Model:
 
 
 def with_num_classes(network: keras.Model, num_classes: int) -> keras.Model:
-    """A copy of a network of labels for other classes, each of which begins as no label.
-
-    Args:
-        network: a functional model with a layer "label_embedding".
-        num_classes: the number of the new classes.
-    """
+    """An untrained copy of a network of labels, for another number of classes."""
 
     def copied(layer):
-        config = layer.get_config()
-        if layer.name == "label_embedding":
-            config["input_dim"] = num_classes + 1
-        return type(layer).from_config(config)
+        changed = {"input_dim": num_classes + 1} if layer.name == "label_embedding" else {}
+        return type(layer).from_config(layer.get_config() | changed)
 
-    result = keras.models.clone_model(network, clone_function=copied)
-    for layer in network.layers:
-        weights = layer.get_weights()
-        if layer.name == "label_embedding":
-            weights = [np.repeat(weights[0][-1:], num_classes + 1, axis=0)]
-        result.get_layer(layer.name).set_weights(weights)
-    return result
+    return keras.models.clone_model(network, clone_function=copied)
 
 
 def _renamed(nodes, old, new):
