@@ -486,8 +486,18 @@ def test_the_readmes_code_learns(tmp_path, monkeypatch):
     assert losses[-1] < losses[0] / 2
 
 
+@pytest.fixture
+def few_images(monkeypatch):
+    """The examples read a thousand images of a data set, and their networks are tiny."""
+    read = kd.datasets.from_tfds
+    monkeypatch.setattr(kd.datasets, "from_tfds", lambda name, part, **kwargs: read(name, f"{part}[:1000]", **kwargs))
+    monkeypatch.setattr(
+        kd.networks, "unet", lambda shape, *_, num_classes=None, **__: image_network(shape, num_classes=num_classes)
+    )
+
+
 @pytest.mark.slow
-def test_samplers(tmp_path, data_dir, capsys, command_line):
+def test_samplers(tmp_path, data_dir, few_images, capsys, command_line):
     options = {"data_dir": data_dir, "output": tmp_path, "epochs": 1, "steps_per_epoch": 2, "classifier_epochs": 1}
     call("samplers", evaluations=(6, 24), spacings=("uniform", "optimized"), num_samples=8, **options)
     check_metric(capsys.readouterr().out, 8)
@@ -604,7 +614,7 @@ def test_moons_exact_denoiser_is_the_mean():
 
 
 @pytest.mark.slow
-def test_guidance(tmp_path, data_dir, capsys, command_line):
+def test_guidance(tmp_path, data_dir, few_images, capsys, command_line):
     options = {"data_dir": data_dir, "output": tmp_path, "epochs": 1, "steps_per_epoch": 2, "classifier_epochs": 1}
     call("guidance", num_samples=20, scales=(0.0, 2.0), **options)
     check_metric(capsys.readouterr().out, 20)
