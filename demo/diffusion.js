@@ -53,7 +53,7 @@ function onTheArc(a, b, share) {
 
 /** Runs the rows of a sampler. Yields x and the predicted x_0 after each network call.
  *
- * network(x, t, labels) returns the output y of the network. `known` is `{x_0, mask}` or nothing: where the mask is 1,
+ * network(x, t, labels, told) returns the output y of the network, with guidance of the scale that it is told. `known` is `{x_0, mask}` or nothing: where the mask is 1,
  * x is replaced by noisy data after each row, and by the data themselves after the last one. */
 export async function* sample({ model, rows, network, seed, indices, labels, scale, mix, known }) {
   const size = model.shape.reduce((a, b) => a * b);
@@ -68,7 +68,7 @@ export async function* sample({ model, rows, network, seed, indices, labels, sca
   const everywhere = rows.every((row) => row.guidance_scale === 1); // exported without guidance, so without an interval
   for (const [number, row] of rows.entries()) {
     const w = everywhere || row.guidance_scale !== 1 ? scale : 1;
-    const y = await guided(network, x, row.t, labels, w, model.null_label);
+    const y = await guided(network, x, row.t, labels, w, model);
     const x_0 = x.map((value, i) => Math.min(high, Math.max(low, row.x_0_from_x * value + row.x_0_from_y * y[i])));
     const remembered = x.map((value, i) => row.remember_x_0 * x_0[i] + row.remember_x * value);
     const added = row.std ? noise(seed, indices, 2 * number, size) : null;
@@ -89,15 +89,18 @@ export async function* sample({ model, rows, network, seed, indices, labels, sca
   }
 }
 
-/** The output of the network with guidance: (1 − w) times that without labels plus w times that with them. */
-async function guided(network, x, t, labels, scale, nullLabel) {
-  if (!labels || scale === 1) return network(x, t, labels);
-  const without = labels.map(() => nullLabel);
-  if (scale === 0) return network(x, t, without);
+/** The output of the network with guidance: (1 − w) times that without labels plus w times that with them.
+ *
+ * A network that has learned guidance is told w, up to the largest one that it has seen, and needs one call. */
+async function guided(network, x, t, labels, scale, model) {
+  const told = scale >= 1 && scale <= (model.max_guidance_scale ?? 1) ? scale : 1;
+  if (!labels || scale === told) return network(x, t, labels, told);
+  const without = labels.map(() => model.null_label);
+  if (scale === 0) return network(x, t, without, 1);
   const both = new Float32Array(2 * x.length);
   both.set(x);
   both.set(x, x.length);
-  const y = await network(both, t, [...without, ...labels]);
+  const y = await network(both, t, [...without, ...labels], 1);
   return x.map((_, i) => (1 - scale) * y[i] + scale * y[x.length + i]);
 }
 
@@ -105,7 +108,7 @@ async function guided(network, x, t, labels, scale, nullLabel) {
 export function problemOf(model, samplers) {
   const isShape = Array.isArray(model.shape) && model.shape.length === 3 && [1, 3].includes(model.shape[2]);
   if (!isShape) return "model.json does not describe a model of images.";
-  const unknown = (model.inputs ?? []).filter((name) => !["x_t", "t", "label"].includes(name));
+  const unknown = (model.inputs ?? []).filter((name) => !["x_t", "t", "label", "scale"].includes(name));
   if (unknown.length) return `The network takes ${unknown.join(", ")}, for which this page has no control.`;
   const timesteps = model.schedule?.alpha?.length - 1;
   if (!(timesteps > 0)) return "model.json has no schedule.";

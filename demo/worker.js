@@ -70,13 +70,16 @@ async function draw({ sampler, fill, labels, ...job }) {
   const { model, samplers, ort, session, device } = loaded;
   const rows = samplers[fill ? "inpaint" : "sample"][sampler];
   let calls = 0;
-  const network = async (x, t, conditions) => {
+  const network = async (x, t, conditions, told) => {
     const num = x.length / model.shape.reduce((a, b) => a * b);
     const feeds = {
       x_t: new ort.Tensor("float32", x, [num, ...model.shape]),
       t: new ort.Tensor("int32", new Int32Array(num).fill(t), [num]),
     };
     if (conditions) feeds.label = new ort.Tensor("int32", Int32Array.from(conditions), [num]);
+    if (model.inputs?.includes("scale")) {
+      feeds.scale = new ort.Tensor("float32", new Float32Array(num).fill(1 / told), [num]);
+    }
     calls += num / job.indices.length;
     return (await session.run(feeds)).y.data;
   };

@@ -93,7 +93,7 @@ def main(model="flowers64", *, output: str | None = None, port=0, guidance_scale
     if not 0 <= guidance_scale <= 5:
         raise common.UsageError(f"--guidance-scale must be in 0..5, as on the page. Received: {guidance_scale}")
     trained = common.load_model(model)
-    if trained.data_shape[-1] not in (1, 3) or (trained.condition and not trained.condition.num_classes):
+    if trained.data_shape[-1] not in (1, 3) or (trained.condition and trained.condition.given != ("label",)):
         raise ValueError(f"{model} is not a model of gray or color images with labels or without a condition.")
     out = pathlib.Path(output or "runs/demo")
     print("Exporting the model. This takes about half a minute.", flush=True)

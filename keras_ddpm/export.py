@@ -37,13 +37,19 @@ def onnx(
     guidance_interval: tuple | None = None,
     half_precision: bool = True,
 ) -> pathlib.Path:
-    """Writes what samples without Keras.
+    """Writes the files that a program needs to sample without Keras.
 
     `denoiser.onnx` is the network with the averaged weights, for any batch size. It computes in float32. Its inputs are
-    x_t `(batch, ...)` and t `(batch,)`, and the label or context if there is one. Its output is y.
+    x_t `(batch, ...)` and t `(batch,)`, and the conditions of the network, such as `label`. Its output is y.
 
-    `model.json` holds the shape of the data, the schedule and the prediction, the range of x_0, the standard deviation
-    of x_T, the names of the classes and the label that stands for none.
+    - `image` has the network's size, and holds noise of the level `image_noise`, as in `guidance.seen`. Zeros with the
+      level 1 are no image.
+    - `scale` is 1 / w for a guidance scale w from 1 to `max_guidance_scale`. Then y has guidance in this one call. For
+      other w, it is 1 in the two calls with and without the label.
+
+    `model.json` holds the names of the inputs, the shape of the data, the schedule and the prediction, the range of
+    x_0, the standard deviation of x_T, the names of the classes, the label that stands for none, and
+    `max_guidance_scale`, which is 1 if the network is not told the scale.
 
     `samplers.json` holds the rows of the samplers, by name: under "sample", and under "inpaint" with each step made
     five times, as in `editing.inpaint`. A row has the columns of `rows.ROW`. It also has the guidance scale, the
@@ -172,6 +178,7 @@ def _description(model: DiffusionModel, graph: Any) -> dict:
         "prior_std": float(np.hypot(diffusion.schedule.alpha[-1], diffusion.schedule.sigma[-1])),
         "num_classes": condition and condition.num_classes,
         "null_label": condition and condition.parts[0].null,
+        "max_guidance_scale": model.corruption.max_guidance_scale,
         "class_names": condition and condition.class_names,
     }
 

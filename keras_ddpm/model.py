@@ -6,8 +6,10 @@ import functools
 import inspect
 import itertools
 import pathlib
+import tempfile
 import threading
 import warnings
+import zipfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +26,7 @@ from keras_ddpm.ema import Average
 from keras_ddpm.guidance import Guidance, guided, in_one_call, without_condition
 from keras_ddpm.networks.embedding import with_num_classes
 from keras_ddpm.samplers import loop
-from keras_ddpm.saving import compact
+from keras_ddpm.saving import cards, compact
 from keras_ddpm.training import feed, running
 from keras_ddpm.training.corruption import Corruption, standard_normal
 
@@ -536,6 +538,9 @@ class DiffusionModel(keras.Model):
 
     # Files.
 
+    presets = cards.Presets()
+    """The models that come with the package: a dict from names to one-line descriptions."""
+
     @replicas.in_scope
     @replicas.by_chief
     def save(self, filepath: Any, overwrite: bool = True, zipped: bool | None = None, **kwargs) -> None:
@@ -578,6 +583,25 @@ class DiffusionModel(keras.Model):
         with _files.replacing(path, path.with_name(f"{path.stem}.saving.keras")) as temporary:
             keras.Model.save(copy, temporary)
             compact.compress(temporary)
+
+    def save_to_preset(self, folder: str | pathlib.Path) -> None:
+        """Writes a folder to share: the parts of the file of `save_compact`, and the card README.md.
+
+        The card has what the model knows, and places for the rest. A README.md that exists is kept. `from_preset` loads
+        the folder, also after an upload to the Hugging Face Hub.
+
+        Args:
+            folder: where the files are written. It is made if it does not exist.
+
+        Raises:
+            ValueError: as in `save_compact`.
+        """
+        with tempfile.TemporaryDirectory() as temporary:
+            self.save_compact(file := pathlib.Path(temporary, "model.keras"))
+            if file.exists():  # the first of several processes writes it
+                with zipfile.ZipFile(file) as archive:
+                    archive.extractall(folder)
+                cards.write(self, pathlib.Path(folder, "README.md"))
 
     @classmethod
     def from_model(cls, model: Any, **kwargs: Any) -> Any:
@@ -624,7 +648,7 @@ class DiffusionModel(keras.Model):
         """Loads a trained model. A `DiffusionModel` in the file becomes one of this class.
 
         Args:
-            preset: name of a model that comes with the package, or the path or address of a file, as in
+            preset: one of `presets`, which come with the package, or a file, a folder or an address, as in
                 `saving.load_model`.
             **options: as in `saving.load_model`.
 
@@ -632,10 +656,10 @@ class DiffusionModel(keras.Model):
             FileNotFoundError: if there is no such preset or file.
             ValueError: as in `load_model`.
         """
-        presets = {path.stem: path for path in sorted(saving.PRESETS.glob("*.keras"))}
-        path = presets.get(str(preset), preset)
+        path = saving.PRESETS / f"{preset}.keras" if str(preset) in cls.presets else preset
         if "://" not in str(path) and not pathlib.Path(path).exists():
-            raise FileNotFoundError(f"There is no model file {preset}. Presets of the package: {', '.join(presets)}.")
+            known = ", ".join(cls.presets)
+            raise FileNotFoundError(f"There is no model file {preset}. Presets of the package: {known}.")
         with keras.saving.custom_object_scope({"keras_ddpm>DiffusionModel": cls}):
             return saving.load_model(path, **options)
 

@@ -26,16 +26,18 @@ def sample(folder, kind, name, x, label=None, scale=None, draw=None, known=None)
     rows = json.loads((folder / "samplers.json").read_text())[kind][name]
     session = onnxruntime.InferenceSession(folder / "denoiser.onnx")
 
-    def network(x, t, label):
-        feeds = {"x_t": x, "t": np.full(len(x), t, "int32")} | ({} if label is None else {"label": label})
-        return session.run(["y"], feeds)[0]
+    def network(x, t, label, told=1.0):
+        feeds = {"x_t": x, "t": np.full(len(x), t, "int32"), "label": label}
+        feeds["scale"] = np.full(len(x), 1 / told, "float32")
+        return session.run(["y"], {name: feeds[name] for name in model["inputs"]})[0]
 
     low, high = model["clip_range"] or (-np.inf, np.inf)
     previous = [np.zeros_like(x)] * len(rows[0]["from_previous"])
     for number, row in enumerate(rows):
         w = 1 if row["guidance_scale"] == 1 else scale or row["guidance_scale"]
-        y = network(x, row["t"], label)
-        if w != 1:
+        told = w if 1 <= w <= model["max_guidance_scale"] else 1  # the scale that one call of the network includes
+        y = network(x, row["t"], label, told)
+        if w != told:
             y = (1 - w) * network(x, row["t"], np.full_like(label, model["null_label"])) + w * y
         x_0 = np.clip(row["x_0_from_x"] * x + row["x_0_from_y"] * y, low, high).astype("float32")
         remembered = row["remember_x_0"] * x_0 + row["remember_x"] * x

@@ -1,13 +1,16 @@
 """The documents: their code runs as printed, their links lead somewhere, and the reference is complete."""
 
 import ast
-import importlib
+import importlib.util
 import inspect
 import json
 import re
 import runpy
+import shutil
 import subprocess
 import sys
+import types
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -41,8 +44,9 @@ def code_of(path):
 @pytest.mark.skipif(not TORCH, reason="takes longest to compile elsewhere")
 @pytest.mark.parametrize("path", [path for path in PAGES[1:] if any(code_of(path))], ids=name_of)
 def test_code_of_the_documents(path, tmp_path, monkeypatch):
-    """All blocks of a page, in order."""
+    """All blocks of a page, in order. A folder stands for the Hugging Face Hub."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub(tmp_path / "hub"))
     names = {}
     try:
         for code in code_of(path):
@@ -50,6 +54,21 @@ def test_code_of_the_documents(path, tmp_path, monkeypatch):
     finally:
         kd.diffusion.PREDICTIONS.pop("difference", None)  # which a page adds
     assert names.get("same", True)  # what a page says of two samples
+
+
+def hub(folder):
+    """A client of the Hugging Face Hub that keeps repositories in a folder, with the arguments of the installed one."""
+    calls = {
+        "create_repo": lambda repo_id, exist_ok: None,
+        "upload_folder": lambda repo_id, folder_path: shutil.copytree(
+            folder_path, folder / repo_id, dirs_exist_ok=True
+        ),
+        "snapshot_download": lambda repo_id, allow_patterns: folder / repo_id,
+    }
+    if importlib.util.find_spec("huggingface_hub"):
+        client = importlib.import_module("huggingface_hub")
+        calls = {name: mock.create_autospec(getattr(client, name), side_effect=call) for name, call in calls.items()}
+    return types.SimpleNamespace(**calls)
 
 
 # The classes of objects in the left columns of docs/coming_from.md.

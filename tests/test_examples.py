@@ -901,9 +901,11 @@ def test_demo_says_in_one_line_what_is_wrong(tmp_path, monkeypatch, command_line
     check_error(command_line("demo.py", "--port", 65536), 2, r"--port must be in 0\.\.65535. Received: 65536$")
     check_error(command_line("demo.py", ROOT / "README.md"), 1, "README.md cannot be loaded as a model")
     context = kd.DiffusionModel(kd.networks.dit((4, 4, 3), 4, 8, 1, 1, context_dim=2))
-    context.save(tmp_path / "context.keras")
+    images = kd.DiffusionModel(kd.networks.dit((4, 4, 3), 4, 8, 1, 1, num_classes=2, image_channels=3))
     wrong = "is not a model of gray or color images with labels or without a condition"
-    check_error(command_line("demo.py", tmp_path / "context.keras"), 1, wrong)
+    for model in (context, images):
+        model.save(tmp_path / "x.keras")
+        check_error(command_line("demo.py", tmp_path / "x.keras"), 1, wrong)
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(ValueError, match="Exports need more packages"):
         importlib.import_module("demo").build(context, tmp_path, 1.0)

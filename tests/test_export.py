@@ -76,6 +76,53 @@ def test_onnx_runtime_samples_what_the_model_samples(tmp_path, kind):
     assert described["class_names"] == (["kind 0", "kind 1", "kind 2"] if model.condition else None)
 
 
+def test_guidance_in_one_call(tmp_path, monkeypatch):
+    """A network that is told the scale has it from 1 to the largest one, and two calls a step beyond."""
+    import onnxruntime
+
+    network = kd.networks.with_guidance_scale(kd.networks.mlp(4, 8, 1, num_classes=3))
+    randomize(network)
+    model = kd.DiffusionModel(network, kd.GaussianDiffusion(prediction="v"), max_guidance_scale=3.0)
+    sampler, labels = kd.samplers.DDIM(3), np.array([2, 0], "int32")
+    folder = kd.export.onnx(model, tmp_path, {"d": sampler}, guidance_scale=2.0)
+    described = json.loads((folder / "model.json").read_text())
+    assert described["inputs"] == ["x_t", "t", "label", "scale"] and described["max_guidance_scale"] == 3
+    calls = []
+
+    class Session(onnxruntime.InferenceSession):
+        def run(self, *args):
+            calls.append(args)
+            return super().run(*args)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    x_t, found = kd.samplers.loop.prior(model.diffusion, (4,), 0, np.arange(2)), []
+    for scale, num_calls in [(2.0, 3), (3.0, 3), (4.0, 6)]:
+        calls.clear()
+        found.append(onnx_sampling.sample(folder, "sample", "d", x_t, labels, scale))
+        expected = model.sample(2, sampler, seed=0, labels=labels, guidance_scale=scale)
+        np.testing.assert_allclose(found[-1], expected, atol=1e-3)
+        assert len(calls) == num_calls
+    assert np.abs(found[0] - found[1]).max() > 0.01
+
+
+@pytest.mark.skipif(not TORCH, reason="takes longest to compile elsewhere")
+def test_images_as_conditions(tmp_path):
+    """The network gets an image of its size, and the level of its noise."""
+    import onnxruntime
+
+    network = kd.networks.unet((8, 8, 1), 8, (1,), 1, (), 4, image_channels=2)
+    randomize(network)
+    model = kd.DiffusionModel(network)
+    folder = kd.export.onnx(model, tmp_path, {"d": kd.samplers.DDIM(3)}, half_precision=False)
+    assert json.loads((folder / "model.json").read_text())["inputs"] == ["x_t", "t", "image", "image_noise"]
+    x_t, image = (np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, k)).astype("float32") for k in (1, 2))
+    inputs = {"x_t": x_t, "t": np.array([3, 900], "int32"), "image": image}
+    inputs["image_noise"] = np.array([0, 0.5], "float32")
+    (got,) = onnxruntime.InferenceSession(folder / "denoiser.onnx").run(["y"], inputs)
+    expected = keras.ops.convert_to_numpy(model(tuple(inputs.values())))
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
 def test_masks(tmp_path):
     """The rows for filling in make each step but the last five times, and keep the known pixels."""
     model = make_model()

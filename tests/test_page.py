@@ -52,3 +52,26 @@ def test_various_pictures_and_links_to_classes():
     for num_classes, of_four, of_sixteen, largest in kinds:
         assert of_four >= (2 if num_classes < 5 else 3) and of_sixteen >= min(num_classes, 14) and largest < num_classes
     assert found == ["A", "a", "rose"]
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="needs Node.js")
+def test_guidance_in_one_call():
+    """What the network is called with, by guidance scale: labels, and the scale that it is told."""
+    script = f"""
+    import {{ sample }} from {json.dumps((DEMO / "diffusion.js").as_uri())};
+    const row = {{ t: 1, guidance_scale: 2, from_previous: [], x_0_from_x: 0, x_0_from_y: 1, from_x: 0, from_x_0: 1 }};
+    const found = [];
+    for (const max_guidance_scale of [undefined, 3]) {{
+      const model = {{ shape: [1], prior_std: 1, null_label: 9, max_guidance_scale }};
+      for (const scale of [0, 1, 2, 3, 4]) {{
+        const network = (x, t, labels, told) => (found.push([labels, told]), x);
+        for await (const _ of sample({{ model, rows: [row], network, seed: 0, indices: [0], labels: [7], scale }}));
+      }}
+    }}
+    console.log(JSON.stringify(found));
+    """
+    command = ["node", "--input-type=module", "--no-warnings", "-e", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    two = [[9, 7], 1]
+    plain, told = [[[9], 1], [[7], 1], two, two, two], [[[9], 1], [[7], 1], [[7], 2], [[7], 3], two]
+    assert json.loads(done.stdout) == plain + told

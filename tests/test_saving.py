@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pathlib
+import re
 import sys
 import types
 import zipfile
@@ -224,8 +225,12 @@ def test_weights_that_half_precision_cannot_hold(tmp_path, model):
 
 def test_presets(tmp_path, model, monkeypatch):
     """A name of the package, a path, or an address that Keras loads."""
-    monkeypatch.setattr(kd.saving, "PRESETS", tmp_path)
+    assert kd.DiffusionModel.presets["flowers64"].startswith("A model of photographs of flowers")
+    for module in (kd.saving, kd.saving.loading):
+        monkeypatch.setattr(module, "PRESETS", tmp_path)
     model.save_compact(tmp_path / "points.keras")
+    (tmp_path / "points.md").write_text("# points\n\nA model of points.\n\nMore.\n")
+    assert kd.DiffusionModel.presets == {"points": "A model of points."}
     assert kd.DiffusionModel.from_preset("points").data_shape == (2,)
     assert kd.DiffusionModel.from_preset(tmp_path / "points.keras").data_shape == (2,)
     with pytest.raises(FileNotFoundError, match="no model file lines. Presets of the package: points"):
@@ -242,6 +247,33 @@ def test_presets(tmp_path, model, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", client)
     assert kd.DiffusionModel.from_preset("hf://someone/points", compile=False).data_shape == (2,)
     assert asked == [("someone/points", ["config.json", "metadata.json", "model.weights.h5"])]
+
+
+def test_a_folder_to_share(tmp_path, of_labels, monkeypatch):
+    """It holds what Keras reads at an address, and a card, which is kept. The example of the card runs."""
+    yaml = pytest.importorskip("yaml")
+    folder = tmp_path / "flower points"
+    of_labels.save_to_preset(folder)
+    names = ["README.md", "config.json", "metadata.json", "model.weights.h5"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    for loaded in (kd.DiffusionModel.from_preset(folder), kd.saving.load_model(str(folder))):
+        assert not loaded.compiled and loaded.condition.class_names == ("lily", "rose", "tulip")
+        samples = [of.sample(4, kd.samplers.DDIM(5), 0, labels="rose") for of in (of_labels, loaded)]
+        assert np.mean(np.abs(samples[0] - samples[1])) < 2e-3
+    _, header, text = (folder / "README.md").read_text("utf-8").split("---\n", 2)
+    header = yaml.safe_load(header)
+    assert header["library_name"] == "keras" and header["pipeline_tag"] == "unconditional-image-generation"
+    assert "keras_ddpm" in header["tags"] and not {"license", "datasets"} & {*header}
+    assert f"{of_labels.network.count_params():,}" in text and "| names of the classes | lily, rose, tulip |" in text
+    assert f"`{of_labels.default_sampler}`" in text and "epsilon, T = 1000" in text
+    client = types.SimpleNamespace(snapshot_download=lambda repository, allow_patterns: str(folder))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", client)
+    found = {}
+    exec(re.search("```python\n(.*?)```", text, re.DOTALL)[1], found)
+    assert found["samples"].shape == (4, 2)
+    (folder / "README.md").write_text("mine")
+    of_labels.save_to_preset(folder)
+    assert (folder / "README.md").read_text() == "mine"
 
 
 def test_an_address_that_tensorflow_reads(tmp_path, model):

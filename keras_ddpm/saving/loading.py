@@ -47,7 +47,8 @@ def load_model(
     a few times as many numbers as it stores. SECURITY.md says what is not checked.
 
     Args:
-        path: a `.keras` file, or an address: "hf://USER/REPOSITORY", or one that TensorFlow can read.
+        path: a `.keras` file; a folder of its parts, as `DiffusionModel.save_to_preset` writes it; or an address:
+            "hf://USER/REPOSITORY", or one that TensorFlow can read.
         custom_objects: classes and functions of your own by name, which the file refers to.
         compile: whether to compile the model as it was when it was saved.
         safe_mode: whether to refuse Python code in the file, such as lambda layers. `False` lets the file do anything.
@@ -67,8 +68,8 @@ def load_model(
 
 @contextlib.contextmanager
 def _local(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
-    """A context with the file, or with a copy of what is at an address."""
-    if "://" not in str(path):
+    """A context with the file, or with a copy of what is in a folder or at an address."""
+    if "://" not in str(path) and not os.path.isdir(path):
         yield pathlib.Path(path)
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -76,10 +77,12 @@ def _local(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
         if str(path).startswith("hf://"):  # where Keras stores the parts as files
             import huggingface_hub
 
-            parts = huggingface_hub.snapshot_download(str(path).removeprefix("hf://"), allow_patterns=PARTS)
+            path = huggingface_hub.snapshot_download(str(path).removeprefix("hf://"), allow_patterns=PARTS)
+        if os.path.isdir(path):
             with zipfile.ZipFile(copy, "w") as archive:
                 for name in PARTS:
-                    archive.write(pathlib.Path(parts, name), name)
+                    _checks.require(os.path.isfile(part := pathlib.Path(path, name)), f"It has no file {name}")
+                    archive.write(part, name)
         else:
             import tensorflow as tf
 

@@ -113,7 +113,7 @@ def model_truncated(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-@model("x.keras is not a regular file")
+@model("It has no file config.json")
 def model_folder(path):
     path.mkdir()
 
@@ -455,6 +455,28 @@ def address_of_links(path):
 @attack(from_hub, "config.json", "x")
 def address_of_nothing(path):
     path.mkdir()
+
+
+preset = lambda message: attack(kd.DiffusionModel.from_preset, message, "x")
+
+
+@preset("asks for more weights than it stores")
+def folder_of_a_wide_model(path):
+    address_of_a_wide_model(path)
+
+
+@preset("It has no file metadata.json")
+def folder_with_a_pipe(path):
+    address_of_a_wide_model(path)
+    (path / "metadata.json").unlink()
+    os.mkfifo(path / "metadata.json")
+
+
+@preset("It has no file model.weights.h5")
+def folder_that_leads_to_a_device(path):
+    address_of_a_wide_model(path)
+    (path / "model.weights.h5").unlink()
+    (path / "model.weights.h5").symlink_to("/dev/zero")
 
 
 # Arrays.
