@@ -283,3 +283,73 @@ def test_bad_networks():
         kd.DiffusionModel(kd.networks.mlp(2, 8, 1), image_noise=0.5)
     with pytest.raises(ValueError, match="`image_dropout` must be in"):
         kd.DiffusionModel(kd.networks.mlp(2, 8, 1), image_dropout=1)
+
+
+def test_what_is_guided_does_not_depend_on_the_order_of_a_dict(exact):
+    x_t = np.random.default_rng(0).standard_normal((2, 1, 2, 1)).astype("float32")
+    parts = {"label": 1, "image": image_of(0.1)}
+    orders = parts, {name: parts[name] for name in reversed(parts)}
+    results = [exact.denoise(x_t, 400, False, labels=order, guidance_scale=3.0) for order in orders]
+    np.testing.assert_array_equal(*results)
+    given = {"label": None, "image": image_of(0.1)}  # which leaves the image to be guided by
+    only_image = exact.denoise(x_t, 400, False, images=image_of(0.1), guidance_scale=3.0)
+    np.testing.assert_array_equal(exact.denoise(x_t, 400, False, labels=given, guidance_scale=3.0), only_image)
+    with pytest.raises(ValueError, match="Condition images are given twice"):
+        exact.denoise(x_t, 400, labels={"image": image_of(0.1)}, images=image_of(0.1))
+
+
+def test_weights_of_examples_beside_conditions_by_name(model):
+    """They are those of the same data in batches, of which Keras does not repeat the weights."""
+    x = np.random.default_rng(0).uniform(-1, 1, (4, 8, 8, 1)).astype("float32")
+    parts, weight = {"label": LABELS, "image": LOW}, np.array([1.0, 2.0, 0.0, 0.5], "float32")
+    plain = model.evaluate(x, parts, verbose=0)
+    weighted = model.evaluate(x, parts, sample_weight=weight, verbose=0)
+    batches = model.evaluate((batch for batch in [(x, parts, weight)]), steps=1, verbose=0)
+    assert abs(weighted - batches) < 1e-6 and abs(weighted - plain) > 1e-4
+    unsigned = parts | {"label": LABELS.astype("uint64")}
+    assert abs(model.evaluate(x, unsigned, verbose=0) - plain) < 1e-6
+    with pytest.raises(ValueError, match="Give `sample_weight` beside images"):
+        model.fit(x, parts, class_weight={0: 2.0}, verbose=0)
+
+
+def test_images_alone_are_an_array():
+    """Also of bytes, which `Batches` scales."""
+    network = kd.networks.dit((8, 8, 1), 4, 16, 1, 2, image_channels=1)
+    model = kd.DiffusionModel(network, seed=0)
+    model.compile(loss="mse", optimizer="sgd", run_eagerly=True)
+    x = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 1), "uint8")
+    model.fit(kd.datasets.Batches(x, x[:, ::2, ::2], 4), verbose=0)
+    low = kd.images.from_uint8(x[:2, ::2, ::2])
+    np.testing.assert_array_equal(*(model.sample(2, kd.samplers.DDIM(2), 0, **{k: low}) for k in ("labels", "images")))
+    with pytest.raises(ValueError, match="Condition images are given twice"):
+        model.sample(2, labels=[0, 1], images=low)
+    pairs = kd.distillation.pairs(model, 4, kd.samplers.DDIM(2), images=kd.images.from_uint8(x[:4]), batch_size=2)
+    assert pairs.labels.shape == (4, 8, 8, 1)
+    with pytest.raises(ValueError, match=r"has the conditions \['image'\]"):
+        kd.distillation.pairs(model, 4, kd.samplers.DDIM(2), batch_size=2)
+
+
+def test_cascades_give_labels_to_the_models_that_take_them():
+    base = kd.DiffusionModel(kd.networks.dit((4, 4, 1), 2, 16, 1, 2, num_classes=3), seed=0)
+    options = {"num_classes": None, "image_channels": 1}
+    upscalers = [
+        kd.DiffusionModel(kd.networks.dit((8, 8, 1), 4, 16, 1, 2, **options | {"num_classes": k})) for k in (3, None)
+    ]
+    for upscaler, labels in zip(upscalers, ({"labels": [0, 2]}, {})):
+        randomize(upscaler.network)
+        got = kd.editing.cascade([base, upscaler], 2, 5, labels=[0, 2], image_noise=0.2)
+        low = base.sample(2, seed=5, labels=[0, 2])
+        np.testing.assert_allclose(got, kd.editing.upscale(upscaler, low, 6, image_noise=0.2, **labels), atol=1e-5)
+    with pytest.raises(ValueError, match="The model is no upscaler"):
+        kd.editing.upscale(base, low)
+    near = kd.editing.upscale(upscalers[0], low, 6, strength=0.02, labels=1)
+    assert np.abs(near - ops.convert_to_numpy(conditions.seen(low, None, None, (8, 8)))).mean() < 0.2
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_step_enlarges_images(compiled):
+    network = kd.networks.dit((8, 8, 1), 4, 16, 1, 2, image_channels=1)
+    model = kd.DiffusionModel(network, seed=0, image_noise=0.5)
+    model.compile(loss="mse", optimizer="sgd", run_eagerly=not compiled, jit_compile=compiled and BACKEND != "torch")
+    x = np.random.default_rng(0).uniform(-1, 1, (4, 8, 8, 1)).astype("float32")
+    assert np.isfinite(model.fit(x, x[:, ::2, ::2], batch_size=4, verbose=0).history["loss"][0])

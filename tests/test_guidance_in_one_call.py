@@ -145,3 +145,19 @@ def test_bad_scales():
             kd.DiffusionModel(with_guidance_scale(MAKERS["mlp"]()), max_guidance_scale=largest)
     with pytest.raises(ValueError, match="`max_guidance_scale` must be 1, or up to 1000"):
         kd.DiffusionModel(MAKERS["mlp"](), max_guidance_scale=2.0)
+    with pytest.raises(ValueError, match="needs a `label_dropout` above 0"):
+        kd.DiffusionModel(with_guidance_scale(MAKERS["mlp"]()), max_guidance_scale=2.0, label_dropout=0.0)
+    with pytest.raises(ValueError, match="Expected a conditional network"):
+        with_guidance_scale(kd.networks.mlp(2, 8, 1))
+
+
+def test_the_scale_is_exact_in_half_precision():
+    """Mistake of ours: in bfloat16, 1 / w = 0.4 and 0.401 were the same number."""
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    network = with_guidance_scale(MAKERS["mlp"]())
+    sinusoid = keras.Model(network.inputs, network.get_layer("scale_sinusoid").output)
+    scales = np.array([0.4, 0.4005, 0.401], "float32")
+    zeros = np.zeros(3, "int32")
+    x = ops.convert_to_numpy(sinusoid([np.zeros((3, 4), "float32"), zeros, zeros, scales]))
+    expected = kd.networks.layers.TimestepEmbedding(256)(1000 * scales)
+    np.testing.assert_allclose(x, ops.convert_to_numpy(expected), atol=1e-4)

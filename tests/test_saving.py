@@ -11,6 +11,7 @@ import zipfile
 import keras
 import numpy as np
 import pytest
+from conftest import randomize
 from keras import ops
 from PIL import Image
 
@@ -345,3 +346,38 @@ def test_flowers64():
     assert (kd.saving.PRESETS / "flowers64.md").exists()
     content = (kd.saving.PRESETS / "flowers64.keras").read_bytes()
     assert hashlib.sha256(content).hexdigest() == "7990deecebf4a277e3b6cc10fcdec15cc290cc007d4d4b70f640c6461299350e"
+
+
+def unnamed(width=4):
+    """A network of layers whose names Keras makes anew in a copy, and of nested models with layers of one name."""
+    x_t, t = keras.Input((4,)), keras.Input((), dtype="int32")
+    inner = [keras.Sequential([keras.Input((width,)), keras.layers.Dense(width, name="dense")]) for _ in range(2)]
+    x = keras.Sequential([keras.layers.Dense(width), keras.layers.Dense(width)])(x_t)
+    return keras.Model([x_t, t], inner[1](inner[0](x)))
+
+
+def test_copies_keep_weights_whatever_their_names(tmp_path):
+    network = unnamed()
+    randomize(network)
+    model = kd.DiffusionModel(network, seed=0)
+    sampler = kd.samplers.DDIM(3)
+    copy = kd.DiffusionModel.from_model(model, ema_decay=0.5)
+    np.testing.assert_array_equal(copy.sample(3, sampler, 0), model.sample(3, sampler, 0))
+    model.save_compact(tmp_path / "m.keras")
+    loaded = kd.saving.load_model(tmp_path / "m.keras")
+    np.testing.assert_allclose(loaded.sample(3, sampler, 0), model.sample(3, sampler, 0), atol=0.02)
+    with pytest.raises(ValueError, match="`network` must have the weights of the model"):
+        kd.DiffusionModel.from_model(model, network=unnamed())
+
+
+def test_copies_for_other_classes():
+    network = kd.networks.mlp(2, 8, 1, num_classes=3)
+    randomize(network)
+    model = kd.DiffusionModel(network, class_names=["a", "b", "c"])
+    copy = kd.DiffusionModel.from_model(model, class_names=["c", "x", "a", "y"])
+    sample = lambda model, labels: model.sample(2, kd.samplers.DDIM(3), 0, labels=labels)
+    for name, old in [("c", "c"), ("a", "a"), ("x", None), ("y", None), (None, None)]:
+        np.testing.assert_array_equal(sample(copy, name), sample(model, old))
+    same = kd.DiffusionModel.from_model(model, class_names=["x", "b", "c"])
+    np.testing.assert_array_equal(sample(same, "x"), sample(model, None))
+    np.testing.assert_array_equal(sample(same, "b"), sample(model, "b"))
