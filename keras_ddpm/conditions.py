@@ -255,9 +255,7 @@ def seen(images: Any, levels: Any, noise: Any, size: Sequence[int]) -> Any:
     size = tuple(size[:2])
     if tuple(images.shape[1:3]) == size:
         return images
-    # With antialiasing, all backends have the same cubic.
     factors = [new / old for new, old in zip(size, images.shape[1:3])]
+    shape = (ops.shape(images)[0], *size, images.shape[-1])
     # On every backend, these are the same plain operations.
-    return ops.image.scale_and_translate(
-        images, (len(images), *size, images.shape[-1]), factors, [0.0, 0.0], (1, 2), "cubic"
-    )
+    return ops.image.scale_and_translate(images, shape, factors, [0.0, 0.0], (1, 2), "cubic")
