@@ -24,7 +24,7 @@ class Part:
     Attributes:
         name: "label", "context" (a vector or an array), "image", "image_noise" or "scale" (of guidance, as 1 / w).
         shape: shape of the input of one example, `()` for a label.
-        null: the value that stands for no condition: the label K, 0 for the entries of vectors and images, 1 for the
+        null: the value for no condition: the label K, 0 for the entries of vectors and images, 1 for the
             noise of an image, as no image is left then, and 1 for the scale.
     """
 
@@ -56,7 +56,7 @@ class Part:
 class Condition:
     """What a network is conditioned on: a label or a vector, an image, or both.
 
-    Data and samples give it as a dict by the names of the parts, or as an array that stands for the first part.
+    Data and samples give it as a dict by the names of the parts. An array is the first part.
 
     Attributes:
         parts: the `Part`s, in the order of the network's inputs.
@@ -133,14 +133,14 @@ class Condition:
 
     @property
     def num_classes(self) -> int | None:
-        """The number K of labels, which is also the label that stands for none; `None` without labels."""
+        """The number K of labels, which is also the null label; `None` without labels."""
         return self["label"].null if "label" in self else None
 
     def by_name(self, values: Any, images: Any = None, complete: bool = True) -> dict:
         """Conditions as a dict by name.
 
         Args:
-            values: a dict by name, or an array that stands for the first part; `None` for nothing.
+            values: a dict by name, or an array, which is the first part; `None` for nothing.
             images: the part "image", if it is not in `values`.
             complete: whether all parts must be there, as in data.
 
@@ -209,7 +209,7 @@ class Condition:
         """The inputs of the network besides x_t and t, for `num` examples.
 
         Args:
-            values: a dict by name, or an array that stands for the first part. Missing parts are no condition.
+            values: a dict by name, or an array, which is the first part. Missing parts are no condition.
             num: number of examples.
             image_noise: the noise that images get, in [0, 1), as in `seen`.
             noise: function from the shape of one image to standard Gaussian noise for all.

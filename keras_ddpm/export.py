@@ -48,8 +48,8 @@ def onnx(
       other w, it is 1 in the two calls with and without the label.
 
     `model.json` holds the names of the inputs, the shape of the data, the schedule and the prediction, the range of
-    x_0, the standard deviation of x_T, the names of the classes, the label that stands for none, and
-    `max_guidance_scale`, which is 1 if the network is not told the scale.
+    x_0, the standard deviation of x_T, the class names, the null label, and `max_guidance_scale`, which is 1 if the
+    network is not told the scale.
 
     `samplers.json` holds the rows of the samplers, by name: under "sample", and under "inpaint" with each step made
     five times, as in `editing.inpaint`. A row has the columns of `rows.ROW`. It also has the guidance scale, the

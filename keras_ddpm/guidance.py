@@ -140,7 +140,7 @@ def without_condition(predict: Callable, nulls: Sequence) -> Callable:
 
     Args:
         predict: function from x, t and the conditions to the network's output.
-        nulls: for each condition the value that stands for none, or `None` to keep it.
+        nulls: the null value of each condition, or `None` to keep the condition.
     """
 
     def predict_both(x: Any, t: Any, *conditions: Any) -> tuple:

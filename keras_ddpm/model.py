@@ -93,6 +93,7 @@ class DiffusionModel(keras.Model):
         max_guidance_scale: the largest guidance scale that a network with the input `scale` learns, as
             `networks.with_guidance_scale` makes them. Each training step then costs one network call more, and guidance
             up to this scale costs one call instead of two.
+        guidance_scale: the default guidance scale of `sample` for samples with a condition, saved with the model.
         sampler: the default sampler of `sample`, which is saved with the model; `None` for `DPMSolver(10, eta=1.0)`.
 
     Raises:
@@ -117,6 +118,7 @@ class DiffusionModel(keras.Model):
         image_dropout: float = 0.0,
         image_noise: float = 0.0,
         max_guidance_scale: float = 1.0,
+        guidance_scale: float = 1.0,
         sampler: samplers.Sampler | None = None,
         **kwargs,
     ):
@@ -151,6 +153,8 @@ class DiffusionModel(keras.Model):
         self.ema_decay = ema_decay
         self.seed = seed if seed is None else _checks.seed(seed)
         self.sampler = sampler
+        Guidance().scales(guidance_scale, np.zeros(0))  # checks it
+        self.guidance_scale = guidance_scale
         self.average = Average(network, ema_decay, self.add_weight)
         devices.arrange([*network.weights, *self.average.weights])
         self._fit_random = replicas.Seeds(self.seed)
@@ -348,7 +352,7 @@ class DiffusionModel(keras.Model):
         labels: Any = None,
         images: Any = None,
         image_noise: float = 0.0,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | None = None,
         guidance: Guidance | None = None,
         use_ema: bool = True,
         batch_size: int | None = None,
@@ -373,9 +377,9 @@ class DiffusionModel(keras.Model):
             images: condition images `(num_samples, height, width, channels)` in [-1, 1], or one for all. Smaller ones
                 are enlarged.
             image_noise: level of the noise that `images` get, in [0, 1), as in `conditions.seen`.
-            guidance_scale: w in [0, 1000], how strongly samples follow their condition. 1 is the condition as it was
-                learned. Larger values cost two network calls a step, or one with a network that has learned the scale.
-                [Ho and Salimans, 2022, Eq. 6]
+            guidance_scale: w in [0, 1000], how strongly samples follow their condition; `None` for the model's own. 1
+                is the condition as it was learned. Larger values cost two network calls a step, or one with a network
+                that has learned the scale. [Ho and Salimans, 2022, Eq. 6]
             guidance: rare options, a `guidance.Guidance`.
             use_ema: whether to use the averaged weights instead of the raw weights.
             batch_size: number of samples that are made at once; `None` for at most 256. The last batch is filled up.
@@ -399,6 +403,8 @@ class DiffusionModel(keras.Model):
         _checks.counts(high=len(steps), optional=True, return_trajectory=return_trajectory)
         seed = _checks.seed(seed)
         _checks.counts(low=0, first=first)
+        if guidance_scale is None:
+            guidance_scale = 1.0 if labels is None and images is None else self.guidance_scale
 
         def start(indices):
             return loop.prior(self.diffusion, self.data_shape, seed, first + indices)
@@ -696,6 +702,7 @@ class DiffusionModel(keras.Model):
             "max_guidance_scale": corruption.max_guidance_scale,
             "seed": self.seed,
             "class_names": self.condition and self.condition.class_names,
+            "guidance_scale": self.guidance_scale,
             "sampler": keras.saving.serialize_keras_object(self.sampler),
         }
 

@@ -343,7 +343,8 @@ def test_bad_options_of_guidance(options, message):
 
 def test_options_reach_the_network():
     """And at initialisation, where the network outputs 0, a rescaled guidance is no 0/0."""
-    model = kd.DiffusionModel(unet(num_classes=3), kd.GaussianDiffusion(kd.schedules.cosine(50), "v"))
+    network = kd.networks.mlp(16, 8, 1, num_classes=3)
+    model = kd.DiffusionModel(network, kd.GaussianDiffusion(kd.schedules.cosine(50), "v"))
 
     def sample(**options):
         return model.sample(2, kd.samplers.DDIM(5), seed=0, labels=1, guidance_scale=4.0, use_ema=False, **options)
@@ -471,3 +472,19 @@ def test_names_have_any_dtype_and_normal_form(known, asked):
     )
     with pytest.raises(ValueError, match="There is no class 'cafe'. Similar names: café"):
         condition.encoded(["cafe", "b"], 2)
+
+
+def test_a_model_carries_its_scale(tmp_path):
+    network = kd.networks.mlp(4, 8, 1, num_classes=3)
+    randomize(network)
+    process = kd.GaussianDiffusion(prediction="v", clip_range=None)
+    model = kd.DiffusionModel(network, process, guidance_scale=3.0, sampler=kd.samplers.DDIM(3))
+    model.save(tmp_path / "m.keras")
+    loaded = kd.saving.load_model(tmp_path / "m.keras")
+    expected = model.sample(2, seed=0, labels=1, guidance_scale=3.0)
+    for other in (model, loaded, kd.DiffusionModel.from_model(loaded)):
+        np.testing.assert_allclose(other.sample(2, seed=0, labels=1), expected, atol=1e-6)
+    assert not np.allclose(model.sample(2, seed=0, labels=1, guidance_scale=1.0), expected, atol=1e-3)
+    np.testing.assert_array_equal(model.sample(2, seed=0), model.sample(2, seed=0, guidance_scale=1.0))
+    with pytest.raises(ValueError, match="`guidance_scale` must be in"):
+        kd.DiffusionModel(network, guidance_scale=-1)
