@@ -249,7 +249,7 @@ def test_samples_do_not_depend_on_what_was_sampled_before():
     assert all(map(np.array_equal, first, again))
     model.sample(3, samplers[0], labels=1)
     program = model._loop.programs(
-        model._predictors(True, "none", None), clips=True, masks=False, draws_noise=False, thresholds=False
+        model._predictors(True, "none", None, ()), clips=True, masks=False, draws_noise=False, thresholds=False
     )
     assert model._loop.programs.cache_info().currsize == 1
     assert [shapes[0][0][0] for shapes in program.recordings] == [2]
