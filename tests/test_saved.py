@@ -10,6 +10,7 @@ import pathlib
 import keras
 import numpy as np
 import pytest
+from conftest import TORCH
 
 import keras_ddpm as kd
 
@@ -28,6 +29,8 @@ def test_older_files_draw_the_same_and_train_on(kind, tmp_path):
     if keras.backend.backend() == "tensorflow":  # other backends draw other noise
         np.testing.assert_allclose(model.evaluate(expected["x"], labels, verbose=0), expected["loss"], rtol=1e-5)
     assert int(model.optimizer.iterations) == 4 and model.optimizer.name.startswith("adam")
+    if kind == "unet" and not TORCH:
+        return  # it takes longest to compile, and the others train on as it would
     model.fit(expected["x"], labels, verbose=0)
     model.save(tmp_path / "again.keras")
     again = keras.saving.load_model(tmp_path / "again.keras")
