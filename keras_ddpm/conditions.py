@@ -106,7 +106,8 @@ class Condition:
         if not self.class_names and len(class_names) == self.num_classes:
             return dataclasses.replace(self, class_names=tuple(class_names))
         known = f"The data name {len(class_names)} classes, and the model's {self.num_classes} labels stay as they are"
-        warnings.warn(f"{known}: check that they mean the same", stacklevel=3)
+        hint = "check that they mean the same, or make a model of these classes with `DiffusionModel.from_model`"
+        warnings.warn(f"{known}: {hint}", stacklevel=3)
         return self
 
     @property
@@ -202,7 +203,7 @@ class Condition:
         _checks.require(fits, f"Expected condition images of shape {shape}, or smaller", shape=values.shape)
         in_range = values.dtype.kind == "f" and np.all(np.abs(values) <= 1 + _checks.ROUNDING)
         received = {"dtype": str(values.dtype), "lowest": float(values.min()), "highest": float(values.max())}
-        _checks.require(in_range, "Condition images must be floats in [-1, 1]", **received)
+        _checks.require(in_range, "Condition images must be floats in [-1, 1]: see `images.from_uint8`", **received)
         return np.broadcast_to(values, (num, *values.shape[-3:])).astype("float32")
 
     def network_inputs(self, values: Any, num: int, image_noise: float = 0.0, noise: Callable | None = None) -> tuple:

@@ -176,6 +176,11 @@ class DiffusionModel(keras.Model):
         return self.average.weights
 
     @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The name of each label, or `None`."""
+        return self.condition.class_names if self.condition else None
+
+    @property
     def condition(self) -> Condition | None:
         """The `conditions.Condition` of the network, or `None`."""
         return self.corruption.condition
@@ -490,6 +495,11 @@ class DiffusionModel(keras.Model):
             noise = functools.partial(loop.noise, seed=job.seed, indices=indices, stream=(1,))
             inputs = condition.network_inputs(given, job.num, image_noise, noise)
         plan = asked.plan(condition, given, inputs, guidance_scale, times, largest)
+        dropped = [part.name for part, null in zip(_parts(self), plan.nulls) if null is not None]
+        untrained = [name for name in dropped if name in given and not self.corruption.dropout(name)]
+        if untrained:
+            hint = "Guidance compares with the output without a condition that was never dropped in training"
+            warnings.warn(f"{hint}. Give the model a `label_dropout` or `image_dropout`: {untrained}", stacklevel=3)
         threshold = asked.dynamic_threshold
         valid = threshold is None or (job.clip and self.diffusion.clip_range is not None)
         _checks.require(valid, "Nothing is clipped, so there is no threshold", dynamic_threshold=threshold)
@@ -701,7 +711,7 @@ class DiffusionModel(keras.Model):
             "image_noise": corruption.image_noise,
             "max_guidance_scale": corruption.max_guidance_scale,
             "seed": self.seed,
-            "class_names": self.condition and self.condition.class_names,
+            "class_names": self.class_names,
             "guidance_scale": self.guidance_scale,
             "sampler": keras.saving.serialize_keras_object(self.sampler),
         }

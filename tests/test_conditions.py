@@ -229,8 +229,8 @@ BAD = [
     ({"images": LOW[:3]}, "condition images of shape"),
     ({"images": LOW[..., :1]}, "condition images of shape"),
     ({"images": LOW.repeat(2, axis=1)}, "condition images of shape"),
-    ({"images": LOW + 2}, r"floats in \[-1, 1\]. Received: dtype='float32', lowest=2.0, highest=2.0"),
-    ({"images": LOW.astype("uint8")}, r"floats in \[-1, 1\]. Received: dtype='uint8'"),
+    ({"images": LOW + 2}, r"floats in \[-1, 1\]: see .* Received: dtype='float32', lowest=2.0, highest=2.0"),
+    ({"images": LOW.astype("uint8")}, r"see `images.from_uint8`. Received: dtype='uint8'"),
     ({"images": LOW * np.nan}, r"floats in \[-1, 1\]"),
     ({"image_noise": 0.1}, "`image_noise` must be in"),
     ({"images": LOW, "image_noise": 1.0}, "`image_noise` must be in"),
@@ -353,3 +353,12 @@ def test_a_step_enlarges_images(compiled):
     model.compile(loss="mse", optimizer="sgd", run_eagerly=not compiled, jit_compile=compiled and BACKEND != "torch")
     x = np.random.default_rng(0).uniform(-1, 1, (4, 8, 8, 1)).astype("float32")
     assert np.isfinite(model.fit(x, x[:, ::2, ::2], batch_size=4, verbose=0).history["loss"][0])
+
+
+def test_guidance_by_what_was_never_dropped_warns():
+    """Samples would move away from the output of an input that the network has never seen."""
+    model = tiny()
+    with pytest.warns(UserWarning, match=r"was never dropped in training.*: \['image'\]"):
+        model.sample(2, kd.samplers.DDIM(2), 0, images=LOW[:2], guidance_scale=2.0)
+    model.sample(2, kd.samplers.DDIM(2), 0, labels=1, images=LOW[:2], guidance_scale=2.0)
+    assert model.class_names is None

@@ -145,7 +145,10 @@ def test_bad_scales():
             kd.DiffusionModel(with_guidance_scale(MAKERS["mlp"]()), max_guidance_scale=largest)
     with pytest.raises(ValueError, match="`max_guidance_scale` must be 1, or up to 1000"):
         kd.DiffusionModel(MAKERS["mlp"](), max_guidance_scale=2.0)
-    with pytest.raises(ValueError, match="needs a `label_dropout` above 0"):
+    with pytest.raises(
+        ValueError,
+        match="above 0. Received: label_dropout=0.0, image_dropout=0.0",
+    ):
         kd.DiffusionModel(with_guidance_scale(MAKERS["mlp"]()), max_guidance_scale=2.0, label_dropout=0.0)
     with pytest.raises(ValueError, match="Expected a conditional network"):
         with_guidance_scale(kd.networks.mlp(2, 8, 1))

@@ -93,11 +93,9 @@ class Corruption:
         needed = "`max_guidance_scale` must be 1, or up to 1000 for a network with the input 'scale'"
         _checks.require(valid, needed, max_guidance_scale=largest)
         if largest > 1 and self.condition:
-            dropout = "image_dropout" if self.condition.given[0] == "image" else "label_dropout"
-            trained = getattr(self, dropout) > 0
-            _checks.require(
-                trained, f"Guidance needs a `{dropout}` above 0, or no output without the condition is learned"
-            )
+            trained = self.dropout(self.condition.given[0]) > 0
+            needed = "Guidance in one call needs a `label_dropout`, or without labels an `image_dropout`, above 0"
+            _checks.require(trained, needed, label_dropout=self.label_dropout, image_dropout=self.image_dropout)
         object.__setattr__(self, "loss_weight", _checked_weight(self.loss_weight, self.diffusion.timesteps))
 
     def __call__(self, x_0: Any, condition: Any, weight: Any, generator: keras.random.SeedGenerator) -> tuple:
@@ -125,8 +123,7 @@ class Corruption:
         """The network's inputs after x_t and t. Some examples lose parts of their condition, and images get noise."""
         values, kept = dict(known.by_name(values)), {}
         for name in values:
-            dropout = self.image_dropout if name == "image" else self.label_dropout
-            kept[name] = keras.random.uniform((batch_size,), seed=generator) >= dropout
+            kept[name] = keras.random.uniform((batch_size,), seed=generator) >= self.dropout(name)
         if "image" in values:
             images = ops.cast(values["image"], "float32")
             levels = self.image_noise * keras.random.uniform((batch_size,), seed=generator)
@@ -152,6 +149,10 @@ class Corruption:
         scale = conditions[known.names.index("scale")]
         share = ops.reshape(scale, (-1,) + (1,) * (len(target.shape) - 1))
         return (target - (1 - share) * worse) / share, scale**2
+
+    def dropout(self, name: str) -> float:
+        """The share of examples that lose this part of the condition."""
+        return self.image_dropout if name == "image" else self.label_dropout
 
     def weight(self, t: Any) -> Any:
         """The weights of the loss at times t, `(batch,)`; `None` if all are 1."""
