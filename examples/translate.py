@@ -106,7 +106,7 @@ def main(
     network = kd.networks.unet(
         x.shape[1:], width, (1, 2, 3), 1, (image_size // 8,), patch_size=2, image_channels=condition.shape[-1]
     )
-    model = kd.DiffusionModel(network, kd.GaussianDiffusion(prediction="v"), 0.995, seed=seed)
+    model = kd.DiffusionModel(network, kd.GaussianDiffusion(prediction="x0"), 0.995, seed=seed)
     common.train(model, batches, epochs, checkpoints=out / "checkpoints")
     model.save(out / "model.keras")
 
