@@ -722,7 +722,7 @@ def test_translate(tmp_path, offline, capsys, command, command_line):
     lines = re.findall(r"^(.*): PSNR (-?[\d.]+) dB \(200 held-out pictures\)$", capsys.readouterr().out, re.M)
     expected = ["condition", "result", "mean of two"][command != "upscale" :]
     assert [name for name, _ in lines] == expected
-    check_pictures(folder, "results")
+    assert read(folder / "results.png").std() > 5  # the network is not trained, but conditions and truth are drawn
     model = keras.saving.load_model(folder / "model.keras")
     assert model.condition["image"].shape == (16, 16, 3 if command == "upscale" else 1)
     if command == "upscale":
