@@ -24,8 +24,8 @@ class Part:
     Attributes:
         name: "label", "context" (a vector or an array), "image", "image_noise" or "scale" (of guidance, as 1 / w).
         shape: shape of the input of one example, `()` for a label.
-        null: the value for no condition: the label K, 0 for the entries of vectors and images, 1 for the
-            noise of an image, as no image is left then, and 1 for the scale.
+        null: the value for no condition: the label K, 0 for the entries of vectors and images, 1 for the noise of an
+            image, as no image is left then, and 1 for the scale.
     """
 
     name: str
@@ -165,7 +165,7 @@ class Condition:
             name: name of the part; `None` for the first.
 
         Returns:
-            An array `(num, ...)`: int32 labels, or float32 vectors or images. Smaller images are enlarged.
+            An array `(num, ...)`: int32 labels, or float32 vectors or images. Small images stay small.
 
         Raises:
             ValueError: if values have a wrong shape, are out of range or are unknown names.
@@ -223,11 +223,11 @@ class Condition:
         """
         found = self.by_name(values, complete=False)
         valid = _checks.is_between(image_noise, 0, 1) and image_noise < 1
-        valid = valid and (not image_noise or ("image_noise" in self and found.get("image") is not None))
+        valid = valid and (not image_noise or ("image_noise" in self and "image" in found))
         needed = "`image_noise` must be in [0, 1), for images of a network that is told of it"
         _checks.require(valid, needed, image_noise=image_noise)
         arrays = {part.name: self.encoded(found.get(part.name), num, part.name) for part in self.parts}
-        if found.get("image") is not None:
+        if "image" in found:
             image = arrays["image"]
             levels = arrays["image_noise"] = np.full(num, image_noise, "float32")
             drawn = noise(image.shape[1:]) if noise and image_noise else None

@@ -102,8 +102,10 @@ def pairs(
     condition, labels = model.condition, options.get("labels")
     valid = labels is not None or not (condition and condition.num_classes)
     _checks.require(valid, "The model has classes: choose `labels`", labels=labels)
-    given = condition.by_name(labels, options.get("images")) if condition else {}
-    parts = {name: condition.encoded(values, num_pairs, name) for name, values in given.items()} if condition else {}
+    parts = {}
+    if condition:
+        given = condition.by_name(labels, options.get("images"))
+        parts = {name: condition.encoded(values, num_pairs, name) for name, values in given.items()}
     x = model.sample(num_pairs, sampler, seed, **options)
     labels = parts if len(parts) > 1 else next(iter(parts.values()), None)
     return Pairs(x, labels, batch_size, shuffle, seed=seed, diffusion=model.diffusion, noise_seed=seed)

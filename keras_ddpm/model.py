@@ -640,11 +640,14 @@ class DiffusionModel(keras.Model):
         paths = [v.path for v in model.network.weights]
         names, condition = kwargs.get("class_names"), model.condition
         if "network" not in kwargs and names is not None and condition and condition.num_classes:
-            known = {name: label for label, name in enumerate(condition.class_names or names)}
-            rows = [*(known.get(_checks.text(name), condition.num_classes) for name in names), condition.num_classes]
-            network = with_num_classes(model.network, len(names))
-            at = [v.path for v in network.weights].index("label_embedding/embeddings")
-            kwargs["network"], values[at] = network, values[at][rows]
+            null = condition.num_classes
+            only_named = condition.class_names is None and len(names) == null
+            known = {name: label for label, name in enumerate(condition.class_names or ())}
+            rows = [*(known.get(_checks.text(name), null) for name in names), null]
+            if not only_named and rows != [*range(null + 1)]:
+                kwargs["network"] = with_num_classes(model.network, len(names))
+                at = paths.index("label_embedding/embeddings")
+                values[at] = values[at][rows]
         elif "network" in kwargs:
             found = [v.path for v in kwargs["network"].weights]
             unique = len({*paths}) == len(paths) and len({*found}) == len(found)

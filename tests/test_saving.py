@@ -381,3 +381,8 @@ def test_copies_for_other_classes():
     same = kd.DiffusionModel.from_model(model, class_names=["x", "b", "c"])
     np.testing.assert_array_equal(sample(same, "x"), sample(model, None))
     np.testing.assert_array_equal(sample(same, "b"), sample(model, "b"))
+    unnamed = kd.DiffusionModel(network)
+    other = kd.DiffusionModel.from_model(unnamed, class_names=["x", "y"])  # which says nothing about the old labels
+    np.testing.assert_array_equal(sample(other, "x"), sample(unnamed, None))
+    renamed = kd.DiffusionModel.from_model(unnamed, class_names=["x", "y", "z"])
+    np.testing.assert_array_equal(sample(renamed, "z"), sample(unnamed, 2))
