@@ -20,7 +20,7 @@ from keras import ops
 from keras_ddpm import _checks
 from keras_ddpm.conditions import GIVEN, Condition
 
-__all__ = ["Condition", "Guidance", "Plan", "guided", "in_one_call", "without_condition"]
+__all__ = ["Condition", "Guidance", "Plan", "guided", "in_one_call", "unguided", "without_condition"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +165,27 @@ def in_one_call(predict: Callable, place: int) -> Callable:
         return predict(x, t, *values)
 
     return predict_in_one_call
+
+
+def unguided(y: Any, predict: Callable, inputs: Sequence, nulls: Sequence, place: int) -> Any:
+    """The output with the condition as it was learned, from a guided one: β y + (1 − β) y(x_t, t, no condition).
+
+    This is the guidance formula, solved for the output with the condition, with β = 1 / w. A network whose y is guided
+    learns by it with any loss. No gradient flows through the second call.
+
+    Args:
+        y: the network's outputs, `(batch, ...)`.
+        predict: function from the network's inputs to its output.
+        inputs: x, t and the conditions, of which one is β, `(batch,)`.
+        nulls: the null value of each condition, or `None` to keep it. That of β is 1.
+        place: which of the conditions is β.
+
+    Reference: Chen et al., 2025 ("Visual generation without guidance").
+    """
+    x, t, *conditions = inputs
+    without = [c if null is None else ops.full_like(c, null) for c, null in zip(conditions, nulls)]
+    beta = ops.reshape(conditions[place], (-1,) + (1,) * (len(y.shape) - 1))
+    return beta * y + (1 - beta) * ops.stop_gradient(predict(x, t, *without))
 
 
 def guided(predict: Callable, predict_both: Callable, sometimes: bool) -> Callable:

@@ -23,7 +23,8 @@ from keras_ddpm.callbacks.watch import LossWatch
 from keras_ddpm.conditions import Condition
 from keras_ddpm.diffusion import GaussianDiffusion
 from keras_ddpm.ema import Average
-from keras_ddpm.guidance import Guidance, guided, in_one_call, without_condition
+from keras_ddpm.guidance import Guidance, guided, in_one_call, unguided, without_condition
+from keras_ddpm.losses import PerceptualLoss
 from keras_ddpm.networks.embedding import with_num_classes
 from keras_ddpm.samplers import loop
 from keras_ddpm.saving import cards, compact
@@ -147,8 +148,7 @@ class DiffusionModel(keras.Model):
             image_dropout,
             image_noise,
             max_guidance_scale,
-            predict=lambda *inputs: self.average.predict(*inputs),  # made below
-            draw_noise=self.draw_noise,
+            self.draw_noise,
         )
         self.ema_decay = ema_decay
         self.seed = seed if seed is None else _checks.seed(seed)
@@ -188,13 +188,20 @@ class DiffusionModel(keras.Model):
     def call(self, inputs, training=None):
         """The network's output for `(x_t, t, *conditions)`. Outside of training, the average computes it.
 
+        In training with a `max_guidance_scale` it is `guidance.unguided`, which the loss compares with the target.
+
         Raises:
             ValueError: if the inputs are something else.
         """
         valid = isinstance(inputs, (list, tuple)) and len(inputs) == len(self.network.inputs)
         _checks.require(valid, "Generate data with `model.sample(num)`, and clean x_t with `model.denoise(x_t, t)`")
         if training:
-            return self.network(list(inputs), training=True)
+            y = self.network(list(inputs), training=True)
+            if self.corruption.max_guidance_scale == 1:
+                return y
+            known = self.condition
+            nulls = known.nulls((known.given[0], "scale"))
+            return unguided(y, self.average.predict, inputs, nulls, known.names.index("scale"))
         return self.average.predict(*inputs, add_loss=self.add_loss)
 
     def summary(self, *args, **kwargs) -> None:
@@ -695,6 +702,8 @@ class DiffusionModel(keras.Model):
             network.export(filepath, *args, **kwargs)
 
     def get_compile_config(self):
+        if any(isinstance(loss, PerceptualLoss) for loss in keras.tree.flatten(self._compiled_with.get("loss"))):
+            return None  # the network of the loss is in no file
         return compact.portable(self._compiled_with)
 
     def compile_from_config(self, config):

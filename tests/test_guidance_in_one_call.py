@@ -70,27 +70,19 @@ def test_one_call_gets_the_inverse_of_the_scale_within_the_interval():
 
 @pytest.mark.parametrize("label_dropout", [0.1, 0.4])
 def test_the_loss_is_the_papers(label_dropout):
-    """‖β y(x_t, t, c, β) + (1 − β) sg[y(x_t, t, no condition, 1)] − target‖², with β = 1 for dropped labels."""
-    condition = conditions.Condition((conditions.Part("label", (), 3), conditions.Part("scale", (), 1)))
-
-    def network(x_t, t, label, scale):
-        return 0.3 * x_t + 0.1 * ops.cast(label, "float32")[:, None] + 0.7 * scale[:, None]
-
-    process, num = kd.GaussianDiffusion(prediction="x0"), 400
-    options = {"label_dropout": label_dropout, "max_guidance_scale": 4.0}
-    corruption = Corruption(process, condition, predict=network, **options)
-    x_0 = ops.convert_to_tensor(np.random.default_rng(0).uniform(-1, 1, (num, 2)), "float32")
-    (x_t, t, label, scale), target, weight = corruption(
-        x_0, ops.ones((num,), "int32"), None, keras.random.SeedGenerator(0)
-    )
-    y, worse = network(x_t, t, label, scale), network(x_t, t, ops.full_like(label, 3), ops.ones_like(scale))
-    beta = scale[:, None]
-    expected = (beta * y + (1 - beta) * worse - x_0) ** 2
-    np.testing.assert_allclose(
-        ops.convert_to_numpy(weight[:, None] * (y - target) ** 2), ops.convert_to_numpy(expected), atol=1e-4
-    )
-    label, scale = ops.convert_to_numpy(label), ops.convert_to_numpy(scale)
-    assert np.all(scale[label == 3] == 1) and abs(np.mean(label == 3) - label_dropout) < 0.1
+    """The target is compared with β y(x_t, t, c, β) + (1 − β) sg[y(x_t, t, no condition, 1)]. Dropped labels: β = 1."""
+    network = with_guidance_scale(MAKERS["mlp"]())
+    randomize(network)
+    model = kd.DiffusionModel(network, label_dropout=label_dropout, max_guidance_scale=4.0)
+    randomize(network)  # unlike the average, which computes the second call
+    x_0 = ops.convert_to_tensor(np.random.default_rng(0).uniform(-1, 1, (400, 4)), "float32")
+    inputs, _, weight = model.corruption(x_0, ops.ones((400,), "int32"), None, keras.random.SeedGenerator(0))
+    x_t, t, label, scale = map(ops.convert_to_numpy, inputs)
+    y = ops.convert_to_numpy(network(list(inputs)))
+    worse = ops.convert_to_numpy(model.average.predict(x_t, t, np.full_like(label, 3), np.ones_like(scale)))
+    expected = scale[:, None] * y + (1 - scale[:, None]) * worse
+    np.testing.assert_allclose(ops.convert_to_numpy(model(inputs, training=True)), expected, atol=1e-4)
+    assert weight is None and np.all(scale[label == 3] == 1) and abs(np.mean(label == 3) - label_dropout) < 0.1
     w = 1 / scale[label != 3]
     assert 1 <= w.min() < 1.1 and 3.9 < w.max() <= 4 and abs(w.mean() - 2.5) < 0.2
 
@@ -101,7 +93,7 @@ class AtOneTime(Corruption):
 
 
 def test_the_regression_has_the_guided_denoiser_as_its_solution():
-    """Of a Gaussian for each class, x_0 with guidance is linear in x_t and in w. Weighted least squares find it."""
+    """Of a Gaussian for each class, x_0 with guidance is linear in x_t and in w. Least squares find it."""
     means, std, num = np.array([-0.4, 0.5]), 0.2, 2_000_000
     schedule = kd.schedules.cosine(1000)
     alpha, sigma = schedule.alpha[30], schedule.sigma[30]
@@ -114,20 +106,23 @@ def test_the_regression_has_the_guided_denoiser_as_its_solution():
 
     condition = conditions.Condition((conditions.Part("label", (), 2), conditions.Part("scale", (), 1)))
     process = kd.GaussianDiffusion(schedule, "x0", clip_range=None)
-    options = {"max_guidance_scale": 4.0, "label_dropout": 0.01, "predict": lambda x, *_: worse(x)}
-    corruption = AtOneTime(process, condition, **options)
+    corruption = AtOneTime(process, condition, max_guidance_scale=4.0, label_dropout=0.01)
     labels = np.arange(num) % 2
-    products = np.zeros((2, 4, 5))  # of the weighted features with themselves and with the target, for each label
+    products = np.zeros((2, 4, 5))  # of the features with themselves and with the target, for each label
     for seed in range(8):
         x_0 = means[labels] + std * np.random.default_rng(seed).standard_normal(num)
         data = ops.convert_to_tensor(x_0[:, None], "float32"), ops.convert_to_tensor(labels)
-        (x_t, _, kept, scale), target, weight = corruption(*data, None, keras.random.SeedGenerator(seed))
-        arrays = (ops.convert_to_numpy(v).astype("float64").ravel() for v in (x_t, 1 / scale, target, weight))
-        x_t, w, target, weight = arrays
-        rows = np.stack([x_t, np.ones(num), w * x_t, w, target])
+        inputs, target, _ = corruption(*data, None, keras.random.SeedGenerator(seed))
+        features = []  # what each of four outputs adds to what the loss compares with the target
+        for output in (lambda x, w: x, lambda x, w: w / w, lambda x, w: w * x, lambda x, w: w):
+            y = output(inputs[0], 1 / inputs[3][:, None])
+            features.append(guidance.unguided(y, lambda x, *_: 0 * x, inputs, (2, 1), 1))
+        rest = guidance.unguided(0 * inputs[0], lambda x, *_: worse(x), inputs, (2, 1), 1)
+        rows = [ops.convert_to_numpy(row).astype("float64").ravel() for row in (*features, target - rest)]
+        rows, kept = np.stack(rows), inputs[2]
         for label in (0, 1):
             of = ops.convert_to_numpy(kept) == label
-            products[label] += (weight * rows[:4])[:, of] @ rows[:, of].T
+            products[label] += rows[:4][:, of] @ rows[:, of].T
     points = np.linspace(-0.6, 0.7, 9)
     for mean, product in zip(means, products):
         found = np.linalg.solve(product[:, :4], product[:, 4])

@@ -15,6 +15,7 @@ To add a metric, write a subclass of `_Distance`.
 """
 
 from keras_ddpm.metrics.distances import FrechetInceptionDistance, KernelInceptionDistance, PrecisionRecall
+from keras_ddpm.metrics.efficientnet import efficientnet_lite
 from keras_ddpm.metrics.features import Extractor, efficientnet_lite0, train_classifier
 from keras_ddpm.metrics.neighbors import Memorisation, memorisation
 from keras_ddpm.metrics.probe import LinearProbe
@@ -24,6 +25,7 @@ __all__ = [
     "KernelInceptionDistance",
     "PrecisionRecall",
     "Extractor",
+    "efficientnet_lite",
     "efficientnet_lite0",
     "train_classifier",
     "LinearProbe",

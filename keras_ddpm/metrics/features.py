@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from keras_ddpm import _checks
-from keras_ddpm._backend import devices, efficientnet
+from keras_ddpm._backend import devices
+from keras_ddpm.metrics import efficientnet
 
 __all__ = ["Extractor", "ExtractorLike", "efficientnet_lite0", "train_classifier"]
 

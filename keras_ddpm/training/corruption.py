@@ -44,8 +44,7 @@ class Corruption:
         image_dropout: the share of examples that lose their condition image, in [0, 1).
         image_noise: the largest level of noise in condition images, in [0, 1), as in `conditions.seen`.
         max_guidance_scale: the largest guidance scale w that a network with the input `scale` learns; 1 for none. The
-            weights of the loss are those of a squared error. [Chen et al., 2025, "Visual generation without guidance"]
-        predict: function from the network's inputs to its output, needed if `max_guidance_scale` > 1.
+            input is 1 / w, uniform in w, and 1 without the condition. [Chen et al., 2025]
         draw_noise: function from x_0 and a seed generator to noise like x_0.
 
     Call arguments:
@@ -73,7 +72,6 @@ class Corruption:
     image_dropout: float = 0.0
     image_noise: float = 0.0
     max_guidance_scale: float = 1.0
-    predict: Callable | None = None
     draw_noise: Callable = standard_normal
 
     def __post_init__(self) -> None:
@@ -110,9 +108,6 @@ class Corruption:
         target, of_time = self.diffusion.target(x_0, t, noise), self.weight(t)
         if self.condition:
             inputs = (*inputs, *self._conditions(self.condition, condition, batch_size, generator))
-            if self.max_guidance_scale > 1 and self.predict:
-                target, factor = self._guided(self.condition, self.predict, inputs, target)
-                of_time = factor if of_time is None else of_time * factor
         if weight is None:
             weight = of_time
         else:
@@ -136,19 +131,6 @@ class Corruption:
                 u = keras.random.uniform((batch_size,), seed=generator)
                 values["scale"] = 1 / (1 + (self.max_guidance_scale - 1) * u)
         return [part.drop(values[part.name], kept[part.name]) for part in known.parts]
-
-    def _guided(self, known, predict, inputs, target):
-        """The target of guidance in one call, and the factor of its weight.
-
-        The network learns y such that y / w + (1 − 1 / w) y(x_t, t, no condition) is the target of training.
-        """
-        x_t, t, *conditions = inputs
-        nulls = known.nulls((known.given[0], "scale"))
-        without = [c if null is None else ops.full_like(c, null) for c, null in zip(conditions, nulls)]
-        worse = ops.stop_gradient(predict(x_t, t, *without))
-        scale = conditions[known.names.index("scale")]
-        share = ops.reshape(scale, (-1,) + (1,) * (len(target.shape) - 1))
-        return (target - (1 - share) * worse) / share, scale**2
 
     def dropout(self, name: str) -> float:
         """The share of examples that lose this part of the condition."""
