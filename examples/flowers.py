@@ -146,7 +146,7 @@ def go_on(init, seed, *, max_guidance_scale=1.0, loss_weight: Literal["own", "sn
 def in_policy(layer):
     """A copy of a layer of a network in float32, which computes in the faster policy."""
     config = layer.get_config()
-    if layer.name not in ("conv_out", "crop", "pad") and "sinusoid" not in layer.name:
+    if "dtype" in config and layer.name not in ("conv_out", "crop", "pad") and "sinusoid" not in layer.name:
         config["dtype"] = kd.dtype_policy()
     return type(layer).from_config(config)
 
