@@ -16,8 +16,8 @@ class PerceptualLoss(keras.losses.Loss):
     """The squared error of images, plus their distance in the features of a trained network.
 
     The squared error alone makes petals into brush strokes, as a network that is not sure of an edge predicts the mean
-    of what it could be. The model must predict x_0 (`GaussianDiffusion(prediction="x0")`). From strong noise, the mean of
-    many images is the right prediction. So the distance counts where the squared error is small.
+    of what it could be. The model must predict x_0 (`GaussianDiffusion(prediction="x0")`). From strong noise, the mean
+    of many images is the right prediction. So the distance counts where the squared error is small.
 
     At each pixel of each map, the channels are divided by their length. The distance is the squared difference of these
     vectors. Its means over the pixels of each map are added.

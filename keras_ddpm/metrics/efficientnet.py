@@ -9,6 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_ddpm import _checks
 from keras_ddpm.conditions import seen
 
 __all__ = ["efficientnet_lite"]
@@ -40,9 +41,11 @@ def efficientnet_lite(version: int = 0) -> keras.Model:
 
     Raises:
         ModuleNotFoundError: if PyTorch or the package of the weights is not installed.
+        ValueError: if there is no such version.
 
     Reference: Tan and Le, 2019; the Lite networks have no squeeze-and-excitation, and ReLU6.
     """
+    _checks.require(version in FACTORS, "`version` must be 0 or 2", version=version)
     weights, name = _weights(version)
     wider, deeper = FACTORS[version]
 
