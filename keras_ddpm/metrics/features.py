@@ -119,7 +119,7 @@ def efficientnet_lite0() -> Extractor:
     """Returns the extractor of EfficientNet-Lite0 trained on ImageNet, for photographs. It needs no download.
 
     Images are enlarged to 224x224 by bicubic interpolation, and gray ones get three channels. The 1,280 features are
-    the means of the last channels over the pixels. PyTorch computes them on the CPU, with any backend of Keras.
+    the means of the last channels over the pixels. PyTorch reads the weights.
 
     Raises:
         ModuleNotFoundError: if the packages of the extra "judge" are not installed.
