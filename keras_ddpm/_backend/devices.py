@@ -6,7 +6,7 @@ import functools
 import os
 import pathlib
 import sys
-import time
+import timeit
 from collections.abc import Callable, Iterable, Iterator
 
 import keras
@@ -112,12 +112,8 @@ def dtype_policy() -> str:
 
 def _seconds_of_product(dtype, size=4096, times=3):
     x = keras.random.normal((size, size), seed=0, dtype=dtype)
-    taken = []
-    for _ in range(1 + times):  # the first compiles
-        start = time.perf_counter()
-        float(ops.matmul(x, x)[0, 0])
-        taken.append(time.perf_counter() - start)
-    return min(taken[1:])
+    taken = timeit.repeat(lambda: float(ops.matmul(x, x)[0, 0]), number=1, repeat=1 + times)
+    return min(taken[1:])  # the first compiles
 
 
 def keep_memory() -> None:

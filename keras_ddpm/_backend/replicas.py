@@ -113,7 +113,7 @@ def part(x: Any) -> Any:
     """In a compiled program: this replica's part of a batch, or on JAX the batch, divided over the devices."""
     strategy, distribution = _tf_strategy(), _jax_distribution()
     if strategy:
-        number, size = _number(strategy), ops.shape(x)[0] // program_parts()
+        number, size = _number(), ops.shape(x)[0] // program_parts()
         return x[number * size : (number + 1) * size]
     if distribution is None:
         return x
@@ -151,10 +151,9 @@ def joined(logs: dict) -> dict:
 
     With several processes of TensorFlow, Keras 3.15 takes the mean along an axis that numbers do not have.
     """
-    strategy = _tf_strategy()
-    if strategy is None or not several():
-        return logs
-    return {name: ops.reshape(value, (1,)) for name, value in logs.items()}
+    if _tf_strategy() and several():
+        return {name: ops.reshape(value, (1,)) for name, value in logs.items()}
+    return logs
 
 
 def undivided(loss: Any) -> Any:
@@ -163,19 +162,17 @@ def undivided(loss: Any) -> Any:
     return loss * strategy.num_replicas_in_sync if strategy else loss
 
 
-def _number(strategy):
+def _number():
     """The number of this replica, 0 outside of a replica."""
     import tensorflow as tf
 
     context = tf.distribute.get_replica_context()
-    return context.replica_id_in_sync_group if context and strategy else 0
+    return context.replica_id_in_sync_group if context else 0
 
 
 class Seeds(keras.random.SeedGenerator):
     """Seeds that differ from replica to replica, by the replica's number alone. Those of replica 0 are Keras' own."""
 
     def next(self, ordered: bool = True) -> Any:
-        seed, strategy = super().next(ordered), _tf_strategy()
-        if strategy is None:
-            return seed
-        return seed + ops.cast(_number(strategy), seed.dtype) * np.array([0x9E3779B9, 0])
+        seed = super().next(ordered)
+        return seed + ops.cast(_number(), seed.dtype) * np.array([0x9E3779B9, 0]) if _tf_strategy() else seed

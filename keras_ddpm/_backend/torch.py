@@ -132,15 +132,14 @@ def adam_step(optimizer, gradient, variable, learning_rate):
 
 def random_state():
     """Returns the state of the CPU, then of each CUDA device. Keras' `Dropout` without a seed uses them."""
-    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
-    return [state.numpy() for state in states]
+    return [state.numpy() for state in (torch.get_rng_state(), *torch.cuda.get_rng_state_all())]
 
 
 def set_random_state(states):
     states = [torch.from_numpy(state) for state in states]
     if states:
         torch.set_rng_state(states[0])
-    if torch.cuda.is_available() and len(states) == 1 + torch.cuda.device_count():
+    if len(states) == 1 + torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states[1:])
 
 
