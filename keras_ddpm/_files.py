@@ -88,8 +88,8 @@ def arrays(path: str | pathlib.Path, ratio: int = 100, floor: int = 2**32) -> di
         ValueError: if it is damaged, holds objects or records, or an array is not as large as its part of the file.
     """
     regular(path)
-    try:
-        with open(path, "rb") as stream:
+    with open(path, "rb") as stream:
+        try:
             if stream.peek(2)[:2] != b"PK":  # which a zip file begins with
                 return {"x": np.load(path, mmap_mode="r", allow_pickle=False)}
             with np.load(stream, allow_pickle=False) as loaded:
@@ -104,7 +104,5 @@ def arrays(path: str | pathlib.Path, ratio: int = 100, floor: int = 2**32) -> di
                     fits = not dtype.hasobject and size == entry.file_size
                     _checks.require(fits, f"{entry.filename} must be an array of numbers", dtype=dtype, shape=shape)
                 return dict(loaded)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # a damaged file may raise anything
-        raise ValueError(f"{path} cannot be read as arrays. {_checks.reason(error)}") from error
+        except Exception as error:  # a damaged file may raise anything
+            raise ValueError(f"{path} cannot be read as arrays. {_checks.reason(error)}") from error
