@@ -126,15 +126,10 @@ class SampleGrid(_Sampling):
 
 def _event(image, step):
     """An image as TensorBoard reads it."""
-    from tensorboard.compat.proto import event_pb2, summary_pb2
+    from tensorboard.compat.proto import event_pb2
 
     file = io.BytesIO()
     image.save(file, "PNG")
-    entry = summary_pb2.Summary.Image(
-        height=image.height,
-        width=image.width,
-        colorspace=len(image.getbands()),
-        encoded_image_string=file.getvalue(),
-    )
-    value = summary_pb2.Summary.Value(tag="samples", image=entry)
-    return event_pb2.Event(wall_time=time.time(), step=step, summary=summary_pb2.Summary(value=[value]))
+    entry = {"height": image.height, "width": image.width, "colorspace": len(image.getbands())}
+    value = {"tag": "samples", "image": entry | {"encoded_image_string": file.getvalue()}}
+    return event_pb2.Event(wall_time=time.time(), step=step, summary={"value": [value]})
