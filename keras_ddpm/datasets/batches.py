@@ -136,10 +136,8 @@ class Batches(keras.utils.PyDataset):
         mine = slice(len(chosen) * process // num_processes, len(chosen) * (process + 1) // num_processes)
         chosen, mirrored = chosen[mine], mirrored[mine]
         x, labels = self._examples(chosen, mirrored), self.labels
-        if isinstance(labels, dict):
-            labels = {name: self._chosen(values, chosen, mirrored) for name, values in labels.items()}
-        elif labels is not None:
-            labels = self._chosen(labels, chosen, mirrored)
+        if labels is not None:
+            labels = keras.tree.map_structure(lambda values: self._chosen(values, chosen, mirrored), labels)
         if weight is not None:
             return x, labels, weight[mine]
         return x if labels is None else (x, labels)
