@@ -68,7 +68,9 @@ def with_guidance_scale(network: keras.Model) -> keras.Model:
 
     config = network.get_config()
     for layer in config["layers"]:  # what read the time reads the sum
-        layer["inbound_nodes"] = _renamed(layer["inbound_nodes"], "time_dense_2", "add_scale")
+        layer["inbound_nodes"] = keras.tree.map_structure(
+            lambda entry: "add_scale" if entry == "time_dense_2" else entry, layer["inbound_nodes"]
+        )
     # In the order of computation, as Keras reads the layers.
     place = 1 + [layer["name"] for layer in config["layers"]].index("time_dense_2")
     config["layers"][place:place] = [layer for layer in added["layers"] if layer["name"] != "time_dense_2"]
@@ -87,12 +89,3 @@ def with_num_classes(network: keras.Model, num_classes: int) -> keras.Model:
         return type(layer).from_config(layer.get_config() | changed)
 
     return keras.models.clone_model(network, clone_function=copied)
-
-
-def _renamed(nodes, old, new):
-    """The nodes of a layer's configuration, with tensors of one layer replaced by those of another."""
-    if isinstance(nodes, dict):
-        return {key: _renamed(value, old, new) for key, value in nodes.items()}
-    if isinstance(nodes, (list, tuple)):
-        return [_renamed(value, old, new) for value in nodes]
-    return new if nodes == old else nodes

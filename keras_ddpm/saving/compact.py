@@ -59,10 +59,8 @@ def portable(value: Any) -> Any:
 
     Keras 3.15 forgets some arguments of losses and metrics, such as `delta` of `Huber`. They are added.
     """
-    if isinstance(value, dict):
-        return {name: portable(entry) for name, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [portable(entry) for entry in value]
+    if keras.tree.is_nested(value):
+        return keras.tree.map_structure(portable, value)
     config = keras.saving.serialize_keras_object(value)
     if isinstance(value, (keras.losses.Loss, keras.metrics.Metric)):
         # A version of Keras without this attribute is taken to forget nothing.
@@ -75,11 +73,9 @@ def portable(value: Any) -> Any:
 
 def neutral(config: Any) -> Any:
     """Replaces a backend's optimizers in a `config`, which another backend does not have, by the public ones."""
-    if isinstance(config, list):
-        return [neutral(entry) for entry in config]
-    if not isinstance(config, dict):
-        return config
-    config = {name: neutral(entry) for name, entry in config.items()}
-    if str(config.get("module")).startswith("keras.src.backend."):
-        config["module"] = "keras.optimizers"
-    return config
+
+    def public(entry):
+        if isinstance(entry, dict) and str(entry.get("module")).startswith("keras.src.backend."):
+            return entry | {"module": "keras.optimizers"}
+
+    return keras.tree.traverse(public, config, top_down=False)
