@@ -77,9 +77,8 @@ class GaussianDiffusion:
         clip_range: tuple[float, float] | None = (-1.0, 1.0),
     ) -> None:
         valid = not isinstance(schedule, str) and not callable(schedule)
-        _checks.require(
-            valid, "Expected a `Schedule`, such as `schedules.cosine()`, or an array of betas", schedule=schedule
-        )
+        needed = "Expected a `Schedule`, such as `schedules.cosine()`, or an array of betas"
+        _checks.require(valid, needed, schedule=schedule)
         if not isinstance(schedule, schedules.Schedule):
             schedule = schedules.linear() if schedule is None else schedules.from_betas(schedule)
         _checks.require(prediction in [*PREDICTIONS], f"Expected one of {[*PREDICTIONS]}", prediction=prediction)
@@ -94,14 +93,12 @@ class GaussianDiffusion:
         alpha, sigma = schedule.alpha, schedule.sigma
         a, b = (np.broadcast_to(factor, alpha.shape) for factor in PREDICTIONS[prediction](alpha, sigma))
         determinant = b * alpha - a * sigma
-        lost = 1 + np.flatnonzero(determinant[1:] == 0)
-        if lost.size:
-            raise ValueError(f"No x_0 from {prediction!r} at t = {lost[0]}, without signal; use 'v', 'x0' or 'flow'.")
-        from_x_t, from_y = np.ones_like(alpha), np.zeros_like(alpha)  # t = 0: x_t is x_0
-        from_x_t[1:], from_y[1:] = b[1:] / determinant[1:], -sigma[1:] / determinant[1:]
+        hint = f"No x_0 from {prediction!r} at t = {self.timesteps}, without signal; use 'v', 'x0' or 'flow'"
+        _checks.require(np.all(determinant[1:]), hint)
         self._scales = np.stack([alpha, sigma], axis=1)
         self._target = np.stack([a, b], axis=1)
-        self._x0 = np.stack([from_x_t, from_y], axis=1)
+        self._x0 = np.stack([np.ones_like(alpha), np.zeros_like(alpha)], axis=1)  # t = 0: x_t is x_0
+        self._x0[1:] = np.stack([b, -sigma], axis=1)[1:] / determinant[1:, None]
 
     def __repr__(self) -> str:
         return f"GaussianDiffusion({self.schedule}, prediction={self.prediction!r}, clip_range={self.clip_range})"
