@@ -46,7 +46,11 @@ def training(model: Any, watch: keras.callbacks.Callback, given: dict) -> Iterat
             given["initial_epoch"], earlier_epochs = stack.enter_context(running)
         if feed.orders_itself(data):
             given["shuffle"] = False
-            given["callbacks"].append(_Epochs(data, earlier_epochs))
+
+            def count(epoch, logs=None):
+                data.epoch = earlier_epochs + epoch
+
+            given["callbacks"].append(keras.callbacks.LambdaCallback(on_epoch_begin=count))
         yield given
 
 
@@ -66,18 +70,6 @@ def _listed(callbacks):
     if isinstance(callbacks, keras.callbacks.Callback):
         return [callbacks]
     return [callback for entry in callbacks or () for callback in _listed(entry)]
-
-
-class _Epochs(keras.callbacks.Callback):
-    """Tells data that order themselves the number of the epoch."""
-
-    def __init__(self, data, earlier_epochs):
-        super().__init__()
-        self.data = data
-        self.earlier_epochs = earlier_epochs
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self.data.epoch = self.earlier_epochs + epoch
 
 
 class Turns(keras.callbacks.Callback):
