@@ -40,7 +40,9 @@ class Average:
             average.assign(ops.copy(v))
 
     def update(self, before: Any, after: Any, loss: Any = 0.0) -> None:
-        """Moves the average if the optimizer has made an update and the loss is finite.
+        """average ← average + (1 − decay) (weight − average), if the optimizer made an update and the loss is finite.
+
+        Integers are copied.
 
         Args:
             before: the optimizer's number of updates before the training step, a scalar tensor.
@@ -48,8 +50,14 @@ class Average:
             loss: the loss of the training step, a scalar tensor.
         """
         decay = ops.minimum(self.max_decay, 1.0 - (1.0 + ops.cast(before, "float32")) ** -0.75)
-        moves = ops.logical_and(after > before, ops.isfinite(loss))
-        _move_averages(self.weights, self.network.weights, ops.where(moves, decay, 1.0))
+        # With the decay 1 nothing moves, even if a variable is NaN.
+        decay = ops.where(ops.logical_and(after > before, ops.isfinite(loss)), decay, 1.0)
+        for average, v in zip(self.weights, self.network.weights):
+            if keras.backend.is_float_dtype(v.dtype):
+                v, share = ops.cast(v, average.dtype), ops.cast(decay, average.dtype)
+                average.assign(ops.where(decay < 1, v + share * (average - v), average.value))
+            else:
+                average.assign(v)
 
     def predict(self, *inputs: Any, add_loss: Callable | None = None) -> Any:
         """The network's output with the averaged weights. `add_loss` gets the losses that layers add."""
@@ -61,16 +69,3 @@ class Average:
         if add_loss is not None:
             add_loss([1.0 * loss for loss in scope.losses])  # new tensors, or Keras would count them twice
         return y
-
-
-def _move_averages(averages: list, variables: list, decay: Any) -> None:
-    """average ← average + (1 − decay) (variable − average) for each pair of `averages` and `variables`.
-
-    Integer variables are copied. With the decay 1 nothing moves, even if a variable is NaN.
-    """
-    for average, v in zip(averages, variables):
-        if keras.backend.is_float_dtype(v.dtype):
-            v, share = ops.cast(v, average.dtype), ops.cast(decay, average.dtype)
-            average.assign(ops.where(decay < 1, v + share * (average - v), average.value))
-        else:
-            average.assign(v)

@@ -1,5 +1,7 @@
 """The moving average compared with its recurrence."""
 
+import types
+
 import keras
 import numpy as np
 import pytest
@@ -56,6 +58,8 @@ def test_sample_reads_the_chosen_weights(model, points):
 
 def test_average_of_counts():
     """Weights that are no floats, as the counts of some of Keras' layers."""
-    average, count = (keras.Variable(value, dtype="int32", trainable=False) for value in (0, 3))
-    ema._move_averages([average], [count], ops.convert_to_tensor(0.0))
-    assert int(average) == 3
+    network = types.SimpleNamespace(weights=[keras.Variable(0, dtype="int32", trainable=False)])
+    average = ema.Average(network, 0.5, keras.layers.Layer().add_weight)
+    network.weights[0].assign(3)
+    average.update(before=0, after=1)
+    assert int(average.weights[0]) == 3
