@@ -194,20 +194,16 @@ def _rename_output(graph: Any, name: str) -> None:
 
 def _write_out_erfc(graph: Any, tools: Any) -> None:
     """Replaces erfc(x), which TensorFlow's GELU calls and ONNX does not have, by 1 − erf(x)."""
-    nodes = list(graph.node)
-    del graph.node[:]
-    for node in nodes:
+    for place, node in reversed([*enumerate(graph.node)]):  # from the end, as a new node moves those after it
         if node.op_type == "Erfc":
             erf = f"{node.name}/erf"
-            graph.node.append(tools.helper.make_node("Erf", node.input, [erf]))
             graph.initializer.append(tools.numpy_helper.from_array(np.float32(1), f"{erf}/one"))
-            node = tools.helper.make_node("Sub", [f"{erf}/one", erf], node.output)
-        graph.node.append(node)
+            graph.node.insert(place + 1, tools.helper.make_node("Sub", [f"{erf}/one", erf], node.output))
+            graph.node[place].CopyFrom(tools.helper.make_node("Erf", node.input, [erf]))
 
 
 def _halve(graph: Any, tools: Any) -> None:
     """Stores the large float32 tensors of an ONNX graph in half precision, each with a node that casts it back."""
-    casts = []
     for tensor in graph.initializer:
         values = tools.numpy_helper.to_array(tensor)
         if values.dtype != np.float32 or values.size < _SMALLEST:
@@ -215,11 +211,8 @@ def _halve(graph: Any, tools: Any) -> None:
         fits = np.all(np.abs(values) <= np.finfo("float16").max)
         _checks.require(fits, "A weight is infinite, NaN or too large for half precision", name=tensor.name)
         stored = f"{tensor.name}/half"
-        casts.append(tools.helper.make_node("Cast", [stored], [tensor.name], to=tools.TensorProto.FLOAT))
+        graph.node.insert(0, tools.helper.make_node("Cast", [stored], [tensor.name], to=tools.TensorProto.FLOAT))
         tensor.CopyFrom(tools.numpy_helper.from_array(values.astype("float16"), stored))
-    nodes = [*casts, *graph.node]
-    del graph.node[:]
-    graph.node.extend(nodes)
 
 
 @contextlib.contextmanager
@@ -228,8 +221,7 @@ def _quiet() -> Iterator[None]:
     logger = logging.getLogger("tf2onnx")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         try:
             yield
         finally:
