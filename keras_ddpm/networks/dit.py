@@ -69,15 +69,14 @@ def dit(
     x = keras.layers.Reshape((-1, width), name="tokens")(x)
     for block in range(depth):
         name = f"block_{block}"
-        shift, scale, gate, *of_mlp = modulation(6, name)
-        h = normalize(x, f"{name}_1", shift, scale)
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation(6, name)
+        h = normalize(x, f"{name}_1", shift_1, scale_1)
         attention = keras.layers.MultiHeadAttention(num_heads, width // num_heads, name=f"{name}_attention")
-        x = keras.layers.Add(name=f"{name}_attention_add")([x, gate * attention(h, h)])
-        shift, scale, gate = of_mlp
-        h = normalize(x, f"{name}_2", shift, scale)
+        x = keras.layers.Add(name=f"{name}_attention_add")([x, gate_1 * attention(h, h)])
+        h = normalize(x, f"{name}_2", shift_2, scale_2)
         h = keras.layers.Dense(4 * width, activation=keras.activations.gelu, name=f"{name}_dense_1")(h)
         h = keras.layers.Dense(width, name=f"{name}_dense_2")(h)
-        x = keras.layers.Add(name=f"{name}_mlp_add")([x, gate * h])
+        x = keras.layers.Add(name=f"{name}_mlp_add")([x, gate_2 * h])
     x = keras.layers.Reshape(grid, name="grid")(normalize(x, "out", *modulation(2, "out")))
     x = keras.layers.Conv2DTranspose(
         image_shape[-1], patch_size, patch_size, kernel_initializer="zeros", dtype="float32", name="pixels"

@@ -60,9 +60,8 @@ def with_guidance_scale(network: keras.Model) -> keras.Model:
     _checks.require(valid, "Expected a conditional network with a layer 'time_dense_2' that is not told the scale yet")
     width = known["time_dense_2"].units
     time, scale = keras.Input((width,), name="time_dense_2"), keras.Input((), name="scale")
-    x = layers.TimestepEmbedding(256, name="scale_sinusoid")(
-        keras.layers.Rescaling(1000, dtype="float32", name="scale_1000")(scale)
-    )
+    x = keras.layers.Rescaling(1000, dtype="float32", name="scale_1000")(scale)
+    x = layers.TimestepEmbedding(256, name="scale_sinusoid")(x)
     x = keras.layers.Dense(width, kernel_initializer="zeros", name="scale_embedding")(x)
     added = keras.Model([time, scale], keras.layers.Add(name="add_scale")([time, x])).get_config()
 
