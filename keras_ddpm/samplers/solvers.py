@@ -364,7 +364,12 @@ class Heun(Sampler):
     def steps(self, schedule: Schedule) -> list[Array]:
         alpha, sigma = schedule.alpha, schedule.sigma
         times = self.timesteps(schedule)
-        starts = [*self._churned(times, schedule), 0]
+        growth = 1 + min(self.churn / (len(times) - 1), np.sqrt(2) - 1)
+        noisy = np.flatnonzero(alpha)
+        ratio = sigma[noisy] / alpha[noisy]
+        # The times at which the steps start, after noise was added before every step but the first.
+        churned = np.interp(growth * ratio[times[1:-1]], ratio, noisy).round().astype("int64")
+        starts = [times[0], *churned, 0]
         steps = []
         for t, s, start in zip(starts, times[1:], starts[1:]):
             from_x = sigma[s] / sigma[t]
@@ -378,14 +383,6 @@ class Heun(Sampler):
                 rows[-1] = add_noise_back(rows[-1], schedule, s, start)
             steps.append(np.stack(rows))
         return steps
-
-    def _churned(self, times: Array, schedule: Schedule) -> list:
-        """The times at which the steps start, after noise was added before every step but the first."""
-        growth = 1 + min(self.churn / (len(times) - 1), np.sqrt(2) - 1)
-        t = np.flatnonzero(schedule.alpha)
-        ratio = schedule.sigma[t] / schedule.alpha[t]
-        churned = np.interp(growth * ratio[times[1:-1]], ratio, t).round().astype("int64")
-        return [times[0], *churned]
 
 
 @dataclasses.dataclass(frozen=True)
