@@ -22,11 +22,8 @@ def compress(path: pathlib.Path) -> None:
     """Rewrites the `.keras` file at `path`: stores weights in 16 bits, and identical weights once."""
     with zipfile.ZipFile(path) as archive:
         parts = {name: archive.read(name) for name in archive.namelist()}
-    buffer, name_of = io.BytesIO(), dict[tuple, str]()
-    with (
-        h5py.File(io.BytesIO(parts["model.weights.h5"])) as source,
-        h5py.File(buffer, "w", libver=FILE_FORMAT) as target,
-    ):
+    weights, buffer, name_of = io.BytesIO(parts["model.weights.h5"]), io.BytesIO(), dict[tuple, str]()
+    with h5py.File(weights) as source, h5py.File(buffer, "w", libver=FILE_FORMAT) as target:
 
         def copy(name, item):
             if isinstance(item, h5py.Group):

@@ -107,9 +107,8 @@ def _checked(path: pathlib.Path, custom_objects: dict[str, Any] | None) -> int:
     name = config.get("registered_name")
     found = keras.saving.get_registered_object(name, custom_objects)
     valid = isinstance(found, type) and issubclass(found, expected)
-    _checks.require(
-        valid, f"It is not a diffusion model of class {expected.__name__}", found=name or config["class_name"]
-    )
+    needed = f"It is not a diffusion model of class {expected.__name__}"
+    _checks.require(valid, needed, found=name or config["class_name"])
     for name, entry in _entries(config["config"]["network"]):
         size = math.prod(filter(None, entry)) if name == "batch_shape" else 0
         _checks.require(size <= MAX_EXAMPLE, "An example has too many numbers", shape=entry)
@@ -118,11 +117,10 @@ def _checked(path: pathlib.Path, custom_objects: dict[str, Any] | None) -> int:
     with h5py.File(io.BytesIO(weights)) as file:
         sizes = list(itertools.islice(_sizes(file, {file}, len(weights)), MAX_NAMES + 1))
     _checks.require(len(sizes) <= MAX_NAMES, "It has too many weights")
+    num = sum(sizes)
     # Equal weights are stored once in a compact file, in two bytes a number.
-    _checks.require(
-        sum(sizes) <= 4 * len(weights) + SPARE, "Its weights repeat each other too often", numbers=sum(sizes)
-    )
-    return 2 * sum(sizes) + SPARE  # an optimizer that was never built is not in the file
+    _checks.require(num <= 4 * len(weights) + SPARE, "Its weights repeat each other too often", numbers=num)
+    return 2 * num + SPARE  # an optimizer that was never built is not in the file
 
 
 def _entries(value: Any, depth: int = 0) -> Iterator[tuple[Any, Any]]:
