@@ -225,11 +225,9 @@ def _fixed(graph):
 def _changes_constants(graph):
     """Whether an operation on arguments changes a tensor in place that depends on weights alone."""
     fixed = set(_fixed(graph))
-    for node in set(graph.nodes) - fixed:
-        schema = getattr(node.target, "_schema", None)
-        if schema is not None and schema.is_mutable and not fixed.isdisjoint(node.all_input_nodes):
-            return True
-    return False
+    schemas = {node: getattr(node.target, "_schema", None) for node in set(graph.nodes) - fixed}
+    changing = [node for node, schema in schemas.items() if schema is not None and schema.is_mutable]
+    return any(not fixed.isdisjoint(node.all_input_nodes) for node in changing)
 
 
 def _fuse_convolutions(graph):
