@@ -173,14 +173,7 @@ def variations(
 
 
 def upscale(
-    model: DiffusionModel,
-    images: Any,
-    seed: int | None = None,
-    *,
-    strength: float = 1.0,
-    sampler: samplers.Sampler | None = None,
-    num_steps: int | None = None,
-    **options,
+    model: DiffusionModel, images: Any, seed: int | None = None, *, strength: float = 1.0, **options
 ) -> np.ndarray:
     """Enlarges images with a model that was trained on pairs of large images and small ones.
 
@@ -190,10 +183,8 @@ def upscale(
         seed: see above.
         strength: 1 starts from noise. Less starts from the images enlarged by interpolation, with as much noise as
             there is at this share of T. This makes only this share of the steps.
-        sampler: a `samplers.Sampler`; `None` for the default of `model.sample`.
-        num_steps: see above.
-        **options: see above. Use some `image_noise` for images that another model has made, if the model was trained
-            with it.
+        **options: see above, and `sampler` and `num_steps` as in `variations`. Use some `image_noise` for images that
+            another model has made, if the model was trained with it.
 
     Returns:
         `(batch, height, width, channels)` of the model's size.
@@ -211,8 +202,7 @@ def upscale(
     images = _checks.array(images, "images")
     given = condition.by_name(options.pop("labels", None), images, complete=False)
     large = np.clip(ops.convert_to_numpy(seen(images, None, None, shape)), -1, 1)
-    options |= {"sampler": sampler, "num_steps": num_steps, "labels": given}
-    return variations(model, large, strength, seed, **options)
+    return variations(model, large, strength, seed, labels=given, **options)
 
 
 def cascade(models: Sequence[DiffusionModel], num_samples: int, seed: int | None = None, **options) -> np.ndarray:
@@ -299,15 +289,7 @@ def decode(model: DiffusionModel, noise: Any, *, num_steps: int | None = None, *
     return model.run(loop.Job(steps, lambda indices: noise[indices], len(noise), clip=False), **options)
 
 
-def interpolate(
-    model: DiffusionModel,
-    images_a: Any,
-    images_b: Any,
-    num: int,
-    *,
-    num_steps: int | None = None,
-    **options,
-) -> np.ndarray:
+def interpolate(model: DiffusionModel, images_a: Any, images_b: Any, num: int, **options) -> np.ndarray:
     """Interpolates between pairs of images: encodes both, mixes the noise on a sphere and decodes it.
 
     Args:
@@ -315,8 +297,7 @@ def interpolate(
         images_a: `(batch, height, width, channels)`.
         images_b: images of the same shape.
         num: number of images for each pair, including both ends.
-        num_steps: number of steps of `encode` and of `decode`; `None` for 100.
-        **options: see above.
+        **options: see above, and `num_steps`, the number of steps of `encode` and of `decode`; `None` for 100.
 
     Returns:
         `(num, batch, height, width, channels)`, from `images_a` itself to `images_b` itself.
@@ -329,9 +310,9 @@ def interpolate(
     _checks.counts(low=2, num=num)
     a, b = _images(model, images_a, "images_a"), _images(model, images_b, "images_b")
     _checks.require(a.shape == b.shape, "Expected images of the same shape", shapes=(a.shape, b.shape))
-    start, end = (encode(model, images, num_steps=num_steps, **options) for images in (a, b))
+    start, end = (encode(model, images, **options) for images in (a, b))
     mixed = (_slerp(start, end, fraction) for fraction in np.linspace(0, 1, num)[1:-1])
-    return np.stack([a, *(decode(model, noise, num_steps=num_steps, **options) for noise in mixed), b])
+    return np.stack([a, *(decode(model, noise, **options) for noise in mixed), b])
 
 
 def _slerp(a, b, fraction):

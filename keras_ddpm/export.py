@@ -132,15 +132,9 @@ def _paths(model: keras.Model, before: str = "") -> Iterator[tuple[int, str]]:
 
 def default_tables(model: DiffusionModel) -> dict[str, samplers.Sampler]:
     """Samplers of the model with few and with many steps, by name. The default of `model.sample` comes first."""
-    some = [
-        model.default_sampler,
-        samplers.DPMSolver(20, eta=1.0),
-        samplers.UniPC(6),
-        samplers.DDIM(50),
-        samplers.DDPM(100),
-    ]
+    others = [samplers.DPMSolver(20, eta=1.0), samplers.UniPC(6), samplers.DDIM(50), samplers.DDPM(100)]
     tables: dict[str, samplers.Sampler] = {}
-    for sampler in some:
+    for sampler in [model.default_sampler, *others]:
         if (sampler.num_steps or 0) <= model.diffusion.timesteps:
             calls = len(sampler.table(model.diffusion.schedule))
             tables.setdefault(f"{type(sampler).__name__}, {calls} steps", sampler)

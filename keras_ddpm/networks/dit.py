@@ -78,8 +78,7 @@ def dit(
         h = keras.layers.Dense(width, name=f"{name}_dense_2")(h)
         x = keras.layers.Add(name=f"{name}_mlp_add")([x, gate_2 * h])
     x = keras.layers.Reshape(grid, name="grid")(normalize(x, "out", *modulation(2, "out")))
-    x = keras.layers.Conv2DTranspose(
-        image_shape[-1], patch_size, patch_size, kernel_initializer="zeros", dtype="float32", name="pixels"
-    )(x)
+    options = {"kernel_initializer": "zeros", "dtype": "float32", "name": "pixels"}
+    x = keras.layers.Conv2DTranspose(image_shape[-1], patch_size, patch_size, **options)(x)
     x = keras.layers.Cropping2D(padding, dtype="float32", name="crop")(x)
     return keras.Model([x_t, *conditions], x, name="dit")

@@ -65,11 +65,9 @@ def with_guidance_scale(network: keras.Model) -> keras.Model:
     x = keras.layers.Dense(width, kernel_initializer="zeros", name="scale_embedding")(x)
     added = keras.Model([time, scale], keras.layers.Add(name="add_scale")([time, x])).get_config()
 
-    config = network.get_config()
-    for layer in config["layers"]:  # what read the time reads the sum
-        layer["inbound_nodes"] = keras.tree.map_structure(
-            lambda entry: "add_scale" if entry == "time_dense_2" else entry, layer["inbound_nodes"]
-        )
+    config, renamed = network.get_config(), {"time_dense_2": "add_scale"}  # what read the time reads the sum
+    for layer in config["layers"]:
+        layer["inbound_nodes"] = keras.tree.map_structure(lambda name: renamed.get(name, name), layer["inbound_nodes"])
     # In the order of computation, as Keras reads the layers.
     place = 1 + [layer["name"] for layer in config["layers"]].index("time_dense_2")
     config["layers"][place:place] = [layer for layer in added["layers"] if layer["name"] != "time_dense_2"]

@@ -70,7 +70,7 @@ def unet(
     _checks.require(valid, "Expected one or more positive integers", width_multipliers=width_multipliers)
     valid, needed = _checks.are_counts(attention_resolutions), "Expected a sequence of positive integers"
     _checks.require(valid, needed, attention_resolutions=attention_resolutions)
-    _checks.require(_checks.is_between(dropout, 0, 1) and dropout < 1, "`dropout` must be in [0, 1)", dropout=dropout)
+    _checks.share(dropout=dropout)
     widths = [width * multiplier for multiplier in width_multipliers]
     divided = all(channels % groups == 0 for channels in widths)
     _checks.require(divided, "`groups` must divide the channels of every level", groups=groups, channels=widths)
