@@ -658,7 +658,9 @@ def offline(tmp_path, monkeypatch):
     for name in ("mnist", "oxford_flowers102"):  # folders with the name of a data set
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
-    unet = lambda shape, *_, image_channels=None, **__: image_network(shape, image_channels=image_channels)
+    unet = lambda shape, *_, num_classes=None, image_channels=None, **__: image_network(
+        shape, num_classes=num_classes, image_channels=image_channels
+    )
     monkeypatch.setattr(kd.networks, "unet", unet)
     return {"data_dir": str(tmp_path / "nothing"), "output": str(tmp_path / "out")}
 
