@@ -3,6 +3,7 @@
     python examples/sample.py                                      # 64 flowers
     python examples/sample.py --labels sunflower "bird of paradise"
     python examples/sample.py --num 1000 --output runs/thousand    # the same command goes on after Ctrl-C
+    python examples/sample.py --size 128                           # twice as large, by a second model
     python examples/sample.py --model runs/flowers/model.keras     # a model of your own
     python examples/sample.py --list                               # the names of the classes
 
@@ -57,8 +58,9 @@ def main(
     labels: tuple[str, ...] = (),
     num=64,
     output="runs/sample",
-    guidance=1.5,
-    steps=10,
+    guidance: float | None = None,
+    steps: int | None = None,
+    size: int | None = None,
     seed=0,
     grid=8,
     gif=False,
@@ -71,8 +73,9 @@ def main(
         labels: names or numbers of classes, which take turns. By default all classes take turns.
         num: number of images.
         output: folder for the output files.
-        guidance: guidance scale for models with labels. 1 is no guidance.
-        steps: number of steps of UniPC, which are even in the log-SNR.
+        guidance: guidance scale for models with labels. 1 is no guidance. By default the model's own.
+        steps: number of steps of UniPC, which are even in the log-SNR. By default the sampler is the model's own.
+        size: 128 enlarges flowers of 64x64 pixels by a second model.
         seed: random seed.
         grid: number of columns of the grid.
         gif: also write denoising.gif.
@@ -85,13 +88,21 @@ def main(
         print("\n".join((trained.condition and trained.condition.class_names) or ["The classes have no names."]))
         return
     asked = labels_of(trained, labels, num)
+    guidance = trained.guidance_scale if guidance is None else guidance
     options = lambda part: {} if asked is None else {"labels": asked[part], "guidance_scale": guidance}
-    sampler = kd.samplers.UniPC(steps, spacing="logsnr")
+    sampler = trained.default_sampler if steps is None else kd.samplers.UniPC(steps, spacing="logsnr")
     sampler.steps(trained.diffusion.schedule)  # raises an error for a wrong number
+    shape = trained.data_shape
+    if size is not None:
+        if gif or (size, *shape) != (128, 64, 64, 3):
+            raise common.UsageError("--size 128 enlarges pictures of 64x64, without --gif.")
+        upscaler = common.load_model("flowers128")
+        shape = upscaler.data_shape
 
     out = pathlib.Path(output)
     out.mkdir(parents=True, exist_ok=True)
     settings = {"model": str(model), "labels": [*labels], "guidance": guidance, "sampler": str(sampler), "seed": seed}
+    settings |= {} if size is None else {"size": size}
     common.check_settings(out, settings)
     path = lambda index: out / f"{index:05d}.png"
     config = np.frombuffer(json.dumps(trained.get_config()).encode(), "uint8")
@@ -105,12 +116,15 @@ def main(
         last = min(first + BATCH, num)
         if any(drawn(path(index)) is None for index in range(first, last)):
             images = trained.sample(last - first, sampler, seed, first=first, **options(slice(first, last)))
+            if size is not None:
+                kinds = None if asked is None else asked[first:last]
+                images = kd.editing.upscale(upscaler, images, seed + 1 + first, labels=kinds)
             for index, image in zip(range(first, last), images):
                 kd.images.save(path(index), image)
         progress.update(last)
 
-    scale = max(1, 128 // max(trained.data_shape[:2]))
-    first_ones = [drawn(path(index)).reshape(trained.data_shape) for index in range(min(num, 64))]
+    scale = max(1, 128 // max(shape[:2]))
+    first_ones = [drawn(path(index)).reshape(shape) for index in range(min(num, 64))]
     kd.images.save(out / "grid.png", kd.images.grid(kd.images.from_uint8(first_ones), grid), scale)
     if gif:
         few = min(num, 16)

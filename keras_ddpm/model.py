@@ -270,7 +270,8 @@ class DiffusionModel(keras.Model):
         weights = (weight, given.get("sample_weight"), given.get("class_weight"))
         counted = given.get("class_weight") is None or not (self.condition and len(self.condition.given) > 1)
         _checks.require(counted, "Keras weighs classes of labels alone. Give `sample_weight` beside images")
-        plain = self.loss is not None and type(self).compute_loss is keras.Model.compute_loss
+        comparable = self.loss is not None and not isinstance(self.loss, PerceptualLoss)
+        plain = comparable and type(self).compute_loss is keras.Model.compute_loss
         watch = LossWatch(first, warns=plain and all(entry is None for entry in weights))
         with running.training(self, watch, given) as arranged:
             return super().fit(**arranged)

@@ -362,6 +362,23 @@ def test_flowers_fine_tune(tmp_path, command_line):
     check_error(result, 2, "--init determines the network and the process. Received as well: width, groups$")
 
 
+def test_a_model_to_go_on_with(tmp_path):
+    """The network is told the guidance scale without effect yet, and small noise counts more."""
+    model = kd.DiffusionModel(image_network((8, 8, 3), num_classes=3), kd.GaussianDiffusion(prediction="x0"))
+    model.save(tmp_path / "model.keras")
+    found = importlib.import_module("flowers").go_on(
+        tmp_path / "model.keras", 0, max_guidance_scale=3.0, loss_weight="snr"
+    )
+    assert found.corruption.max_guidance_scale == 3 and "scale" in found.condition
+    options = {"labels": 1, "guidance_scale": 2.0}
+    sampler = kd.samplers.DDIM(2)
+    expected = model.sample(2, sampler, 0, labels=1)
+    np.testing.assert_allclose(found.sample(2, sampler, 0, **options), expected, atol=0.1)  # in half precision, or not
+    weight, snr = found.corruption.loss_weight, np.exp(model.diffusion.schedule.log_snr)
+    wanted = np.minimum(snr[1:], 20) + 4
+    np.testing.assert_allclose(weight[1:], wanted / wanted.mean(), rtol=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_flowers_go_on_after_an_interruption(popen, tmp_path, number):
@@ -641,7 +658,9 @@ def offline(tmp_path, monkeypatch):
     for name in ("mnist", "oxford_flowers102"):  # folders with the name of a data set
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
-    unet = lambda shape, *_, image_channels=None, **__: image_network(shape, image_channels=image_channels)
+    unet = lambda shape, *_, num_classes=None, image_channels=None, **__: image_network(
+        shape, num_classes=num_classes, image_channels=image_channels
+    )
     monkeypatch.setattr(kd.networks, "unet", unet)
     return {"data_dir": str(tmp_path / "nothing"), "output": str(tmp_path / "out")}
 
@@ -715,9 +734,18 @@ def test_your_images(tmp_path, offline, command_line):
 @pytest.mark.parametrize(
     "command", ["upscale", *(pytest.param(c, marks=pytest.mark.slow) for c in ("colorize", "sketch"))]
 )
-def test_translate(tmp_path, offline, capsys, command, command_line):
+def test_translate(tmp_path, offline, capsys, command, command_line, monkeypatch):
     translate, folder = importlib.import_module("translate"), tmp_path / "out" / command
-    options = {"dataset": "procedural", "image_size": 16, "epochs": 1, "steps_per_epoch": 2}
+    options = {
+        "dataset": "procedural",
+        "image_size": 16,
+        "epochs": 1,
+        "steps_per_epoch": 2,
+        "attention_resolutions": (2,),
+    }
+    if command == "upscale":
+        monkeypatch.setattr(kd.metrics, "efficientnet_lite", lambda version: lambda images: [images, images[:, ::2]])
+        options |= {"labels": True, "image_noise": 0.2, "perceptual": 0.1}
     translate.main(getattr(translate, command), **options, **offline)
     lines = re.findall(r"^(.*): PSNR (-?[\d.]+) dB \(200 held-out pictures\)$", capsys.readouterr().out, re.M)
     expected = ["condition", "result", "mean of two"][command != "upscale" :]
@@ -726,6 +754,7 @@ def test_translate(tmp_path, offline, capsys, command, command_line):
     model = keras.saving.load_model(folder / "model.keras")
     assert model.condition["image"].shape == (16, 16, 3 if command == "upscale" else 1)
     if command == "upscale":
+        assert model.corruption.image_noise == 0.2 and len(model.class_names) == len(kd.datasets.FLOWER_KINDS)
         with Image.open(folder / "results.png") as picture:
             assert picture.width > picture.height / 3
         result = command_line("translate.py", "upscale", "--factor", 5, "--output", tmp_path / "other")
@@ -791,7 +820,7 @@ def test_sample(tmp_path, monkeypatch, command_line):
     monkeypatch.chdir(tmp_path)
     arguments = ["--model", "model.keras", "--steps", 4]
     assert command_line("sample.py", *arguments, "--list") == (0, "lily\nred rose\ntulip\n")
-    few = [*arguments, "--output", "few", "--labels", "red rose", "tulip"]
+    few = [*arguments, "--output", "few", "--labels", "red rose", "tulip", "--guidance", 1.5]
     assert command_line("sample.py", *few, "--num", 5, "--gif", "--grid", 3)[0] == 0
     made = {path.name: path.stat().st_mtime_ns for path in sorted(pathlib.Path("few").glob("0*.png"))}
     assert [*made] == [f"{index:05d}.png" for index in range(5)]
@@ -817,6 +846,7 @@ def test_sample(tmp_path, monkeypatch, command_line):
         ([*arguments, "--labels", "3"], 1, "Labels must be integers in 0..2"),
         ([*arguments, "--num", 0], 2, "At least 1 image"),
         ([*arguments, "--steps", 0], 1, "`num_steps`"),
+        ([*arguments, "--size", 128], 2, "--size 128 enlarges pictures of 64x64"),
         (["--model", "nowhere.keras"], 1, "There is no model file nowhere.keras"),
     ]:
         check_error(command_line("sample.py", *line), status, message)

@@ -79,7 +79,9 @@ def test_training_with_it_and_saving_without(tmp_path):
     model = kd.DiffusionModel(network, kd.GaussianDiffusion(prediction="x0"), seed=0, loss_weight=weight)
     maps = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(4, 3, padding="same", trainable=False)])
     x = np.tile(np.linspace(-0.5, 0.5, 8, dtype="float32")[:, None, None], (8, 1, 8, 3))
-    model.compile(loss=PerceptualLoss(lambda images: [maps(images)], 0.1), optimizer=keras.optimizers.Adam(1e-2), run_eagerly=True)
+    model.compile(
+        loss=PerceptualLoss(lambda images: [maps(images)], 0.1), optimizer=keras.optimizers.Adam(1e-2), run_eagerly=True
+    )
     losses = model.fit(x, epochs=6, batch_size=8, verbose=0).history["loss"]
     assert losses[-1] < 0.8 * losses[0]
     double = model.evaluate(x, verbose=0)
