@@ -32,12 +32,11 @@ class Average:
     def __init__(self, network: keras.Model, max_decay: float, add_weight: Callable):
         self.network = network
         self.max_decay = max_decay
-        self.weights = [
-            add_weight(shape=v.shape, dtype=HALF.get(v.dtype, v.dtype), trainable=False, name=f"ema_{index}")
-            for index, v in enumerate(network.weights)
-        ]
-        for average, v in zip(self.weights, network.weights):
-            average.assign(ops.copy(v))
+        self.weights = []
+        for index, v in enumerate(network.weights):
+            dtype = HALF.get(v.dtype, v.dtype)
+            self.weights.append(add_weight(shape=v.shape, dtype=dtype, trainable=False, name=f"ema_{index}"))
+            self.weights[-1].assign(ops.copy(v))
 
     def update(self, before: Any, after: Any, loss: Any = 0.0) -> None:
         """average ← average + (1 − decay) (weight − average), if the optimizer made an update and the loss is finite.
