@@ -7,6 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_ddpm import _checks
 from keras_ddpm._backend import replicas
 
 __all__ = ["LossWatch", "loss_of"]
@@ -67,13 +68,10 @@ class LossWatch(keras.callbacks.Callback):
 
     def _check(self):
         recent, self._recent = self._recent, []
+        hint = "the data hold NaN, values outside the `clip_range` or unknown labels, or the learning rate is too high"
         for batch, loss in recent:
-            if not np.isfinite(float(loss)):
-                raise ValueError(
-                    f"The loss is {float(loss)} at step {batch + 1} of epoch {self._epoch + 1}: the data hold NaN, "
-                    "values outside the `clip_range` or unknown labels, or the learning rate is too high. "
-                    "The average is that of the step before."
-                )
+            found = f"The loss is {float(loss)} at step {batch + 1} of epoch {self._epoch + 1}"
+            _checks.require(np.isfinite(float(loss)), f"{found}: {hint}. The average is that of the step before")
 
     def on_epoch_end(self, epoch, logs=None):
         self._check()
