@@ -197,9 +197,9 @@ class DiffusionModel(keras.Model):
         _checks.require(valid, "Generate data with `model.sample(num)`, and clean x_t with `model.denoise(x_t, t)`")
         if training:
             y = self.network(list(inputs), training=True)
-            if self.corruption.max_guidance_scale == 1:
-                return y
             known = self.condition
+            if known is None or self.corruption.max_guidance_scale == 1:
+                return y
             nulls = known.nulls((known.given[0], "scale"))
             return unguided(y, self.average.predict, inputs, nulls, known.names.index("scale"))
         return self.average.predict(*inputs, add_loss=self.add_loss)

