@@ -40,6 +40,7 @@ RUNTIME = [  # with WebAssembly, and with WebGPU
 
 def build(model, out, guidance_scale, tables=None):
     """Writes the site into a folder. The last arguments are those of `kd.export.onnx`."""
+    guidance_scale = model.guidance_scale if guidance_scale is None else guidance_scale
     guidance_scale = guidance_scale if model.condition else 1.0
     try:
         with common.quiet():
@@ -79,18 +80,18 @@ class Files(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-def main(model="flowers64", *, output: str | None = None, port=0, guidance_scale=2.0):
+def main(model="flowers64", *, output: str | None = None, port=0, guidance_scale: float | None = None):
     """Exports a model and serves a page that samples with it.
 
     Args:
         model: trained .keras file of images, or a preset of the package.
         output: folder for the site. It is written, and nothing is served.
         port: port of the page. 0 is a free one.
-        guidance_scale: guidance scale at which the page starts, if the model has labels.
+        guidance_scale: guidance scale at which the page starts, if the model has labels. By default the model's own.
     """
     if not 0 <= port < 65536:
         raise common.UsageError(f"--port must be in 0..65535. Received: {port}")
-    if not 0 <= guidance_scale <= 5:
+    if guidance_scale is not None and not 0 <= guidance_scale <= 5:
         raise common.UsageError(f"--guidance-scale must be in 0..5, as on the page. Received: {guidance_scale}")
     trained = common.load_model(model)
     if trained.data_shape[-1] not in (1, 3) or (trained.condition and trained.condition.given != ("label",)):

@@ -95,7 +95,7 @@ def main(
     classifier_epochs=5,
     num_samples=1000,
     num_steps: int | None = None,
-    guidance_scale=1.0,
+    guidance_scale: float | None = None,
     num_likelihood=100,
 ):
     """Measures a model and writes the report.
@@ -112,7 +112,7 @@ def main(
         classifier_epochs: number of training epochs of the classifier.
         num_samples: number of samples.
         num_steps: number of steps of DPMSolver. By default the default sampler of the model is used.
-        guidance_scale: guidance scale of samples of a model with labels.
+        guidance_scale: guidance scale of samples of a model with labels. By default the model's own.
         num_likelihood: number of images for the bits per dimension.
     """
     if num_samples < 20 or num_likelihood < 1:
@@ -149,6 +149,7 @@ def main(
 
     sampler = kd.samplers.DPMSolver(num_steps) if num_steps else trained.default_sampler
     print(f"Drawing {num} samples with {sampler}.", flush=True)
+    guidance_scale = trained.guidance_scale if guidance_scale is None else guidance_scale
     guidance = {"labels": labels, "guidance_scale": guidance_scale} if conditional else {}
     samples = trained.sample(num, sampler, seed, batch_size=min(250, num), **guidance)
     samples = kd.images.from_uint8(kd.images.to_uint8(samples))

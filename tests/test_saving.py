@@ -342,10 +342,29 @@ def test_flowers64():
     x = model.sample(4, kd.samplers.DPMSolver(8), seed=0, labels=names, guidance_scale=2.0)
     expected = kd.images.from_uint8(np.asarray(Image.open(HERE / "flowers64.png")))
     assert np.mean(np.abs(kd.images.grid(x, 4) - expected)) < 2 / 127.5
-    assert (kd.saving.PRESETS / "flowers64.keras").stat().st_size < 16 * 2**20
-    assert (kd.saving.PRESETS / "flowers64.md").exists()
-    content = (kd.saving.PRESETS / "flowers64.keras").read_bytes()
-    assert hashlib.sha256(content).hexdigest() == "7990deecebf4a277e3b6cc10fcdec15cc290cc007d4d4b70f640c6461299350e"
+    assert model.guidance_scale == 2.5 and model.default_sampler == kd.samplers.DPMSolver(10, eta=1.0)
+
+
+@pytest.mark.parametrize(
+    "name, hash_of_file",
+    [
+        ("flowers64", "800dc9a06f01a5170a95bd82abc2707b0b8b0a70b3b9f1c20fd24a37ddcb992f"),
+        ("flowers128", "b1a49112f688d6ddd46d588b88804fbccbcad6778a3d60bb1981a7dc60fec7b0"),
+    ],
+)
+def test_files_of_presets(name, hash_of_file):
+    assert {*kd.DiffusionModel.presets} == {"flowers64", "flowers128"}
+    content = (kd.saving.PRESETS / f"{name}.keras").read_bytes()
+    assert len(content) < 16 * 2**20 and hashlib.sha256(content).hexdigest() == hash_of_file
+
+
+def test_flowers128():
+    """It keeps the picture that it enlarges."""
+    model = kd.DiffusionModel.from_preset("flowers128")
+    small = kd.images.from_uint8(np.asarray(Image.open(HERE / "flowers64.png")))[None, 2:66, 2:66]
+    large = kd.editing.upscale(model, small, seed=0, num_steps=2, labels="sunflower")
+    assert large.shape == (1, 128, 128, 3)
+    assert np.sqrt(np.mean((large.reshape(1, 64, 2, 64, 2, 3).mean(axis=(2, 4)) - small) ** 2)) < 0.1
 
 
 def unnamed(width=4):
