@@ -91,7 +91,7 @@ def main(
     guidance = trained.guidance_scale if guidance is None else guidance
     options = lambda part: {} if asked is None else {"labels": asked[part], "guidance_scale": guidance}
     sampler = trained.default_sampler if steps is None else kd.samplers.UniPC(steps, spacing="logsnr")
-    sampler.steps(trained.diffusion.schedule)  # raises an error for a wrong number
+    num_states = len(sampler.steps(trained.diffusion.schedule))  # raises an error for a wrong number
     shape = trained.data_shape
     if size is not None:
         if gif or (size, *shape) != (128, 64, 64, 3):
@@ -128,7 +128,7 @@ def main(
     kd.images.save(out / "grid.png", kd.images.grid(kd.images.from_uint8(first_ones), grid), scale)
     if gif:
         few = min(num, 16)
-        _, x_t, x_0 = trained.sample(few, sampler, seed, return_trajectory=steps, **options(slice(few)))
+        _, x_t, x_0 = trained.sample(few, sampler, seed, return_trajectory=num_states, **options(slice(few)))
         common.save_denoising(out / "denoising.gif", x_t, x_0, scale)
     print(f"Wrote {out}.")
 
