@@ -321,8 +321,8 @@ def main(
         data, validation = load(dataset, seed, **chosen(of_data))
         if not init:
             model = make_model(data.x.shape[1], data.class_names, seed, **chosen(of_model))
-        of_train = inspect.signature(train).parameters
-        train(model, data, validation, out, seed, **chosen(of_train))
+        of_training = settings.keys() - of_data.keys() - of_model.keys() - of_init.keys()
+        train(model, data, validation, out, seed, **chosen(of_training))
 
 
 if __name__ == "__main__":
