@@ -142,7 +142,11 @@ def main(
         network = keras.Model(network.inputs, network.output + image)
     options = {"ema_decay": 0.995, "image_noise": image_noise, "seed": seed, "class_names": train.class_names}
     if init:
-        model = kd.DiffusionModel.from_model(common.load_model(init), network=network, **options)
+        trained = common.load_model(init)
+        if "scale" in (trained.condition or ()):  # all of its weights need a place
+            network = kd.networks.with_guidance_scale(network)
+        options |= {"guidance_scale": 1.0, "max_guidance_scale": 1.0, "loss_weight": None}
+        model = kd.DiffusionModel.from_model(trained, network=network, **options)
     else:
         model = kd.DiffusionModel(network, kd.GaussianDiffusion(prediction="x0"), **options)
     loss = kd.losses.PerceptualLoss(kd.metrics.efficientnet_lite(2), perceptual) if perceptual else "mse"
