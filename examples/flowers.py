@@ -290,8 +290,8 @@ def main(
         preset: recipe for the settings that are not given. "auto" is "full" with an accelerator and "cpu" without.
         dataset: "oxford_flowers102", "procedural" or a folder of images. "auto" is Oxford Flowers 102, or procedural
             flowers if it is not available.
-        init: model to fine-tune with a new optimizer, a .keras file or a preset of the package. By default a new model
-            is made.
+        init: model to fine-tune with a new optimizer, a .keras file or a preset of the package. Classes of a data set
+            that it does not know begin as no class. By default a new model is made.
         output: folder for the output files.
         resume: go on with the run in the output folder.
         overwrite: replace the run in the output folder.
@@ -321,6 +321,8 @@ def main(
         data, validation = load(dataset, seed, **chosen(of_data))
         if not init:
             model = make_model(data.x.shape[1], data.class_names, seed, **chosen(of_model))
+        elif data.class_names and tuple(data.class_names) != model.class_names:
+            model = kd.DiffusionModel.from_model(model, class_names=data.class_names)
         of_training = settings.keys() - of_data.keys() - of_model.keys() - of_init.keys()
         train(model, data, validation, out, seed, **chosen(of_training))
 

@@ -341,19 +341,21 @@ def test_flowers_without_network_and_data(tmp_path):
 
 @pytest.mark.slow
 def test_flowers_fine_tune(tmp_path, command_line):
-    """A model on a folder in which one file cannot be read."""
-    model = kd.DiffusionModel(image_network((16, 16, 3)), kd.GaussianDiffusion(kd.schedules.cosine(20)))
+    """A model on a folder of other classes, in which one file cannot be read."""
+    network = image_network((16, 16, 3), num_classes=2)
+    model = kd.DiffusionModel(network, kd.GaussianDiffusion(kd.schedules.cosine(20)), class_names=["rose", "tulip"])
     (tmp_path / "a").mkdir()
     model.save(tmp_path / "a/model.keras")
     for index, flower in enumerate(kd.datasets.procedural_flowers(20, 16)[0]):
-        kd.images.save(tmp_path / f"pictures/{index}.png", flower)
-    (tmp_path / "pictures/broken.png").write_text("no picture")
+        kd.images.save(tmp_path / "pictures" / ("tulip", "fern", "moss")[index % 3] / f"{index}.png", flower)
+    (tmp_path / "pictures/fern/broken.png").write_text("no picture")
     options = {"init": tmp_path / "a/model.keras", "dataset": tmp_path / "pictures", "output": tmp_path / "b"}
     arguments = flags(**SHORT, **options)
     status, text = run_script("flowers.py", *arguments)
     assert status == 0 and "18 images of 16x16, with 2 held out" in text, text
     assert "Skipped" in text and "broken.png" in text
     check_output(tmp_path / "b")
+    assert keras.saving.load_model(tmp_path / "b/model.keras").class_names == ("fern", "moss", "tulip")
     check_error(command_line("flowers.py", *arguments), 2, r"b holds a run\. Go on with it by --resume, replace it by")
     arguments.append("--overwrite")
     check_error(command_line("flowers.py", *arguments, "--strict"), 1, "broken.png cannot be read")
