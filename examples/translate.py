@@ -137,7 +137,8 @@ def main(
         patch_size=patch_size,
         image_channels=condition.shape[-1],
     )
-    if condition.shape[-1] == x.shape[-1]:  # what is added to the condition is easier to learn
+    # What is added to the condition is easier to learn. With noise in it, the noise would be in the result, too.
+    if condition.shape[-1] == x.shape[-1] and not image_noise:
         image = network.inputs[[v.name for v in network.inputs].index("image")]
         network = keras.Model(network.inputs, network.output + image)
     options = {"ema_decay": 0.995, "image_noise": image_noise, "seed": seed, "class_names": train.class_names}

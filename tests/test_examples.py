@@ -757,10 +757,44 @@ def test_translate(tmp_path, offline, capsys, command, command_line, monkeypatch
     assert model.condition["image"].shape == (16, 16, 3 if command == "upscale" else 1)
     if command == "upscale":
         assert model.corruption.image_noise == 0.2 and len(model.class_names) == len(kd.datasets.FLOWER_KINDS)
+        check_added(model, 0)
         with Image.open(folder / "results.png") as picture:
             assert picture.width > picture.height / 3
         result = command_line("translate.py", "upscale", "--factor", 5, "--output", tmp_path / "other")
         check_error(result, 2, "--factor must be 2 or more and divide --image-size 32. Received: 5$")
+
+
+def check_added(model, share):
+    """Checks that the network adds this share of the condition image, with its noise, to what it computes."""
+    for v in model.network.weights:
+        v.assign(ops.zeros(v.shape))
+    known = {"image": np.random.default_rng(0).standard_normal((2, *model.data_shape))}
+    given = {v.name: known.get(v.name, np.zeros((2, *v.shape[1:]))) for v in model.network.inputs}
+    got = model.network(tuple(ops.cast(given[v.name], v.dtype) for v in model.network.inputs))
+    np.testing.assert_allclose(ops.convert_to_numpy(got), share * known["image"], rtol=1e-6)
+
+
+@pytest.mark.skipif(not TORCH, reason="takes longer to compile elsewhere")
+def test_translate_begins_with_a_trained_model(tmp_path, offline, command_line):
+    """All weights but those of x_t, which is joined with the image. Of the guidance scale, the network is told 1."""
+    names = tuple(kd.datasets.FLOWER_KINDS)
+    network = kd.networks.with_guidance_scale(kd.networks.unet((16, 16, 3), num_classes=len(names)))
+    randomize(network)
+    trained = kd.DiffusionModel(network, max_guidance_scale=2.5, guidance_scale=2.5, class_names=names)
+    trained.save(tmp_path / "trained.keras")
+    options = {"init": tmp_path / "trained.keras", "image-size": 16, "steps-per-epoch": 1, "learning-rate": 1e-9}
+    arguments = ["upscale", *flags(**options, epochs=1, **offline)]
+    assert command_line("translate.py", *arguments, "--labels")[0] == 0
+    model = keras.saving.load_model(tmp_path / "out/upscale/model.keras")
+    assert model.condition.names == ("label", "image", "image_noise", "scale") and model.class_names == names
+    assert (model.guidance_scale, model.corruption.max_guidance_scale) == (1, 1)
+    found = {v.path: ops.convert_to_numpy(v) for v in model.network.weights}
+    kept = [np.array_equal(v.shape, found[v.path].shape) for v in network.weights]
+    assert kept.count(False) == 1
+    for v in itertools.compress(network.weights, kept):
+        np.testing.assert_allclose(found[v.path], ops.convert_to_numpy(v), atol=1e-6)
+    check_added(model, 1)
+    check_error(command_line("translate.py", *arguments, "--overwrite"), 1, "missing=.'label_embedding/embeddings'")
 
 
 def test_conditions_of_translate():
