@@ -104,11 +104,58 @@ async function guided(network, x, t, labels, scale, model) {
   return x.map((_, i) => (1 - scale) * y[i] + scale * y[x.length + i]);
 }
 
-/** Says in one sentence what is wrong with the files of a model, or nothing. */
-export function problemOf(model, samplers) {
+/** Images of another size: enlarged by bicubic interpolation, as by `keras_ddpm.conditions.seen`, or means of blocks. */
+export function resized(x, from, to) {
+  const [down, across] = [0, 1].map((axis) => taps(from[axis], to[axis]));
+  const [height, width, channels] = from;
+  const num = x.length / (height * width * channels);
+  const result = new Float32Array(num * down.length * across.length * channels);
+  let place = 0;
+  for (let image = 0; image < num; image++) {
+    for (const rows of down) {
+      for (const columns of across) {
+        for (let channel = 0; channel < channels; channel++, place++) {
+          for (const [row, a] of rows) {
+            for (const [column, b] of columns) {
+              result[place] += a * b * x[((image * height + row) * width + column) * channels + channel];
+            }
+          }
+        }
+      }
+    }
+  }
+  return result;
+}
+
+/** The old pixels that each new pixel of a line is made of, with their weights. */
+function taps(old, size) {
+  return Array.from({ length: size }, (_, pixel) => {
+    if (size <= old) return Array.from({ length: old / size }, (_, k) => [(pixel * old) / size + k, size / old]);
+    const place = ((pixel + 0.5) * old) / size - 0.5;
+    const near = [-1, 0, 1, 2].map((k) => Math.floor(place) + k).filter((k) => k >= 0 && k < old);
+    const weights = near.map((k) => cubic(Math.abs(k - place)));
+    const sum = weights.reduce((a, b) => a + b);
+    return near.map((k, i) => [k, weights[i] / sum]);
+  });
+}
+
+function cubic(x) {
+  return x < 1 ? (1.5 * x - 2.5) * x * x + 1 : ((-0.5 * x + 2.5) * x - 4) * x + 2;
+}
+
+/** What is known of pictures in another size. A new pixel is known if all of its old ones are. */
+export function inSize(fill, shape) {
+  if (!fill || fill.shape[0] < shape[0]) return undefined; // drawing was stopped before the pictures were enlarged
+  const [x_0, mask] = [fill.x_0, fill.mask].map((values) => resized(values, fill.shape, shape));
+  return { x_0, mask: mask.map((share) => (share === 1 ? 1 : 0)) };
+}
+
+/** Says in one sentence what is wrong with the files of a model, or nothing. An upscaler also takes images. */
+export function problemOf(model, samplers, isUpscaler) {
   const isShape = Array.isArray(model.shape) && model.shape.length === 3 && [1, 3].includes(model.shape[2]);
   if (!isShape) return "model.json does not describe a model of images.";
-  const unknown = (model.inputs ?? []).filter((name) => !["x_t", "t", "label", "scale"].includes(name));
+  const known = ["x_t", "t", "label", "scale", ...(isUpscaler ? ["image", "image_noise"] : [])];
+  const unknown = (model.inputs ?? []).filter((name) => !known.includes(name));
   if (unknown.length) return `The network takes ${unknown.join(", ")}, for which this page has no control.`;
   const timesteps = model.schedule?.alpha?.length - 1;
   if (!(timesteps > 0)) return "model.json has no schedule.";

@@ -7,7 +7,7 @@ const fields = form.elements;
 const worker = new Worker("worker.js", { type: "module" });
 let model;
 let job; // what is being drawn
-let shown; // what is on the easel: the job, with x and x_0
+let shown; // what is on the easel: the job, with x, x_0 and the shape of one picture
 
 worker.onmessage = ({ data }) => ({ ready, frame, done, error: ({ message }) => say(message, true) })[data.type](data);
 worker.onerror = () => say("The program of this page could not be loaded.", true);
@@ -115,8 +115,8 @@ function draw(fill) {
   worker.postMessage({ type: "draw", job });
 }
 
-function frame({ number, total, x, x_0 }) {
-  shown = { ...job, x, x_0 };
+function frame({ number, total, x, x_0, shape }) {
+  shown = { ...job, x, x_0, shape };
   show(element("noisy"), x);
   show(element("picture"), x_0);
   element("progress").value = (number + 1) / total;
@@ -133,11 +133,11 @@ function done({ seconds, calls, device, stopped }) {
   busy(false);
 }
 
-const size = () => model.shape.reduce((a, b) => a * b);
+const size = () => shown.shape.reduce((a, b) => a * b);
 
 /** Draws the images of a batch as a square grid. */
 function show(canvas, x) {
-  const [height, width, channels] = model.shape;
+  const [height, width, channels] = shown.shape;
   const [low, high] = model.clip_range ?? [-1, 1];
   const num = x.length / size();
   const columns = Math.ceil(Math.sqrt(num));
@@ -180,7 +180,7 @@ function mark(x, y, width, height) {
 function paint(event) {
   if (element("middle").disabled || !event.buttons) return;
   const box = mask.getBoundingClientRect();
-  const brush = Math.round(model.shape[0] / 8);
+  const brush = Math.round(shown.shape[0] / 8);
   const place = [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
   mark(...place.map((share) => Math.round(share * mask.width - brush / 2)), brush, brush);
   busy(false);
@@ -193,7 +193,7 @@ mask.addEventListener("pointerdown", (event) => {
 mask.addEventListener("pointermove", paint);
 
 element("middle").onclick = () => {
-  const [height, width] = model.shape;
+  const [height, width] = shown.shape;
   const columns = mask.width / width;
   for (let i = 0; i < shown.indices.length; i++) {
     const [left, top] = [(i % columns) * width, Math.floor(i / columns) * height];
@@ -206,7 +206,7 @@ element("clear").onclick = () => {
   busy(false);
 };
 element("fill").onclick = () => {
-  const [height, width, channels] = model.shape;
+  const [height, width, channels] = shown.shape;
   const columns = mask.width / width;
   const marked = marks.getImageData(0, 0, mask.width, mask.height).data;
   const isKnown = new Uint8Array(shown.x_0.length).map((_, i) => {
@@ -215,7 +215,7 @@ element("fill").onclick = () => {
     const top = Math.floor(image / columns) * height + Math.floor(pixel / width);
     return marked[4 * (top * mask.width + left) + 3] ? 0 : 1;
   });
-  draw({ x_0: shown.x_0, mask: isKnown });
+  draw({ x_0: shown.x_0, mask: isKnown, shape: shown.shape });
 };
 
 // The other controls.

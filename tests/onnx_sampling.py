@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 
 
-def sample(folder, kind, name, x, label=None, scale=None, draw=None, known=None):
+def sample(folder, kind, name, x, label=None, scale=None, draw=None, known=None, image=None):
     """Runs the rows of a sampler from x_T.
 
     Args:
@@ -18,6 +18,7 @@ def sample(folder, kind, name, x, label=None, scale=None, draw=None, known=None)
         scale: guidance scale, instead of that of the rows.
         draw: function from a count of draws to noise.
         known: pair of x_0 and a mask of known pixels.
+        image: condition images of the network's size, without noise.
     """
     import onnxruntime
 
@@ -28,6 +29,7 @@ def sample(folder, kind, name, x, label=None, scale=None, draw=None, known=None)
 
     def network(x, t, label, told=1.0):
         feeds = {"x_t": x, "t": np.full(len(x), t, "int32"), "label": label}
+        feeds |= {"image": image, "image_noise": np.zeros(len(x), "float32")}
         feeds["scale"] = np.full(len(x), 1 / told, "float32")
         return session.run(["y"], {name: feeds[name] for name in model["inputs"]})[0]
 

@@ -13,6 +13,7 @@ import keras
 import numpy as np
 import onnx_sampling
 import pytest
+from conftest import randomize
 from test_export import SHAPE, make_model, unet
 
 import keras_ddpm as kd
@@ -34,6 +35,22 @@ def site(tmp_path_factory):
     demo = importlib.import_module("demo")
     model = make_model(num_classes=3, network=lambda *args, **kwargs: with_guidance_scale(unet(*args, **kwargs)))
     demo.build(kd.DiffusionModel.from_model(model, max_guidance_scale=2.5), folder, 2.0, TABLES)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def enlarging(site, tmp_path_factory):
+    """The same folder with an upscaler to twice the size."""
+    folder = tmp_path_factory.mktemp("enlarging")
+    network = kd.networks.unet((2 * SIZE, 2 * SIZE, 3), 8, (1, 2), 1, (), 4, num_classes=3, image_channels=3)
+    names = [f"kind {label}" for label in range(3)]
+    upscaler = kd.DiffusionModel(network, kd.GaussianDiffusion(kd.schedules.cosine(50), "x0"), class_names=names)
+    randomize(network)
+    for average, v in zip(upscaler.ema_weights, network.weights):
+        average.assign(np.float16(keras.ops.convert_to_numpy(v)))
+    demo, model = importlib.import_module("demo"), make_model(num_classes=3)
+    assert demo.enlarges(upscaler, model) and not demo.enlarges(model, upscaler)
+    demo.build(model, folder, 2.0, {"few": kd.samplers.UniPC(6)}, upscaler)
     return folder
 
 
@@ -95,7 +112,7 @@ def wait(page):
     return page.inner_text("#status")
 
 
-def pixels(page):
+def pixels(page, size=SIZE):
     """The pictures, `(num, size, size, 3)` integers."""
     script = """() => {
         const canvas = document.getElementById("picture");
@@ -103,15 +120,15 @@ def pixels(page):
         return [height, width, [...canvas.getContext("2d").getImageData(0, 0, width, height).data]];
     }"""
     height, width, values = page.evaluate(script)
-    x = np.array(values).reshape(height // SIZE, SIZE, width // SIZE, SIZE, 4)
+    x = np.array(values).reshape(height // size, size, width // size, size, 4)
     assert np.all(x[..., 3] == 255)
-    return x[..., :3].swapaxes(1, 2).reshape(-1, SIZE, SIZE, 3)
+    return x[..., :3].swapaxes(1, 2).reshape(-1, size, size, 3)
 
 
-def draws(seed, num=4):
+def draws(seed, num=4, size=SIZE):
     """The noise of the page, by the count of draws. The first is x_T."""
     keys = np.array([[seed, index] for index in range(num)], "int32")
-    shape = (num, SIZE, SIZE, 3)
+    shape = (num, size, size, 3)
     return lambda number: keras.ops.convert_to_numpy(kd.samplers.loop.counted_noise(shape, keys, number))
 
 
@@ -155,6 +172,33 @@ def test_the_mask_is_filled(page, site):
     start = np.where(known, alpha * x_0 + sigma * draw(-1), draw(-1)).astype("float32")
     x = onnx_sampling.sample(site / "model", "inpaint", "few", start, labels, 2, draw, (x_0, known))
     assert distance(page, x) <= 2
+
+
+def test_an_upscaler_enlarges_the_pictures(browser, enlarging):
+    """It draws what Python draws, and a mask keeps the rest of the large pictures."""
+    size = 2 * SIZE
+    with served(enlarging) as address, opened(browser, address + "#seed=7&label=kind 1") as page:
+        (first,) = json.loads((enlarging / "upscaler/samplers.json").read_text())["sample"]
+        draw, labels = [draws(7), draws(8, size=size)], np.ones(4, "int32")
+        small = onnx_sampling.sample(enlarging / "model", "sample", "few", draw[0](-1), labels)
+        image = keras.ops.convert_to_numpy(kd.conditions.seen(small, None, None, (size, size)))
+        x = onnx_sampling.sample(
+            enlarging / "upscaler", "sample", first, draw[1](-1), labels, draw=draw[1], image=image
+        )
+        assert "4 pictures in " in wait(page)
+        before = pixels(page, size)
+        assert np.abs(before - 255 * (x + 1) / 2).max() <= 2
+        page.click("#middle")
+        page.click("#fill")
+        wait(page)
+        quarter = size // 4
+        change = np.abs(pixels(page, size) - before).max(axis=-1)
+        inside = change[:, quarter:-quarter, quarter:-quarter]
+        assert inside.max() > 20 and np.sum(change > 1) == np.sum(inside > 1)
+        page.click("#draw")
+        until(page, "document.getElementById('progress').value > 0")
+        page.click("#stop")
+        wait(page)
 
 
 def test_the_mouse_marks(page):

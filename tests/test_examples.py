@@ -1001,11 +1001,14 @@ def test_demo_says_in_one_line_what_is_wrong(tmp_path, monkeypatch, command_line
     check_error(command_line("demo.py", "--port", 65536), 2, r"--port must be in 0\.\.65535. Received: 65536$")
     check_error(command_line("demo.py", ROOT / "README.md"), 1, "README.md cannot be loaded as a model")
     context = kd.DiffusionModel(kd.networks.dit((4, 4, 3), 4, 8, 1, 1, context_dim=2))
-    images = kd.DiffusionModel(kd.networks.dit((4, 4, 3), 4, 8, 1, 1, num_classes=2, image_channels=3))
+    images = kd.DiffusionModel(kd.networks.dit((64, 64, 3), 32, 8, 1, 1, num_classes=2, image_channels=3))
     wrong = "is not a model of gray or color images with labels or without a condition"
     for model in (context, images):
         model.save(tmp_path / "x.keras")
         check_error(command_line("demo.py", tmp_path / "x.keras"), 1, wrong)
+    for upscaler in ("flowers64", tmp_path / "x.keras"):  # without images, and with other labels
+        result = command_line("demo.py", "--upscaler", upscaler)
+        check_error(result, 1, f"{upscaler} does not enlarge pictures of flowers64, or has other labels")
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(ValueError, match="Exports need more packages"):
         importlib.import_module("demo").build(context, tmp_path, 1.0)

@@ -5,10 +5,20 @@ import re
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 from conftest import ROOT
+from keras import ops
+
+import keras_ddpm as kd
 
 DEMO = ROOT / "demo"
+
+
+def node(script):
+    """What a script prints, as JSON."""
+    command = ["node", "--input-type=module", "--no-warnings", "-e", script]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def test_names_are_text_and_the_page_runs_its_own_scripts_alone():
@@ -47,8 +57,7 @@ def test_various_pictures_and_links_to_classes():
     }});
     console.log(JSON.stringify([kinds, found]));
     """
-    done = subprocess.run(["node", "-e", script], capture_output=True, text=True, check=True)
-    kinds, found = json.loads(done.stdout)
+    kinds, found = node(script)
     for num_classes, of_four, of_sixteen, largest in kinds:
         assert of_four >= (2 if num_classes < 5 else 3) and of_sixteen >= min(num_classes, 14) and largest < num_classes
     assert found == ["A", "a", "rose"]
@@ -70,8 +79,37 @@ def test_guidance_in_one_call():
     }}
     console.log(JSON.stringify(found));
     """
-    command = ["node", "--input-type=module", "--no-warnings", "-e", script]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
     two = [[9, 7], 1]
     plain, told = [[[9], 1], [[7], 1], two, two, two], [[[9], 1], [[7], 1], [[7], 2], [[7], 3], two]
-    assert json.loads(done.stdout) == plain + told
+    assert node(script) == plain + told
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="needs Node.js")
+def test_images_of_another_size():
+    """Enlarged as by `seen`, and reduced to the means of blocks."""
+    small = np.random.default_rng(0).uniform(-1, 1, (2, 3, 4, 2))
+    large = ops.convert_to_numpy(kd.conditions.seen(small.astype("float32"), None, None, (9, 8)))
+    means = large.reshape(2, 3, 3, 4, 2, 2).mean(axis=(2, 4))
+    for x, expected in [(small, large), (large, means), (small, small)]:
+        sizes = [[*of.shape[1:]] for of in (x, expected)]
+        script = f"""
+        import {{ resized }} from {json.dumps((DEMO / "diffusion.js").as_uri())};
+        console.log(JSON.stringify([...resized({x.ravel().tolist()}, ...{json.dumps(sizes)})]));
+        """
+        np.testing.assert_allclose(node(script), expected.ravel(), atol=1e-5)
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="needs Node.js")
+def test_what_is_known_in_another_size():
+    """A pixel whose four old ones are known. Nothing is known of pictures that were not enlarged yet."""
+    mask = np.ones((4, 4, 1), "int32")
+    mask[1, 1] = mask[2:, 2:] = 0
+    fill = {"x_0": mask.ravel().tolist(), "mask": mask.ravel().tolist(), "shape": [4, 4, 1]}
+    script = f"""
+    import {{ inSize }} from {json.dumps((DEMO / "diffusion.js").as_uri())};
+    const fill = {json.dumps(fill)};
+    const found = [[2, 2, 1], [4, 4, 1], [8, 8, 1]].map((shape) => inSize(fill, shape));
+    console.log(JSON.stringify(found.map((known) => known && [[...known.x_0], [...known.mask]])));
+    """
+    small, same, large = node(script)
+    assert small == [[0.75, 1, 1, 0], [0, 1, 1, 0]] and same == [fill["x_0"], fill["mask"]] and large is None
