@@ -98,14 +98,14 @@ def seed(value: int | None) -> int:
     return int(value)
 
 
-def array(x: Any, name: str) -> np.ndarray:
-    """Returns `x` as a float32 array.
+def array(x: Any, name: str, dtype: str | None = "float32") -> np.ndarray:
+    """Returns `x` as an array of this type; `None` for its own.
 
     Raises:
         ValueError: if `x` is not an array of numbers, such as a list of images of several sizes.
     """
     try:
-        return np.asarray(x, "float32")
+        return np.asarray(x, dtype)
     except (TypeError, ValueError) as error:
         raise ValueError(f"`{name}` must be an array of numbers. {error}") from error
 

@@ -174,10 +174,10 @@ class Condition:
         shape = (num, *part.shape)
         if values is None:
             return np.full(shape, part.null, part.dtype)
-        values = np.asarray(values)
+        values = _checks.array(values, part.name, None)
         if values.dtype.kind in "OT":  # objects, and NumPy's text of any length
             values = np.array(values.tolist())
-        if self.class_names and values.dtype.kind in "US":
+        if part.name == "label" and self.class_names and values.dtype.kind in "US":
             numbers = {name: number for number, name in enumerate(self.class_names)}
             names = [_checks.text(name) for name in values.ravel().tolist()]
             for name in {*names} - {*numbers}:
@@ -186,8 +186,7 @@ class Condition:
             values = np.reshape([numbers[name] for name in names], values.shape)
         if part.name == "label":
             valid = np.issubdtype(values.dtype, np.integer) and np.all((values >= 0) & (values < part.null))
-            shown = None if valid else np.array2string(values, threshold=8)
-            _checks.require(valid, f"Labels must be integers in 0..{part.null - 1}. Received: labels={shown}")
+            _checks.require(valid, f"Labels must be integers in 0..{part.null - 1}", labels=values.tolist())
         if part.name == "image":
             return self._images(values, shape)
         valid = values.shape in (shape, part.shape) and np.all(np.isfinite(values))
@@ -197,14 +196,13 @@ class Condition:
 
     @staticmethod
     def _images(values, shape):
-        num, *largest, channels = shape
-        fits = values.ndim in (3, 4) and values.shape[:-3] in ((), (num,)) and values.shape[-1] == channels
-        fits = fits and all(0 < side <= most for side, most in zip(values.shape[-3:-1], largest))
+        fits = values.ndim in (3, 4) and values.shape[:-3] in ((), shape[:1]) and values.shape[-1] == shape[-1]
+        fits = fits and all(0 < side <= most for side, most in zip(values.shape[-3:-1], shape[1:]))
         _checks.require(fits, f"Expected condition images of shape {shape}, or smaller", shape=values.shape)
-        in_range = values.dtype.kind == "f" and np.all(np.abs(values) <= 1 + _checks.ROUNDING)
-        received = {"dtype": str(values.dtype), "lowest": float(values.min()), "highest": float(values.max())}
-        _checks.require(in_range, "Condition images must be floats in [-1, 1]: see `images.from_uint8`", **received)
-        return np.broadcast_to(values, (num, *values.shape[-3:])).astype("float32")
+        largest = float(np.max(np.abs(values))) if values.dtype.kind == "f" else np.inf
+        needed = "Condition images must be floats in [-1, 1]: see `images.from_uint8`"
+        _checks.require(largest <= 1 + _checks.ROUNDING, needed, dtype=str(values.dtype), largest=largest)
+        return np.broadcast_to(values, (*shape[:1], *values.shape[-3:])).astype("float32")
 
     def network_inputs(self, values: Any, num: int, image_noise: float = 0.0, noise: Callable | None = None) -> tuple:
         """The inputs of the network besides x_t and t, for `num` examples.

@@ -196,10 +196,10 @@ def upscale(
     Reference: Ho et al., 2022 ("Cascaded diffusion models").
     """
     shape, condition = model.data_shape, model.condition
-    needed = "The model is no upscaler: it needs condition images of its own shape"
     if condition is None or "image" not in condition or condition["image"].shape != shape:
-        raise ValueError(f"{needed}. Received: shape={shape}")
-    images = _checks.array(images, "images")
+        raise ValueError(f"The model is no upscaler: it needs condition images of its own shape, {shape}.")
+    _checks.require(np.ndim(images) == 4, "Expected (batch, height, width, channels)", shape=np.shape(images))
+    images = condition.encoded(images, len(images), "image")
     given = condition.by_name(options.pop("labels", None), images, complete=False)
     large = np.clip(ops.convert_to_numpy(seen(images, None, None, shape)), -1, 1)
     return variations(model, large, strength, seed, labels=given, **options)

@@ -494,7 +494,7 @@ class DiffusionModel(keras.Model):
         self._check_guide(asked.guide)
         times, largest = np.concatenate(job.steps)["t"], self.corruption.max_guidance_scale
         condition, indices = self.condition, job.first + np.arange(job.num)
-        wanted = {"labels": labels, "images": images, "image_noise": image_noise or None}
+        wanted = {"labels": labels, "images": images, "image_noise": image_noise if np.any(image_noise) else None}
         wanted = {name: value for name, value in wanted.items() if value is not None}
         _checks.require(condition or not wanted, "The network has no condition", **wanted)
         given, inputs = {}, ()

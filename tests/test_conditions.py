@@ -221,6 +221,8 @@ def test_batches_mirror_the_condition_with_the_image():
     np.testing.assert_array_equal(images[mirrored], plain[mirrored, :, ::-1])
     with pytest.raises(ValueError, match=r"Expected 16 image. Received: shape=\(3"):
         kd.datasets.Batches(x, {"image": x[:3]}, 8)
+    with pytest.raises(ValueError, match=r"Expected 16 image. Received: shape=\(\)"):
+        kd.datasets.Batches(x, {"image": None}, 8)
 
 
 LOW = np.zeros((4, 8, 8, 2), "float32")
@@ -229,9 +231,13 @@ BAD = [
     ({"images": LOW[:3]}, "condition images of shape"),
     ({"images": LOW[..., :1]}, "condition images of shape"),
     ({"images": LOW.repeat(2, axis=1)}, "condition images of shape"),
-    ({"images": LOW + 2}, r"floats in \[-1, 1\]: see .* Received: dtype='float32', lowest=2.0, highest=2.0"),
+    ({"images": LOW + 2}, r"floats in \[-1, 1\]: see .* Received: dtype='float32', largest=2.0"),
     ({"images": LOW.astype("uint8")}, r"see `images.from_uint8`. Received: dtype='uint8'"),
     ({"images": LOW * np.nan}, r"floats in \[-1, 1\]"),
+    ({"images": LOW.astype("str")}, "floats in .* Received: dtype='<U32'"),
+    ({"images": [LOW[0], LOW[0, 1:]]}, "`image` must be an array of numbers"),
+    ({"labels": LOW}, r"integers in 0..2. Received: labels=\[\[\[\[0.0"),
+    ({"images": LOW, "image_noise": np.zeros(4)}, "`image_noise` must be in"),
     ({"image_noise": 0.1}, "`image_noise` must be in"),
     ({"images": LOW, "image_noise": 1.0}, "`image_noise` must be in"),
     ({"labels": 1, "guidance_scale": 2.0, "guidance": Guidance(drop=("image",))}, "Guidance needs"),
@@ -265,6 +271,8 @@ LABELS = np.zeros(4, "int32")
         ({"label": LABELS, "image": LOW[..., :1]}, "condition images of shape"),
         ({"label": LABELS, "image": LOW + 2}, "floats in"),
         ({"label": LABELS + 3, "image": LOW}, "integers in 0..2"),
+        ({"label": LABELS, "image": LOW[0, :4]}, "Expected an array of numbers, one image for each example"),
+        ({"label": LABELS, "image": [*LOW]}, "Expected an array of numbers, one image for each example"),
     ],
 )
 def test_bad_conditions_in_training(model, parts, message):
@@ -342,6 +350,9 @@ def test_cascades_give_labels_to_the_models_that_take_them():
         np.testing.assert_allclose(got, kd.editing.upscale(upscaler, low, 6, image_noise=0.2, **labels), atol=1e-5)
     with pytest.raises(ValueError, match="The model is no upscaler"):
         kd.editing.upscale(base, low)
+    for wrong in (None, low[0], low[:, :0], low.astype("str"), low > 0):
+        with pytest.raises(ValueError, match="Expected|must be floats"):
+            kd.editing.upscale(upscalers[0], wrong)
     near = kd.editing.upscale(upscalers[0], low, 6, strength=0.02, labels=1)
     assert np.abs(near - ops.convert_to_numpy(conditions.seen(low, None, None, (8, 8)))).mean() < 0.2
 

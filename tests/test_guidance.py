@@ -423,7 +423,7 @@ def test_names_are_no_labels_of_data():
     model = kd.DiffusionModel(kd.networks.mlp(2, 8, 1, num_classes=2), class_names=["a", "b"])
     model.compile(loss="mse", optimizer="adam")
     for labels in (np.array(["a", "b", "b", "a"]), ["a", "b", "b", "a"]):
-        with pytest.raises(ValueError, match="Labels in data are integers"):
+        with pytest.raises(ValueError, match="Expected an array of numbers, one label for each"):
             model.fit(x, labels)
 
 

@@ -77,7 +77,7 @@ class Batches(keras.utils.PyDataset):
             parts = self.labels if isinstance(self.labels, dict) else {"labels": self.labels}
             parts = {name: np.asarray(values) for name, values in parts.items()}
             for name, values in parts.items():
-                _checks.require(len(values) == len(x), f"Expected {len(x)} {name}", shape=values.shape)
+                _checks.require(values.shape[:1] == x.shape[:1], f"Expected {len(x)} {name}", shape=values.shape)
                 if values.dtype == "uint64":  # PyTorch lacks it
                     parts[name] = values.astype("int64")
             self.labels = parts if isinstance(self.labels, dict) else parts["labels"]

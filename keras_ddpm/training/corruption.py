@@ -163,8 +163,9 @@ class Corruption:
             hint = "The network has a condition: call `fit(x_0, labels)`, or give `(x_0, label)` batches"
             _checks.require(condition is not None, hint)
             for name, values in self.condition.by_name(condition).items():
-                values = ops.convert_to_numpy(values)
-                _checks.require(values.dtype.kind in "biuf", "Labels in data are integers", labels=values[:3])
+                values = ops.convert_to_numpy(values) if hasattr(values, "shape") else np.asarray(None)
+                valid = values.dtype.kind in "biuf" and values.ndim == 1 + len(self.condition[name].shape)
+                _checks.require(valid, f"Expected an array of numbers, one {name} for each example", shape=values.shape)
                 self.condition.encoded(values, len(values), name)
         return x_0
 
