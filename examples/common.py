@@ -100,7 +100,7 @@ def run(main, *parts, commands=(), presets=None):
     except KeyboardInterrupt:
         sys.exit(130)  # as the shell counts Ctrl-C
     except (ImportError, OSError, ValueError) as error:
-        sys.exit(f"{parser.prog}: {error}")
+        sys.exit(f"{parser.prog}: {' '.join(str(error).split())}")
 
 
 def distribute(devices):
@@ -256,14 +256,16 @@ def split(x, labels=None, class_names=None, batch_size=32, seed=0, **options):
     return train, kd.datasets.Batches(*pick(order[:held_out]), min(batch_size, held_out), shuffle=False, **both)
 
 
-def load_model(path):
-    """Loads a trained model of images: a preset of the package, or a file."""
+def load_model(path, conditions=("label",)):
+    """Loads a trained model of images: a preset of the package, or a file. It may need conditions of these names."""
     try:
         model = kd.DiffusionModel.from_preset(path)
     except FileNotFoundError as error:
         raise ValueError(f"{error} `python examples/flowers.py` trains a model.") from error
     if len(model.data_shape) != 3:
         raise ValueError(f"{path} is not a diffusion model of images.")
+    if missing := {*(model.condition.given if model.condition else ())} - {*conditions}:
+        raise ValueError(f"{path} needs a condition that this example does not provide: {', '.join(sorted(missing))}.")
     return model
 
 
@@ -426,6 +428,8 @@ def find_extractor(judge, train):
         "classifier": lambda: None,
     }
     if judge != "auto":
+        if judge not in known and not pathlib.Path(judge).exists():
+            raise UsageError(f"--judge takes {', '.join(known)} or a .keras file. Received: {judge}")
         return known[judge]() if judge in known else kd.metrics.Extractor(judge)
     if train.x.shape[-1] > 1 or train.labels is None:
         for name in ("efficientnet", "inception"):

@@ -123,10 +123,10 @@ def main(
     if guidance_scale is not None and not 0 <= guidance_scale <= 5:
         raise common.UsageError(f"--guidance-scale must be in 0..5, as on the page. Received: {guidance_scale}")
     trained = common.load_model(model)
-    if trained.data_shape[-1] not in (1, 3) or (trained.condition and trained.condition.given != ("label",)):
-        raise ValueError(f"{model} is not a model of gray or color images with labels or without a condition.")
+    if trained.data_shape[-1] not in (1, 3):
+        raise ValueError(f"{model} is not a model of gray or color images.")
     upscaler = upscaler or ("flowers128" if model == "flowers64" else None)
-    larger = common.load_model(upscaler) if upscaler else None
+    larger = common.load_model(upscaler, ("label", "image")) if upscaler else None
     if larger and not enlarges(larger, trained):
         raise ValueError(f"{upscaler} does not enlarge pictures of {model}, or has other labels.")
     out = pathlib.Path(output or "runs/demo")

@@ -122,8 +122,6 @@ def main(
     keras.utils.set_random_seed(seed)
     trained = common.load_model(model)
     conditional = trained.condition is not None
-    if conditional and trained.condition.num_classes is None:
-        raise ValueError(f"{model} needs vectors as conditions, which this example does not provide.")
     size, _, channels = trained.data_shape
     train, test = common.load(
         dataset,

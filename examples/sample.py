@@ -96,7 +96,7 @@ def main(
     if size is not None:
         if gif or (size, *shape) != (128, 64, 64, 3):
             raise common.UsageError("--size 128 enlarges pictures of 64x64, without --gif.")
-        upscaler = common.load_model("flowers128")
+        upscaler = common.load_model("flowers128", ("label", "image"))
         shape = upscaler.data_shape
 
     out = pathlib.Path(output)

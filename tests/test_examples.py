@@ -797,6 +797,48 @@ def test_translate_begins_with_a_trained_model(tmp_path, offline, command_line):
     check_error(command_line("translate.py", *arguments, "--overwrite"), 1, "missing=.'label_embedding/embeddings'")
 
 
+@pytest.mark.skipif(not TORCH, reason="takes longer to compile elsewhere")
+def test_translate_measures_a_trained_model(tmp_path, offline, command_line, monkeypatch):
+    """The distances are those of the enlarged pictures, here in the features of a model that sees their means."""
+    drawn, unet, names = kd.datasets.procedural_flowers, kd.networks.unet, tuple(kd.datasets.FLOWER_KINDS)
+    monkeypatch.setattr(kd.datasets, "procedural_flowers", lambda num, *args, **options: drawn(200, *args, **options))
+    x = keras.Input((16, 16, 3))
+    keras.Model(x, keras.layers.GlobalAveragePooling2D()(x)).save(tmp_path / "mean.keras")
+    networks = {"base": unet((8, 8, 3), num_classes=5), "up": unet((16, 16, 3), num_classes=5, image_channels=3)}
+    for name, network in networks.items():
+        randomize(network)
+        model = kd.DiffusionModel(network, kd.GaussianDiffusion(prediction="x0"), class_names=names)
+        model.save(tmp_path / f"{name}.keras")
+    arguments = ["upscale", "--factor", 2, "--model", tmp_path / "up.keras", "--judge", tmp_path / "mean.keras"]
+    measured = [*arguments, "--base", tmp_path / "base.keras", "--num", 20, "--output", offline["output"]]
+    status, text = command_line("translate.py", *measured)
+    found = re.findall(
+        r"^([\w ]+): (PSNR [-\d.]+ dB, )?kernel distance x 1000 ([-\d.]+) \(20 ([-\w]+) pict", text, re.M
+    )
+    rows = ["condition", "result", "mean of two"]
+    assert status == 0 and [name for name, *_ in found] == ["truth", *rows, *rows], text
+    assert [of for *_, of in found] == 4 * ["held-out"] + 3 * ["drawn"]
+    assert [bool(error) for _, error, *_ in found] == [False] + 3 * [True] + 3 * [False]
+    truth, condition, result, *_ = (float(value) for _, _, value, _ in found)
+    assert abs(condition - truth) < 0.3 * abs(result - truth)  # interpolation keeps the means of pictures
+    for name in ("results", "drawn"):
+        assert read(tmp_path / "out/upscale" / f"{name}.png").ndim == 3
+    for line, status, message in [
+        (["--model", tmp_path / "base.keras"], 1, "base.keras takes no images as conditions.$"),
+        (
+            ["--base", tmp_path / "up.keras"],
+            1,
+            "up.keras needs a condition that this example does not provide: image",
+        ),
+        (["--base", "flowers64"], 1, r"flowers64 draws \(64, 64, 3\), but conditions are \(8, 8, 3\).$"),
+        (["--judge", "classifier"], 2, "--judge takes efficientnet, inception or a .keras file. Received: classifier$"),
+        (["--judge", "nothing.keras"], 2, "--judge takes .* or a .keras file. Received: nothing.keras$"),
+        (["--num", 1], 2, "--num must be 2 or more. Received: 1$"),
+        (["--overwrite"], 2, "--model is trained already, so --resume and --overwrite have no effect.$"),
+    ]:
+        check_error(command_line("translate.py", *arguments, *line), status, message)
+
+
 def test_conditions_of_translate():
     """Means of blocks, brightness, and dark lines at edges."""
     translate, x = importlib.import_module("translate"), np.zeros((1, 4, 4, 3), "float32")
@@ -805,6 +847,8 @@ def test_conditions_of_translate():
     np.testing.assert_allclose(translate.colorize(x)[0, 0, :, 0], [0, 0, 1, 1], atol=1e-6)
     assert translate.colorize(x * [1, 0, 0]).max() == np.float32(0.299)
     np.testing.assert_allclose(translate.sketch(x)[0, 0, :, 0], [1, -1, -1, 1])
+    with pytest.raises(ValueError, match="The pictures are gray"):
+        translate.colorize(x[..., :1])
     assert translate.psnr(x, x + 0.2) == pytest.approx(20, abs=1e-3)
 
 
@@ -839,7 +883,7 @@ def test_evaluate(tmp_path, offline, capsys, command_line):
     kd.DiffusionModel(kd.networks.dit((8, 8, 3), 4, 8, 1, 1, context_dim=2)).save(of_vectors)
     for arguments, status, message in [
         (["nowhere.keras"], 1, "There is no model file nowhere.keras"),
-        ([of_vectors], 1, "of_vectors.keras needs vectors as conditions"),
+        ([of_vectors], 1, "of_vectors.keras needs a condition that this example does not provide: context.$"),
         ([path, "--data-dir", offline["data_dir"]], 1, "oxford_flowers102 is not in"),
         ([path, "--num-samples", 3], 2, "At least 20 --num-samples"),
         ([path, "--dataset", "procedural", "--num-images", 90], 1, "procedural has 9 held-out images, of which at"),
@@ -1002,10 +1046,10 @@ def test_demo_says_in_one_line_what_is_wrong(tmp_path, monkeypatch, command_line
     check_error(command_line("demo.py", ROOT / "README.md"), 1, "README.md cannot be loaded as a model")
     context = kd.DiffusionModel(kd.networks.dit((4, 4, 3), 4, 8, 1, 1, context_dim=2))
     images = kd.DiffusionModel(kd.networks.dit((64, 64, 3), 32, 8, 1, 1, num_classes=2, image_channels=3))
-    wrong = "is not a model of gray or color images with labels or without a condition"
-    for model in (context, images):
+    for name, model in {"context": context, "image": images}.items():
         model.save(tmp_path / "x.keras")
-        check_error(command_line("demo.py", tmp_path / "x.keras"), 1, wrong)
+        message = f"x.keras needs a condition that this example does not provide: {name}.$"
+        check_error(command_line("demo.py", tmp_path / "x.keras"), 1, message)
     for upscaler in ("flowers64", tmp_path / "x.keras"):  # without images, and with other labels
         result = command_line("demo.py", "--upscaler", upscaler)
         check_error(result, 1, f"{upscaler} does not enlarge pictures of flowers64, or has other labels")
