@@ -25,6 +25,7 @@ training images otherwise.
 Output files in --output:
 
     features-*    features of the data, which the next run uses again; classifier.keras, if a classifier is the judge
+    beside.png    photographs that the model has not seen, above uncurated samples: of the same classes, if it knows classes
     report.json   the numbers, n, the sampler, and the name and hash of the extractor
     report.png    uncurated samples; the samples nearest to training images, next to these images; the distances of
                   samples and of held-out images to training images; the numbers; the error and the bound by t
@@ -153,6 +154,8 @@ def main(
     guidance = {"labels": labels, "guidance_scale": guidance_scale} if conditional else {}
     samples = trained.sample(num, sampler, seed, batch_size=min(250, num), **guidance)
     samples = kd.images.from_uint8(kd.images.to_uint8(samples))
+    beside = [images[part] for part in (slice(10), slice(10, 20)) for images in (held_out, samples)]
+    kd.images.save(out / "beside.png", np.stack(beside), max(1, 128 // size))
     found, p_value = measure(features, samples, held_out, real, seed)
     if share := features.share(samples, labels):
         error = np.sqrt(share * (1 - share) / num)

@@ -799,7 +799,7 @@ def test_evaluate(tmp_path, offline, capsys, command_line):
     assert report["precision"]["value"] < report["precision"]["floor"] and report["kid_p_value"] < 0.05
     assert report["memorisation"]["floor"] == 0.05
     assert report["bits_per_dimension"]["small"]["num_images"] == 4
-    check_pictures(tmp_path / "out", "report")
+    check_pictures(tmp_path / "out", "report", "beside")
     assert (report["num_training"], report["floor"]) == (810, "held-out images, 40 at a time, 10 draws")
     of_vectors = tmp_path / "of_vectors.keras"
     kd.DiffusionModel(kd.networks.dit((8, 8, 3), 4, 8, 1, 1, context_dim=2)).save(of_vectors)
