@@ -25,7 +25,7 @@ training images otherwise.
 Output files in --output:
 
     features-*    features of the data, which the next run uses again; classifier.keras, if a classifier is the judge
-    beside.png    photographs that the model has not seen, above uncurated samples: of the same classes, if it knows classes
+    beside.png    held-out images, and below each row uncurated samples, of the same classes if the model knows classes
     report.json   the numbers, n, the sampler, and the name and hash of the extractor
     report.png    uncurated samples; the samples nearest to training images, next to these images; the distances of
                   samples and of held-out images to training images; the numbers; the error and the bound by t
