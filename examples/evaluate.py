@@ -98,6 +98,7 @@ def main(
     num_steps: int | None = None,
     guidance_scale: float | None = None,
     num_likelihood=100,
+    x0_error: float | None = None,
 ):
     """Measures a model and writes the report.
 
@@ -115,6 +116,8 @@ def main(
         num_steps: number of steps of DPMSolver. By default the default sampler of the model is used.
         guidance_scale: guidance scale of samples of a model with labels. By default the model's own.
         num_likelihood: number of images for the bits per dimension.
+        x0_error: error of a network that predicts x_0 from little noise. For the bits per dimension, its predictions
+            are weighed against x_t by it. By default the model's own.
     """
     if num_samples < 20 or num_likelihood < 1:
         raise common.UsageError("At least 20 --num-samples and 1 --num-likelihood are needed.")
@@ -166,7 +169,9 @@ def main(
     found["memorisation"] = [copies.share, copies.standard_error, copies.quantile, None]
     few = slice(num_likelihood)
     of_few = None if labels is None else labels[few]
-    bits = kd.likelihood.bits_per_dimension(trained, held_out[few], seed, labels=of_few)
+    process = trained.diffusion.get_config() | ({} if x0_error is None else {"x0_error": x0_error})
+    weighed = kd.DiffusionModel.from_model(trained, diffusion=kd.GaussianDiffusion.from_config(process))
+    bits = kd.likelihood.bits_per_dimension(weighed, held_out[few], seed, labels=of_few)
 
     keys = ("value", "standard_error", "floor", "floor_deviation")
     report = {
