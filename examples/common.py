@@ -221,6 +221,8 @@ def load(
         Two `kd.datasets.Batches`.
     """
     options = {"batch_size": batch_size, "steps_per_epoch": steps_per_epoch, "seed": seed}
+    if pathlib.Path(name).is_file():
+        raise ValueError(f"{name} is a file. Expected the name of a data set, or a folder of images.")
     if name not in DATASETS and pathlib.Path(name).is_dir():
         folder = kd.datasets.from_folder(
             name, image_size, channels=channels, labels=labels, strict=strict, batch_size=1

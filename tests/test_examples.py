@@ -838,6 +838,7 @@ def test_translate_measures_a_trained_model(tmp_path, offline, command_line, mon
         (["--judge", "classifier"], 2, "--judge takes efficientnet, inception or a .keras file. Received: classifier$"),
         (["--judge", "nothing.keras"], 2, "--judge takes .* or a .keras file. Received: nothing.keras$"),
         (["--num", 1], 2, "--num must be 2 or more. Received: 1$"),
+        (["--dataset", ROOT / "README.md"], 1, "README.md is a file. Expected the name of a data set, or a folder"),
         (["--overwrite"], 2, "--model is trained already, so --resume and --overwrite have no effect.$"),
     ]:
         check_error(command_line("translate.py", *arguments, *line), status, message)
