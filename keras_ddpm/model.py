@@ -617,8 +617,9 @@ class DiffusionModel(keras.Model):
             folder: where the files are written. It is made if it does not exist.
 
         Raises:
-            ValueError: as in `save_compact`.
+            ValueError: as in `save_compact`, or if `folder` is an address.
         """
+        _checks.require("://" not in str(folder), "Expected a folder, which is then uploaded", folder=folder)
         with tempfile.TemporaryDirectory() as temporary:
             self.save_compact(file := pathlib.Path(temporary, "model.keras"))
             if file.exists():  # the first of several processes writes it

@@ -165,6 +165,7 @@ TABLE = [
     (lambda: model(seed=2**40), r"`seed` must be an integer in 0\.\.2³² − 1"),
     (lambda: model(seed=1.5), r"`seed` must be an integer in 0\.\.2³² − 1"),
     (lambda: model(dtype="float16"), "Only the network has a dtype policy"),
+    (lambda: MODELS.points.save_to_preset("hf://USER/x"), "Expected a folder, which is then uploaded"),
     (lambda: MODELS.points.save("x.h5"), r"The file name must end in \.keras"),
     # Training
     (lambda: fit(), "The data hold no batch"),

@@ -80,6 +80,7 @@ OTHERS = {
         "ema": ["training_utils.EMAModel"],
         "EMAModel": ["training_utils.EMAModel"],
         "compute_snr": ["training_utils.compute_snr"],
+        "get_cosine_schedule_with_warmup": ["optimization.get_cosine_schedule_with_warmup"],
     },
     "denoising_diffusion_pytorch": {"diffusion": ["GaussianDiffusion"], "trainer": ["Trainer"]},
 }
