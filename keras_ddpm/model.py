@@ -257,7 +257,7 @@ class DiffusionModel(keras.Model):
                 or lack the condition of the network; or if the loss is not finite.
         """
         _checks.require(self.compiled, "Call `compile` before `fit`")
-        if given.get("y") is not None and not self.condition:
+        if given.get("y") is not None and not (self.condition or given.get("class_weight")):
             warnings.warn("The network takes no labels: make it with `num_classes`, or call `fit(x_0)`", stacklevel=2)
         given["x"], given["y"], first, weight = self._opened(*map(given.get, ("x", "y", "sample_weight")))
         if given.get("validation_data") is not None:

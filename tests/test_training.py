@@ -309,6 +309,7 @@ def test_labels_that_the_network_cannot_see_are_named():
     model.compile(loss="mse", optimizer="adam", run_eagerly=True)
     with pytest.warns(UserWarning, match="The network takes no labels"):
         model.fit(np.zeros((4, 2)), np.zeros(4, int), verbose=0)
+    model.fit(np.zeros((4, 2)), np.zeros(4, int), class_weight={0: 2.0}, verbose=0)
 
 
 @pytest.mark.parametrize("good", [1, 2, 4])
