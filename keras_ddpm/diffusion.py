@@ -81,8 +81,8 @@ class GaussianDiffusion:
         clip_range: tuple[float, float] | None = (-1.0, 1.0),
         x0_error: float = 0.0,
     ) -> None:
-        valid = not isinstance(schedule, str) and not callable(schedule)
-        needed = "Expected a `Schedule`, such as `schedules.cosine()`, or an array of betas"
+        valid = schedule is None or isinstance(schedule, schedules.Schedule) or np.ndim(schedule) == 1
+        needed = "Expected a `Schedule`, such as `schedules.cosine(1000)`, or an array of betas"
         _checks.require(valid, needed, schedule=schedule)
         if not isinstance(schedule, schedules.Schedule):
             schedule = schedules.linear() if schedule is None else schedules.from_betas(schedule)

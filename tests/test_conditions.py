@@ -236,9 +236,9 @@ BAD = [
     ({"images": LOW * np.nan}, r"floats in \[-1, 1\]"),
     ({"images": LOW.astype("str")}, "floats in .* Received: dtype='<U32'"),
     ({"images": [LOW[0], LOW[0, 1:]]}, "`image` must be an array of numbers"),
-    ({"labels": LOW}, r"integers in 0..2. Received: labels=\[\[\[\[0.0"),
+    ({"labels": LOW}, r"integers in 0..2, of shape .*, values=\[\[\[\[0.0"),
     ({"images": LOW, "image_noise": np.zeros(4)}, "`image_noise` must be in"),
-    ({"image_noise": 0.1}, "`image_noise` must be in"),
+    ({"image_noise": 0.1}, "`image_noise` is for images"),
     ({"images": LOW, "image_noise": 1.0}, "`image_noise` must be in"),
     ({"labels": 1, "guidance_scale": 2.0, "guidance": Guidance(drop=("image",))}, "Guidance needs"),
 ]
@@ -271,8 +271,8 @@ LABELS = np.zeros(4, "int32")
         ({"label": LABELS, "image": LOW[..., :1]}, "condition images of shape"),
         ({"label": LABELS, "image": LOW + 2}, "floats in"),
         ({"label": LABELS + 3, "image": LOW}, "integers in 0..2"),
-        ({"label": LABELS, "image": LOW[0, :4]}, "Expected an array of numbers, one image for each example"),
-        ({"label": LABELS, "image": [*LOW]}, "Expected an array of numbers, one image for each example"),
+        ({"label": LABELS, "image": LOW[0, :4]}, "Expected an array with one image for each example"),
+        ({"label": LABELS, "image": [*LOW]}, "Expected an array with one image for each example"),
     ],
 )
 def test_bad_conditions_in_training(model, parts, message):

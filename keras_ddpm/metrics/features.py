@@ -61,13 +61,8 @@ class Extractor:
             ValueError: if `images` is not an array of images, does not fit the model, or holds NaN or infinite values,
                 or if the features do, or are not a vector for each image.
         """
-        images = np.asarray(images)
-        _checks.require(images.dtype.kind not in "biu", "Expected floats in [-1, 1]: see `images.from_uint8`")
-        images = _checks.array(images, "images")
+        images = _checks.images(images)
         _checks.require(images.ndim == 4 and len(images), "Expected (num, height, width, channels)", shape=images.shape)
-        _checks.require(np.all(np.isfinite(images)), "The images hold NaN or infinite values")
-        ends = [float(images.min()), float(images.max())]
-        _checks.require(ends[0] < 0 or ends[1] < 2, "Expected images in [-1, 1], not in 0..255", values=ends)
         starts = range(0, len(images), batch_size)
         parts = [np.asarray(self.function(images[start : start + batch_size])) for start in starts]
         valid = all(part.ndim == 2 for part in parts) and sum(map(len, parts)) == len(images)
@@ -147,7 +142,7 @@ def train_classifier(x: ArrayLike, labels: ArrayLike, epochs: int = 5, verbose: 
         ValueError: if `x` is not an array of images, the images are too small, the number of labels differs, or labels
             are not integers from 0 on.
     """
-    x, labels = _checks.array(x, "x"), np.asarray(labels)
+    x, labels = _checks.images(x), np.asarray(labels)
     valid = x.ndim == 4 and min(x.shape[1:3]) >= 6 and labels.shape == x.shape[:1]
     _checks.require(valid, "Expected images of at least 6x6 and a label for each", x=x.shape, labels=labels.shape)
     valid = labels.dtype.kind in "iu" and labels.min() >= 0

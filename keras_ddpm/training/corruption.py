@@ -4,6 +4,7 @@ New ways to train change this value and not the training step.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -81,11 +82,8 @@ class Corruption:
         for name in ("label_dropout", "image_dropout", "image_noise"):
             _checks.share(**{name: getattr(self, name)})
         known = self.condition or ()
-        _checks.require(
-            not self.image_noise or "image_noise" in known,
-            "The network is not told the noise of images",
-            image_noise=self.image_noise,
-        )
+        told = not self.image_noise or "image_noise" in known
+        _checks.require(told, "The network is not told the noise of images", image_noise=self.image_noise)
         largest = self.max_guidance_scale
         valid = _checks.is_between(largest, 1, 1000) and (largest == 1 or "scale" in known)
         needed = "`max_guidance_scale` must be 1, or up to 1000 for a network with the input 'scale'"
@@ -108,11 +106,8 @@ class Corruption:
         target, of_time = self.diffusion.target(x_0, t, noise), self.weight(t)
         if self.condition:
             inputs = (*inputs, *self._conditions(self.condition, condition, batch_size, generator))
-        if weight is None:
-            weight = of_time
-        else:
-            weight = ops.cast(weight, "float32") if of_time is None else of_time * ops.cast(weight, "float32")
-        return inputs, target, weight
+        weights = [ops.cast(factor, "float32") for factor in (weight, of_time) if factor is not None]
+        return inputs, target, math.prod(weights) if weights else None
 
     def _conditions(self, known, values, batch_size, generator):
         """The network's inputs after x_t and t. Some examples lose parts of their condition, and images get noise."""
@@ -164,8 +159,9 @@ class Corruption:
             _checks.require(condition is not None, hint)
             for name, values in self.condition.by_name(condition).items():
                 values = ops.convert_to_numpy(values) if hasattr(values, "shape") else np.asarray(None)
-                valid = values.dtype.kind in "biuf" and values.ndim == 1 + len(self.condition[name].shape)
-                _checks.require(valid, f"Expected an array of numbers, one {name} for each example", shape=values.shape)
+                valid = values.dtype.kind in "biuf" and values.ndim > len(self.condition[name].shape)
+                needed = f"Expected an array with one {name} for each example. Labels are integers: see `np.unique`"
+                _checks.require(valid, needed, shape=values.shape)
                 self.condition.encoded(values, len(values), name)
         return x_0
 
@@ -198,7 +194,7 @@ def _x_0_and_noise(x: Any) -> tuple:
     if not isinstance(x, dict):
         return x, None
     valid = set(x) == {"x_0", "noise"}
-    _checks.require(valid, "A batch that is a dict has the entries 'x_0' and 'noise'", entries=sorted(x))
+    _checks.require(valid, "A batch must be x_0, `(x_0, condition)`, or a dict of 'x_0' and 'noise'", entries=sorted(x))
     return x["x_0"], x["noise"]
 
 
