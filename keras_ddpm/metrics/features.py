@@ -13,7 +13,7 @@ from keras_ddpm import _checks
 from keras_ddpm._backend import devices
 from keras_ddpm.metrics import efficientnet
 
-__all__ = ["Extractor", "ExtractorLike", "efficientnet_lite0", "train_classifier"]
+__all__ = ["Extractor", "efficientnet_lite0", "train_classifier"]
 
 
 class Extractor:
