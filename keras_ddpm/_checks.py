@@ -110,6 +110,21 @@ def array(x: Any, name: str) -> np.ndarray:
         raise ValueError(f"`{name}` must be an array of numbers. {error}") from error
 
 
+def images(x: Any) -> np.ndarray:
+    """Returns images in [-1, 1], of any shape, as a float32 array.
+
+    Raises:
+        ValueError: if `x` is not an array of numbers, or holds integers, NaN, infinite values, or values in 0..255.
+    """
+    kind = np.asarray(x).dtype.kind
+    require(kind not in "biu", "Expected floats in [-1, 1]: see `images.from_uint8`", kind=kind)
+    x = array(x, "images")
+    require(np.all(np.isfinite(x)), "The images hold NaN or infinite values")
+    in_8_bits = x.size and x.min() >= 0 and x.max() > 16
+    require(not in_8_bits, "The images lie in 0..255. Expected [-1, 1]: scale them with x / 127.5 - 1")
+    return x
+
+
 def data(x: Any, shape: Sequence[int], clip_range: Sequence[float] | None = None, name: str = "data") -> np.ndarray:
     """Returns `x` as a float32 array `(batch, *shape)`.
 

