@@ -206,11 +206,8 @@ def _checked_weight(loss_weight: Any, timesteps: int) -> np.ndarray | None:
     if loss_weight is None:
         return None
     needed = f"`loss_weight` must be an array of {timesteps + 1} numbers, for t = 0..{timesteps}"
-    try:
-        weight = np.asarray(loss_weight, "float64")
-    except (TypeError, ValueError):
-        weight = np.empty(0)
-    _checks.require(weight.shape == (timesteps + 1,), needed, loss_weight=loss_weight)
+    _checks.require(np.shape(loss_weight) == (timesteps + 1,), needed, loss_weight=loss_weight)
+    weight = np.asarray(loss_weight, "float64")
     wrong = np.flatnonzero(~((weight[1:] > 0) & np.isfinite(weight[1:]))) + 1
     message = f"`loss_weight` must be positive at t = 1..{timesteps}, or the network is never trained there"
     _checks.require(not wrong.size, message, **{f"loss_weight[{t}]": float(weight[t]) for t in wrong[-1:]})

@@ -65,11 +65,8 @@ def evaluating(model: Any, given: dict) -> Iterator[dict]:
 
 def _listed(callbacks):
     """The callbacks as a list. Keras takes one, a list, a `CallbackList`, lists of these, or `None`."""
-    if isinstance(callbacks, keras.callbacks.CallbackList):
-        callbacks = callbacks.callbacks
-    if isinstance(callbacks, keras.callbacks.Callback):
-        return [callbacks]
-    return [callback for entry in callbacks or () for callback in _listed(entry)]
+    several = callbacks.callbacks if isinstance(callbacks, keras.callbacks.CallbackList) else callbacks
+    return keras.tree.flatten(several or [])
 
 
 class Turns(keras.callbacks.Callback):
