@@ -4,6 +4,7 @@ New ways to train change this value and not the training step.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -105,14 +106,11 @@ class Corruption:
         t = self.draw_timesteps(batch_size, generator)
         noise = self.draw_noise(x_0, generator) if noise is None else ops.cast(noise, "float32")
         inputs: tuple = (self.diffusion.q_sample(x_0, t, noise), t)
-        target, of_time = self.diffusion.target(x_0, t, noise), self.weight(t)
+        target = self.diffusion.target(x_0, t, noise)
         if self.condition:
             inputs = (*inputs, *self._conditions(self.condition, condition, batch_size, generator))
-        if weight is None:
-            weight = of_time
-        else:
-            weight = ops.cast(weight, "float32") if of_time is None else of_time * ops.cast(weight, "float32")
-        return inputs, target, weight
+        weights = [ops.cast(factor, "float32") for factor in (self.weight(t), weight) if factor is not None]
+        return inputs, target, math.prod(weights) if weights else None
 
     def _conditions(self, known, values, batch_size, generator):
         """The network's inputs after x_t and t. Some examples lose parts of their condition, and images get noise."""
