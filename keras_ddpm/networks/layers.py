@@ -53,9 +53,6 @@ class TimestepEmbedding(layers.Layer):
     def compute_output_shape(self, input_shape):
         return (*input_shape, self.dim)
 
-    def get_config(self):
-        return {**super().get_config(), "dim": self.dim, "max_period": self.max_period}
-
 
 @keras.saving.register_keras_serializable(package="keras_ddpm")
 class PositionEmbedding(layers.Layer):
