@@ -65,8 +65,11 @@ def evaluating(model: Any, given: dict) -> Iterator[dict]:
 
 def _listed(callbacks):
     """The callbacks as a list. Keras takes one, a list, a `CallbackList`, lists of these, or `None`."""
-    several = callbacks.callbacks if isinstance(callbacks, keras.callbacks.CallbackList) else callbacks
-    return keras.tree.flatten(several or [])
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        callbacks = callbacks.callbacks
+    if isinstance(callbacks, keras.callbacks.Callback):
+        return [callbacks]
+    return [callback for entry in callbacks or () for callback in _listed(entry)]
 
 
 class Turns(keras.callbacks.Callback):
