@@ -25,6 +25,7 @@ training images otherwise.
 Output files in --output:
 
     features-*    features of the data, which the next run uses again; classifier.keras, if a classifier is the judge
+    beside.png    held-out images, and below each row uncurated samples, of the same classes if the model knows classes
     report.json   the numbers, n, the sampler, and the name and hash of the extractor
     report.png    uncurated samples; the samples nearest to training images, next to these images; the distances of
                   samples and of held-out images to training images; the numbers; the error and the bound by t
@@ -97,6 +98,7 @@ def main(
     num_steps: int | None = None,
     guidance_scale: float | None = None,
     num_likelihood=100,
+    x0_error: float | None = None,
 ):
     """Measures a model and writes the report.
 
@@ -114,6 +116,8 @@ def main(
         num_steps: number of steps of DPMSolver. By default the default sampler of the model is used.
         guidance_scale: guidance scale of samples of a model with labels. By default the model's own.
         num_likelihood: number of images for the bits per dimension.
+        x0_error: error of a network that predicts x_0 from little noise. For the bits per dimension, its predictions
+            are weighed against x_t by it. By default the model's own.
     """
     if num_samples < 20 or num_likelihood < 1:
         raise common.UsageError("At least 20 --num-samples and 1 --num-likelihood are needed.")
@@ -153,6 +157,8 @@ def main(
     guidance = {"labels": labels, "guidance_scale": guidance_scale} if conditional else {}
     samples = trained.sample(num, sampler, seed, batch_size=min(250, num), **guidance)
     samples = kd.images.from_uint8(kd.images.to_uint8(samples))
+    beside = [images[part] for part in (slice(10), slice(10, 20)) for images in (held_out, samples)]
+    kd.images.save(out / "beside.png", np.stack(beside), max(1, 128 // size))
     found, p_value = measure(features, samples, held_out, real, seed)
     if share := features.share(samples, labels):
         error = np.sqrt(share * (1 - share) / num)
@@ -163,7 +169,9 @@ def main(
     found["memorisation"] = [copies.share, copies.standard_error, copies.quantile, None]
     few = slice(num_likelihood)
     of_few = None if labels is None else labels[few]
-    bits = kd.likelihood.bits_per_dimension(trained, held_out[few], seed, labels=of_few)
+    process = trained.diffusion.get_config() | ({} if x0_error is None else {"x0_error": x0_error})
+    weighed = kd.DiffusionModel.from_model(trained, diffusion=kd.GaussianDiffusion.from_config(process))
+    bits = kd.likelihood.bits_per_dimension(weighed, held_out[few], seed, labels=of_few)
 
     keys = ("value", "standard_error", "floor", "floor_deviation")
     report = {

@@ -55,6 +55,8 @@ def main(
     classifier_epochs=5,
     num_samples=1000,
     scales: tuple[float, ...] = (0, 1, 1.5, 2, 3, 5),
+    interval: tuple[int, ...] | None = None,
+    num_steps: int | None = None,
 ):
     """Trains a model with labels and measures its samples at every guidance scale.
 
@@ -75,6 +77,9 @@ def main(
         classifier_epochs: number of training epochs of the classifier.
         num_samples: number of samples at each scale.
         scales: guidance scales.
+        interval: lowest and highest time t of guidance. Outside of it, the scale is 1. By default, all times.
+        num_steps: number of steps of the default sampler, which adds noise. By default 20 without noise, so the same
+            pictures change from scale to scale.
     """
     if not scales or min(scales) < 0:
         raise common.UsageError(f"--scales must be 0 or more. Received: {scales}")
@@ -88,9 +93,8 @@ def main(
     options = {"data_dir": data_dir, "seed": seed, "steps_per_epoch": steps_per_epoch}
     data, test = common.load(dataset, image_size, channels=channels, labels=True, **options)
     num_classes = int(data.labels.max()) + 1
-    options = {"batch_size": min(250, num_samples)} | (
-        {"guidance": kd.guidance.Guidance(guide=common.load_model(guide))} if guide else {}
-    )
+    guidance = kd.guidance.Guidance(interval=interval, guide=common.load_model(guide) if guide else None)
+    options = {"batch_size": min(250, num_samples), "guidance": guidance}
     if num_samples < 2 * num_classes:
         raise common.UsageError(f"--num-samples must be at least {2 * num_classes}, which is two of each class.")
     kept = out / "classifier.keras"
@@ -107,7 +111,7 @@ def main(
         print(f"   real images   {found.accuracy:22.1%}   {floor[0]:22.1f}", flush=True)
     rows, samples = [], {}
     options |= common.every_class(trained, num_samples)
-    sampler = kd.samplers.DPMSolver(20)  # without noise, so the same pictures change from scale to scale
+    sampler = kd.samplers.DPMSolver(num_steps, eta=1.0) if num_steps else kd.samplers.DPMSolver(20)
     for scale in scales:
         x = trained.sample(num_samples, sampler, seed, guidance_scale=scale, **options)
         share = found.share(x, options.get("labels"))

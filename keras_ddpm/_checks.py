@@ -5,6 +5,7 @@ import numbers
 import random
 import textwrap
 import unicodedata
+import warnings
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -43,7 +44,8 @@ def names(values: Any, num: int | None = None) -> tuple[str, ...]:
     Raises:
         ValueError: if they are not `num` different texts, or one is empty or holds control characters for a terminal.
     """
-    found = tuple(text(value) for value in values if isinstance(value, (str, bytes)))
+    listed = [] if isinstance(values, str) else values  # a name is not a list of letters
+    found = tuple(text(value) for value in listed if isinstance(value, (str, bytes)))
     valid = len({*found}) == len(values) == (len(values) if num is None else num) and all(found)
     valid = valid and not any(unicodedata.category(character) == "Cc" for character in "".join(found))
     number = "" if num is None else f"{num} "
@@ -110,21 +112,6 @@ def array(x: Any, name: str) -> np.ndarray:
         raise ValueError(f"`{name}` must be an array of numbers. {error}") from error
 
 
-def images(x: Any) -> np.ndarray:
-    """Returns images in [-1, 1], of any shape, as a float32 array.
-
-    Raises:
-        ValueError: if `x` is not an array of numbers, or holds integers, NaN, infinite values, or values in 0..255.
-    """
-    kind = np.asarray(x).dtype.kind
-    require(kind not in "biu", "Expected floats in [-1, 1]: see `images.from_uint8`", kind=kind)
-    x = array(x, "images")
-    require(np.all(np.isfinite(x)), "The images hold NaN or infinite values")
-    in_8_bits = x.size and x.min() >= 0 and x.max() > 16
-    require(not in_8_bits, "The images lie in 0..255. Expected [-1, 1]: scale them with x / 127.5 - 1")
-    return x
-
-
 def data(x: Any, shape: Sequence[int], clip_range: Sequence[float] | None = None, name: str = "data") -> np.ndarray:
     """Returns `x` as a float32 array `(batch, *shape)`.
 
@@ -132,12 +119,30 @@ def data(x: Any, shape: Sequence[int], clip_range: Sequence[float] | None = None
         ValueError: if `x` has another shape, is empty or not finite, or is outside `clip_range` by more than rounding.
     """
     x = array(x, name)
-    expected = ("batch", *shape)
-    require(x.shape[1:] == expected[1:] and len(x), f"Expected `{name}` of shape {expected}. Received: {x.shape}")
+    expected = f"{('batch', *shape)}" + (", channels last" if len(shape) == 3 else "")
+    require(x.shape[1:] == tuple(shape) and len(x), f"Expected `{name}` of shape {expected}. Received: {x.shape}")
     values = [float(x.min()), float(x.max())]
     require(np.all(np.isfinite(values)), f"`{name}` contains NaN or infinite values. Received: values in {values}")
     if clip_range is not None:
-        hint = "; scale images with x / 127.5 - 1" if tuple(clip_range) == (-1, 1) else ""
-        message = f"Expected `{name}` in {list(clip_range)}, the `clip_range`{hint}. Received: values in {values}"
+        if tuple(clip_range) == (-1, 1) and len(shape) == 3:
+            images(x)
+        message = f"Expected `{name}` in {list(clip_range)}, the `clip_range`. Received: values in {values}"
         require(clip_range[0] - ROUNDING <= values[0] and values[1] <= clip_range[1] + ROUNDING, message)
+    return x
+
+
+def images(x: Any) -> np.ndarray:
+    """Returns one or several images in [-1, 1] as a float32 array. Warns if several images lie in [0, 1].
+
+    Raises:
+        ValueError: if `x` holds integers, NaN or infinite values, or values in 0..255.
+    """
+    x = np.asarray(x)
+    require(x.dtype.kind not in "biu", "Expected floats in [-1, 1]: see `images.from_uint8`", dtype=x.dtype)
+    x = array(x, "images")
+    require(np.all(np.isfinite(x)), "The images hold NaN or infinite values")
+    in_8_bits = x.size and x.min() >= 0 and x.max() > 16
+    require(not in_8_bits, "The images lie in 0..255. Expected [-1, 1]: see `images.from_uint8`, or x / 127.5 - 1")
+    if x.ndim > 3 and len(x) > 1 and 0 <= x.min() < x.max() <= 1:  # a single image may be as bright
+        warnings.warn("The images lie in [0, 1]. Expected [-1, 1]: scale them with 2 * x - 1", stacklevel=4)
     return x

@@ -60,11 +60,11 @@ class Condition:
 
     Attributes:
         parts: the `Part`s, in the order of the network's inputs.
-        class_names: the name of each label, if they have names.
+        class_names: a tuple of the name of each label, if they have names.
     """
 
     parts: tuple[Part, ...]
-    class_names: tuple[str, ...] | None = None
+    class_names: Any = None
 
     def __post_init__(self) -> None:
         if self.class_names is not None:
@@ -97,14 +97,14 @@ class Condition:
             parts.append(Part(name, shape, null))
         labeled = class_names is None or any(part.name == "label" for part in parts)
         _checks.require(labeled, "The network has no labels to name", class_names=class_names)
-        return cls(tuple(parts), None if class_names is None else tuple(class_names)) if parts else None
+        return cls(tuple(parts), class_names) if parts else None
 
     def named(self, class_names: Sequence[str] | None) -> "Condition":
         """This condition, which takes the names that data have if it has none. Warns if it has others."""
         if not class_names or not self.num_classes or self.class_names == tuple(map(_checks.text, class_names)):
             return self
         if not self.class_names and len(class_names) == self.num_classes:
-            return dataclasses.replace(self, class_names=tuple(class_names))
+            return dataclasses.replace(self, class_names=class_names)
         known = f"The data name {len(class_names)} classes, and the model's {self.num_classes} labels stay as they are"
         hint = "check that they mean the same, or make a model of these classes with `DiffusionModel.from_model`"
         warnings.warn(f"{known}: {hint}", stacklevel=3)
@@ -184,15 +184,15 @@ class Condition:
                 similar = difflib.get_close_matches(name, numbers, cutoff=0.4) or self.class_names[:3]
                 raise ValueError(f"There is no class {name!r}. Similar names: {', '.join(similar)}.")
             values = np.reshape([numbers[name] for name in names], values.shape)
-        if part.name == "label":
-            valid = np.issubdtype(values.dtype, np.integer) and np.all((values >= 0) & (values < part.null))
-            shown = None if valid else np.array2string(values, threshold=8)
-            _checks.require(valid, f"Labels must be integers in 0..{part.null - 1}. Received: labels={shown}")
         if part.name == "image":
             return self._images(values, shape)
-        valid = values.shape in (shape, part.shape) and np.all(np.isfinite(values))
-        expected = f"Expected finite conditions of shape {shape}, or one of shape {part.shape} for all"
-        _checks.require(valid, expected, shape=values.shape)
+        if part.name == "label":
+            needed = f"Labels must be integers in 0..{part.null - 1}"
+            valid: Any = np.issubdtype(values.dtype, np.integer) and np.all((values >= 0) & (values < part.null))
+        else:
+            needed, valid = "Expected finite conditions", np.all(np.isfinite(values))
+        valid, received = valid and values.shape in (shape, part.shape), values.tolist()
+        _checks.require(valid, f"{needed}, of shape {shape} or {part.shape}", shape=values.shape, values=received)
         return np.broadcast_to(values, shape).astype(part.dtype)
 
     @staticmethod
@@ -222,10 +222,9 @@ class Condition:
             ValueError: as `encoded`, or if there is noise for a network that is not told of it.
         """
         found = self.by_name(values, complete=False)
-        valid = _checks.is_between(image_noise, 0, 1) and image_noise < 1
-        valid = valid and (not image_noise or ("image_noise" in self and "image" in found))
-        needed = "`image_noise` must be in [0, 1), for images of a network that is told of it"
-        _checks.require(valid, needed, image_noise=image_noise)
+        _checks.share(image_noise=image_noise)
+        told = not image_noise or ("image_noise" in self and "image" in found)
+        _checks.require(told, "`image_noise` is for images of a network that is told of it", image_noise=image_noise)
         arrays = {part.name: self.encoded(found.get(part.name), num, part.name) for part in self.parts}
         if "image" in found:
             image = arrays["image"]

@@ -64,10 +64,14 @@ class GaussianDiffusion:
         prediction: what the network predicts: "epsilon" (the noise), "x0" (the data), "v" (alpha ε − sigma x_0) or
             "flow" (ε − x_0).
         clip_range: range `(low, high)` of the data, to which `predict_x0` clips, or `None` for data without bounds.
+        x0_error: root mean squared error r of an x_0 that is predicted from little noise. A network that predicts x_0
+            itself errs however little noise there is. Where x_t / alpha has less, with standard deviation
+            s = sigma / alpha, it is the better estimate. So `predict_x0` weighs both by their precision: that of the
+            network by s² / (r² + s²), and x_t / alpha by r² / (r² + s²). 0 leaves the network's.
 
     Raises:
-        ValueError: if `schedule`, `prediction` or `clip_range` is invalid, or x_0 cannot be recovered from the
-            prediction at some step of the schedule.
+        ValueError: if an argument is invalid, or x_0 cannot be recovered from the prediction at some step of the
+            schedule.
     """
 
     def __init__(
@@ -75,9 +79,10 @@ class GaussianDiffusion:
         schedule: schedules.Schedule | npt.ArrayLike | None = None,
         prediction: str = "epsilon",
         clip_range: tuple[float, float] | None = (-1.0, 1.0),
+        x0_error: float = 0.0,
     ) -> None:
-        valid = not isinstance(schedule, str) and not callable(schedule)
-        needed = "Expected a `Schedule`, such as `schedules.cosine()`, or an array of betas"
+        valid = schedule is None or isinstance(schedule, schedules.Schedule) or np.ndim(schedule) == 1
+        needed = "Expected a `Schedule`, such as `schedules.cosine(1000)`, or an array of betas"
         _checks.require(valid, needed, schedule=schedule)
         if not isinstance(schedule, schedules.Schedule):
             schedule = schedules.linear() if schedule is None else schedules.from_betas(schedule)
@@ -86,8 +91,10 @@ class GaussianDiffusion:
         valid = valid and (clip_range is None or all(_checks.is_between(end, -np.inf, np.inf) for end in clip_range))
         valid = valid and (clip_range is None or clip_range[0] < clip_range[1])
         _checks.require(valid, "`clip_range` must be (low, high) or None", clip_range=clip_range)
+        _checks.require(_checks.is_between(x0_error, 0, np.inf), "`x0_error` must be 0 or more", x0_error=x0_error)
         self.schedule = schedule
         self.prediction = prediction
+        self.x0_error = x0_error
         self.clip_range = None if clip_range is None else tuple(clip_range)
 
         alpha, sigma = schedule.alpha, schedule.sigma
@@ -99,6 +106,10 @@ class GaussianDiffusion:
         self._target = np.stack([a, b], axis=1)
         self._x0 = np.stack([np.ones_like(alpha), np.zeros_like(alpha)], axis=1)  # t = 0: x_t is x_0
         self._x0[1:] = np.stack([b, -sigma], axis=1)[1:] / determinant[1:, None]
+        if x0_error:
+            both = (x0_error * alpha) ** 2 + sigma**2
+            self._x0 *= (sigma**2 / both)[:, None]
+            self._x0[:, 0] += x0_error**2 * alpha / both
 
     def __repr__(self) -> str:
         return f"GaussianDiffusion({self.schedule}, prediction={self.prediction!r}, clip_range={self.clip_range})"
@@ -254,7 +265,8 @@ class GaussianDiffusion:
 
     def get_config(self) -> dict[str, Any]:
         schedule = keras.saving.serialize_keras_object(self.schedule)
-        return {"schedule": schedule, "prediction": self.prediction, "clip_range": self.clip_range}
+        rest = {name: getattr(self, name) for name in ("prediction", "clip_range", "x0_error")}
+        return {"schedule": schedule, **rest}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "GaussianDiffusion":

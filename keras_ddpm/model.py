@@ -260,9 +260,9 @@ class DiffusionModel(keras.Model):
                 or lack the condition of the network; or if the loss is not finite.
         """
         _checks.require(self.compiled, "Call `compile` before `fit`")
+        if given.get("y") is not None and not (self.condition or given.get("class_weight")):
+            warnings.warn("The network takes no labels: make it with `num_classes`, or call `fit(x_0)`", stacklevel=2)
         given["x"], given["y"], first, weight = self._opened(*map(given.get, ("x", "y", "sample_weight")))
-        if len(self.data_shape) == 3 and self.diffusion.clip_range == (-1, 1) and 0 <= first.min() < first.max():
-            warnings.warn("The images lie in [0, 1]. Expected [-1, 1]: scale them with 2 * x - 1", stacklevel=2)
         if given.get("validation_data") is not None:
             x, y, of_examples = keras.utils.unpack_x_y_sample_weight(given["validation_data"])
             x, y, *_ = self._opened(x, y, of_examples)
@@ -497,9 +497,8 @@ class DiffusionModel(keras.Model):
         self._check_guide(asked.guide)
         times, largest = np.concatenate(job.steps)["t"], self.corruption.max_guidance_scale
         condition, indices = self.condition, job.first + np.arange(job.num)
-        wanted = {"labels": labels, "images": images, "image_noise": image_noise or None}
-        wanted = {name: value for name, value in wanted.items() if value is not None}
-        _checks.require(condition or not wanted, "The network has no condition", **wanted)
+        fits = condition or (labels is None and images is None and not image_noise)
+        _checks.require(fits, "The network has no condition: see `num_classes`", labels=labels, images=images)
         given, inputs = {}, ()
         if condition:
             given = condition.by_name(labels, images, complete=False)
@@ -621,8 +620,9 @@ class DiffusionModel(keras.Model):
             folder: where the files are written. It is made if it does not exist.
 
         Raises:
-            ValueError: as in `save_compact`.
+            ValueError: as in `save_compact`, or if `folder` is an address.
         """
+        _checks.require("://" not in str(folder), "Expected a folder, which is then uploaded", folder=folder)
         with tempfile.TemporaryDirectory() as temporary:
             self.save_compact(file := pathlib.Path(temporary, "model.keras"))
             if file.exists():  # the first of several processes writes it

@@ -232,7 +232,7 @@ BAD = [
     ({"images": LOW + 2}, r"floats in \[-1, 1\]: see .* Received: dtype='float32', lowest=2.0, highest=2.0"),
     ({"images": LOW.astype("uint8")}, r"see `images.from_uint8`. Received: dtype='uint8'"),
     ({"images": LOW * np.nan}, r"floats in \[-1, 1\]"),
-    ({"image_noise": 0.1}, "`image_noise` must be in"),
+    ({"image_noise": 0.1}, "`image_noise` is for images"),
     ({"images": LOW, "image_noise": 1.0}, "`image_noise` must be in"),
     ({"labels": 1, "guidance_scale": 2.0, "guidance": Guidance(drop=("image",))}, "Guidance needs"),
 ]

@@ -87,6 +87,22 @@ def test_predictions_lead_back_to_the_data(prediction):
     assert np.max(np.abs(got - noise[1:]).max(axis=(1, 2)) * schedule.sigma[1:]) < 2e-6
 
 
+def test_the_error_of_x_0_weighs_the_network_against_x_t():
+    """Two independent estimates with the errors r and s: their best average has the error r s / hypot(r, s)."""
+    schedule, r = schedules.cosine(1000), 0.06
+    diffusion = GaussianDiffusion(schedule, "x0", clip_range=None, x0_error=r)
+    t = np.array([0, 1, 10, 30, 100, 900])
+    x_0, noise = draw(len(t), (200, 200))
+    y = x_0 + r * np.random.default_rng(1).normal(size=x_0.shape)
+    got = ops.convert_to_numpy(diffusion.predict_x0(diffusion.q_sample(x_0, t, noise), t, y))
+    s = schedule.sigma[t] / schedule.alpha[t]
+    error = np.sqrt(np.mean((got - x_0) ** 2, axis=(1, 2)))
+    np.testing.assert_allclose(error[1:], (r * s / np.hypot(r, s))[1:], rtol=0.02)
+    assert error[0] < 1e-6
+    no_signal = GaussianDiffusion(schedules.zero_terminal_snr(schedule), "x0", x0_error=r)
+    assert no_signal.x0_coefficients()[-1].tolist() == [0, 1]
+
+
 def test_targets():
     diffusion = {prediction: GaussianDiffusion(prediction=prediction) for prediction in PREDICTIONS}
     x_0, noise = draw(1001)
@@ -166,7 +182,7 @@ def test_dynamic_threshold(clip_range):
 
 
 def test_config():
-    diffusion = GaussianDiffusion(np.linspace(0.01, 0.2, 30), prediction="v", clip_range=None)
+    diffusion = GaussianDiffusion(np.linspace(0.01, 0.2, 30), prediction="v", clip_range=None, x0_error=0.1)
     copy = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(diffusion))
     assert copy.get_config() == diffusion.get_config()
     assert np.array_equal(copy.alphas_cumprod, diffusion.alphas_cumprod)
@@ -192,6 +208,7 @@ def test_zero_terminal_signal_needs_a_target_that_contains_the_data():
         ({"clip_range": (1, -1)}, r"clip_range=\(1, -1\)"),
         ({"schedule": [0.1, -0.1]}, "-0.1"),
         ({"schedule": "cosine"}, "schedule='cosine'"),
+        ({"x0_error": -0.1}, "`x0_error` must be 0 or more. Received: x0_error=-0.1"),
     ],
 )
 def test_bad_input(arguments, message):

@@ -310,10 +310,10 @@ def test_the_share_of_labels_that_is_dropped():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"labels": 2}, r"integers in 0..1. Received: labels=2"),
-        ({"labels": -1}, "labels=-1"),
-        ({"labels": 0.5}, "labels=0.5"),
-        ({"labels": [0, 1]}, r"shape \(3,\), or one of shape \(\) for all. Received: shape=\(2,\)"),
+        ({"labels": 2}, r"integers in 0..1, .*values=2"),
+        ({"labels": -1}, "values=-1"),
+        ({"labels": 0.5}, "values=0.5"),
+        ({"labels": [0, 1]}, r"of shape \(3,\) or \(\). Received: shape=\(2,\)"),
         ({"labels": 0, "guidance_scale": -1}, "guidance_scale=-1"),
         ({"labels": 0, "guidance_scale": "2"}, "guidance_scale='2'"),
         ({"labels": 0, "guidance": Guidance(dynamic_threshold=0.9)}, "Nothing is clipped"),
@@ -378,7 +378,7 @@ def test_bad_conditions_in_training():
     inputs = keras.Input((2,)), keras.Input(()), keras.Input((), dtype="int32")
     with pytest.raises(ValueError, match="label_embedding"):
         kd.DiffusionModel(keras.Model(inputs, inputs[0] * ops.cast(inputs[2], "float32")[:, None]))
-    with pytest.raises(ValueError, match="has no condition. Received: labels=0"):
+    with pytest.raises(ValueError, match="has no condition.* Received: labels=0"):
         kd.DiffusionModel(kd.networks.mlp(2, 8, 1)).sample(2, labels=0)
 
 
@@ -422,9 +422,8 @@ def test_names_are_no_labels_of_data():
     x, _ = points(4)
     model = kd.DiffusionModel(kd.networks.mlp(2, 8, 1, num_classes=2), class_names=["a", "b"])
     model.compile(loss="mse", optimizer="adam")
-    for labels in (np.array(["a", "b", "b", "a"]), ["a", "b", "b", "a"]):
-        with pytest.raises(ValueError, match="Labels in data are integers"):
-            model.fit(x, labels)
+    with pytest.raises(ValueError, match="Labels are integers: see `np.unique`"):
+        model.fit(x, np.array(["a", "b", "b", "a"]))
 
 
 INTEGERS = ["uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"]

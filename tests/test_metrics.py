@@ -37,7 +37,7 @@ def test_metrics_are_plain_objects():
 
 def test_kid_is_its_definition():
     """The double sums of Bińkowski et al., 2018, Eq. 4."""
-    real, generated = draw(5, 0), draw(6, 1, 0.5)
+    real, generated = draw(5, 0), draw(6, 1, -0.5)
     metric = kid(subset_size=5)
     value = metric(real, generated)
     x, y = real.reshape(5, 4).astype("float64"), generated.reshape(6, 4).astype("float64")

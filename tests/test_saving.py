@@ -272,6 +272,9 @@ def test_a_folder_to_share(tmp_path, of_labels, monkeypatch):
     found = {}
     exec(re.search("```python\n(.*?)```", text, re.DOTALL)[1], found)
     assert found["samples"].shape == (4, 2)
+    of_labels.save_to_preset(folder)
+    with pytest.warns(UserWarning, match=r"README.md was kept, but this model has .*parameters \| [\d,]+ \|.*none"):
+        kd.DiffusionModel(kd.networks.mlp(2, 8, 1)).save_to_preset(folder)
     (folder / "README.md").write_text("mine")
     of_labels.save_to_preset(folder)
     assert (folder / "README.md").read_text() == "mine"

@@ -133,11 +133,11 @@ def test_learns(model, points):
 
 def test_labels_are_ignored_without_conditioning(points):
     histories = []
-    for data in [(points,), (points, np.arange(256))]:
+    for data in (points, kd.datasets.Batches(points, np.arange(256), 32, shuffle=False)):
         keras.utils.set_random_seed(0)
         model = kd.DiffusionModel(kd.networks.mlp(2, 16, 1), seed=0)
         model.compile(loss="mse", optimizer="adam", run_eagerly=True)
-        histories.append(model.fit(*data, epochs=1, shuffle=False, verbose=0).history["loss"])
+        histories.append(model.fit(data, epochs=1, shuffle=False, verbose=0).history["loss"])
     assert histories[0] == histories[1]
 
 
@@ -299,7 +299,17 @@ def test_images_in_0_1_are_named():
     x = np.random.default_rng(0).uniform(0, 1, (4, 8, 8, 1)).astype("float32")
     with pytest.warns(UserWarning, match=r"The images lie in \[0, 1\]"):
         model.fit(x, verbose=0)
+    with pytest.warns(UserWarning, match=r"The images lie in \[0, 1\]"):
+        kd.metrics.Extractor(lambda images: images.reshape(len(images), -1))(x)
     model.fit(2 * x - 1, verbose=0)
+
+
+def test_labels_that_the_network_cannot_see_are_named():
+    model = kd.DiffusionModel(kd.networks.mlp(2, 8, 1))
+    model.compile(loss="mse", optimizer="adam", run_eagerly=True)
+    with pytest.warns(UserWarning, match="The network takes no labels"):
+        model.fit(np.zeros((4, 2)), np.zeros(4, int), verbose=0)
+    model.fit(np.zeros((4, 2)), np.zeros(4, int), class_weight={0: 2.0}, verbose=0)
 
 
 @pytest.mark.parametrize("good", [1, 2, 4])

@@ -101,9 +101,7 @@ diffusion = keras_ddpm.GaussianDiffusion(
 
 times = np.array([1, 100, 200, 300, 400, 600, 800, 1000])
 noise = np.random.default_rng(0).standard_normal((8, image_size, image_size, 3))
-noisy_images = diffusion.q_sample(
-    np.repeat(photographs[:1], 8, axis=0), times, noise
-)
+noisy_images = diffusion.q_sample(np.repeat(photographs[:1], 8, axis=0), times, noise)
 show(keras.ops.convert_to_numpy(noisy_images), columns=8)
 
 """
@@ -184,9 +182,7 @@ give clearer and less varied flowers, for two network calls a step.
 
 for guidance_scale in (1.0, 1.5, 3.0):
     print(f"{class_names[0]}, guidance scale {guidance_scale}")
-    samples = model.sample(
-        8, sampler, seed=0, labels=0, guidance_scale=guidance_scale
-    )
+    samples = model.sample(8, sampler, seed=0, labels=0, guidance_scale=guidance_scale)
     show(samples, columns=8)
 
 """
@@ -215,17 +211,16 @@ show(np.concatenate([photographs * mask, filled_images]), columns=8)
 
 The file holds the network, the process, all weights and the names of the kinds,
 and loads on every backend. The package contains such a file: a model of the
-same network and data that has seen 2,457,600 images, which is 334 passes over
-the photographs.
+same data and nearly the same network, which has seen 2.6 million images. At the
+end, a perceptual loss made it sharper, and it learned to draw with a guidance
+scale of 2.5 in one network call a step. So it needs no arguments but labels.
 """
 
 model.save("flowers.keras")
 loaded_model = keras_ddpm.saving.load_model("flowers.keras")
 
 trained_model = keras_ddpm.DiffusionModel.from_preset("flowers64")
-roses = trained_model.sample(
-    16, sampler, seed=0, labels="rose", guidance_scale=1.5
-)
+roses = trained_model.sample(16, seed=0, labels="rose")
 show(roses, columns=8)
 
 """

@@ -152,7 +152,7 @@ def train_classifier(x: ArrayLike, labels: ArrayLike, epochs: int = 5, verbose: 
         ValueError: if `x` is not an array of images, the images are too small, the number of labels differs, or labels
             are not integers from 0 on.
     """
-    x, labels = _checks.array(x, "x"), np.asarray(labels)
+    x, labels = _checks.images(x), np.asarray(labels)
     valid = x.ndim == 4 and min(x.shape[1:3]) >= 6 and labels.shape == x.shape[:1]
     _checks.require(valid, "Expected images of at least 6x6 and a label for each", x=x.shape, labels=labels.shape)
     valid = labels.dtype.kind in "iu" and labels.min() >= 0

@@ -1,6 +1,7 @@
 """Cards: what a model is, in Markdown beside its file."""
 
 import pathlib
+import warnings
 from typing import Any
 
 from keras_ddpm.saving import loading
@@ -32,5 +33,10 @@ def write(model: Any, path: pathlib.Path) -> None:
     parts = ", ".join(condition.given if condition else ["none"])
     facts = {"model": model, "parameters": model.network.count_params(), "task": task, "options": options}
     facts |= {"name": path.resolve().parent.name, "condition": parts, "classes": ", ".join(names).replace("|", r"\|")}
+    text = _TEMPLATE.read_text("utf-8").format(**facts)
     if not path.exists():
-        path.write_text(_TEMPLATE.read_text("utf-8").format(**facts), "utf-8")
+        path.write_text(text, "utf-8")
+    kept = path.read_text("utf-8")
+    rows = [row for row in text.splitlines() if row.startswith("| ") and row.split(" | ")[0] in kept]
+    if stale := [row for row in rows if row not in kept]:
+        warnings.warn(f"{path} was kept, but this model has {stale}", stacklevel=3)

@@ -82,11 +82,8 @@ class Corruption:
         for name in ("label_dropout", "image_dropout", "image_noise"):
             _checks.share(**{name: getattr(self, name)})
         known = self.condition or ()
-        _checks.require(
-            not self.image_noise or "image_noise" in known,
-            "The network is not told the noise of images",
-            image_noise=self.image_noise,
-        )
+        told = not self.image_noise or "image_noise" in known
+        _checks.require(told, "The network is not told the noise of images", image_noise=self.image_noise)
         largest = self.max_guidance_scale
         valid = _checks.is_between(largest, 1, 1000) and (largest == 1 or "scale" in known)
         needed = "`max_guidance_scale` must be 1, or up to 1000 for a network with the input 'scale'"
@@ -162,7 +159,7 @@ class Corruption:
             _checks.require(condition is not None, hint)
             for name, values in self.condition.by_name(condition).items():
                 values = ops.convert_to_numpy(values)
-                _checks.require(values.dtype.kind in "biuf", "Labels in data are integers", labels=values[:3])
+                _checks.require(values.dtype.kind in "biuf", "Labels are integers: see `np.unique`", labels=values[:3])
                 self.condition.encoded(values, len(values), name)
         return x_0
 
@@ -195,7 +192,7 @@ def _x_0_and_noise(x: Any) -> tuple:
     if not isinstance(x, dict):
         return x, None
     valid = set(x) == {"x_0", "noise"}
-    _checks.require(valid, "A batch that is a dict has the entries 'x_0' and 'noise'", entries=sorted(x))
+    _checks.require(valid, "A batch must be x_0, `(x_0, condition)`, or a dict of 'x_0' and 'noise'", entries=sorted(x))
     return x["x_0"], x["noise"]
 
 

@@ -28,21 +28,19 @@ def opened(data: Any, labels: Any = None) -> tuple[Any, tuple]:
     Raises:
         ValueError: if there is no batch, or several arrays stand in a list.
     """
-    hint = "Several arrays at once are several inputs to Keras. Give them one by one: `fit(x_0, labels)`"
-    _checks.require(not isinstance(data, (list, tuple)), hint)
+    hint = "A list is several inputs to Keras. Give arrays, one by one: `fit(x_0, labels)`"
+    _checks.require(not any(isinstance(given, (list, tuple)) for given in (data, labels)), hint)
     if isinstance(data, types.GeneratorType):
         first = next(data, None)
         batches = itertools.chain([first], data)
         # Keras needs tuples.
         data = (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,) for batch in batches)
-    elif data is None:
-        first = None
     elif isinstance(data, keras.utils.PyDataset):
         first = data[0]
     elif isinstance(data, dict) or hasattr(data, "shape"):
         first = data if labels is None else (data, labels)
     else:
-        first = next(iter(data), None)
+        first = next(iter(() if data is None else data), None)
         if hasattr(data, "collate_fn") and (hasattr(first, "shape") or isinstance(first, dict)):
             # Keras takes a tensor or dict of PyTorch's `DataLoader` apart on other backends.
             data = copy.copy(data)

@@ -67,9 +67,11 @@ def _listed(callbacks):
     """The callbacks as a list. Keras takes one, a list, a `CallbackList`, lists of these, or `None`."""
     if isinstance(callbacks, keras.callbacks.CallbackList):
         callbacks = callbacks.callbacks
-    if isinstance(callbacks, keras.callbacks.Callback):
-        return [callbacks]
-    return [callback for entry in callbacks or () for callback in _listed(entry)]
+    if isinstance(callbacks, (list, tuple, type(None))):
+        return [callback for entry in callbacks or () for callback in _listed(entry)]
+    valid = isinstance(callbacks, keras.callbacks.Callback)
+    _checks.require(valid, "`callbacks` must be a list of callbacks", callbacks=callbacks)
+    return [callbacks]
 
 
 class Turns(keras.callbacks.Callback):
