@@ -1,5 +1,12 @@
 """Denoising diffusion probabilistic models in Keras 3."""
 
+try:
+    import keras as _keras  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name not in ("jax", "tensorflow", "torch"):
+        raise
+    _hint = f"Install it by `pip install {error.name}`, or set KERAS_BACKEND to another backend."
+    raise ModuleNotFoundError(f"Keras' backend {error.name} is not installed. {_hint}", name=error.name) from error
 from keras_ddpm import (
     callbacks,
     datasets,

@@ -218,6 +218,21 @@ assert set(dir(keras_ddpm)) == {"__version__", *keras_ddpm.__all__}
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(REPOSITORY)})
 
 
+def test_a_backend_that_is_not_installed():
+    code = """
+import sys
+class Missing:
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            raise ModuleNotFoundError("No module named 'torch'", name="torch")
+sys.meta_path.insert(0, Missing())
+import keras_ddpm
+"""
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "KERAS_BACKEND": "torch"}
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert "Keras' backend torch is not installed. Install it by `pip install torch`" in process.stderr
+
+
 def code_lines(source):
     """The numbers of lines that hold a token, without comments and docstrings."""
     docstrings = set()
