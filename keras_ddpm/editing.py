@@ -340,10 +340,7 @@ def _sampler(model, sampler, num_steps, default):
         most = model.diffusion.timesteps
         if num_steps is None and (default.num_steps or 0) <= most:
             return default
-        try:
-            return dataclasses.replace(default, num_steps=most if num_steps is None else num_steps)
-        except ValueError as error:
-            raise ValueError(f"{default} cannot make so many steps: {error}") from error
+        return dataclasses.replace(default, num_steps=most if num_steps is None else num_steps)
     valid = num_steps is None and isinstance(sampler, samplers.Sampler)
     _checks.require(valid, "Expected either `num_steps` or one of `samplers`", sampler=sampler, num_steps=num_steps)
     return sampler

@@ -33,6 +33,10 @@ from keras_ddpm.training.corruption import Corruption, standard_normal
 
 __all__ = ["DiffusionModel"]
 
+# Arguments of the model that are objects in its configuration, and those that `Corruption` keeps.
+OBJECTS = ("network", "diffusion", "sampler")
+OF_CORRUPTION = ("timestep_sampling", "label_dropout", "image_dropout", "image_noise", "max_guidance_scale")
+
 
 def _like(own):
     """Decorates a method that has the signature of `own`, and gets its arguments as a dict by name."""
@@ -123,10 +127,9 @@ class DiffusionModel(keras.Model):
         sampler: samplers.Sampler | None = None,
         **kwargs,
     ):
-        dtype = kwargs.pop("dtype", "float32")
-        is_float32 = keras.dtype_policies.get(dtype).name == "float32"
-        _checks.require(is_float32, "Only the network has a dtype policy: `keras.config.set_dtype_policy`", dtype=dtype)
-        super().__init__(**kwargs, dtype="float32")
+        super().__init__(**{"dtype": "float32"} | kwargs)
+        hint = "Only the network has a dtype policy: `keras.config.set_dtype_policy`"
+        _checks.require(self.dtype_policy.name == "float32", hint, dtype=self.dtype_policy.name)
         shapes = [tuple(tensor.shape) for tensor in getattr(network, "inputs", None) or []]
         valid = len(shapes) >= 2 and network.output.shape == shapes[0] and None not in shapes[0][1:]
         needed = "`network` must be a functional model of [x_t, t, *conditions], with an output shaped like x_t"
@@ -711,28 +714,16 @@ class DiffusionModel(keras.Model):
         self.compile(**keras.saving.deserialize_keras_object(compact.neutral(config)))
 
     def get_config(self):
-        corruption = self.corruption
-        return {
-            "name": self.name,
-            "network": keras.saving.serialize_keras_object(self.network),
-            "diffusion": keras.saving.serialize_keras_object(self.diffusion),
-            "ema_decay": self.ema_decay,
-            "loss_weight": None if corruption.loss_weight is None else corruption.loss_weight.tolist(),
-            "timestep_sampling": corruption.timestep_sampling,
-            "label_dropout": corruption.label_dropout,
-            "image_dropout": corruption.image_dropout,
-            "image_noise": corruption.image_noise,
-            "max_guidance_scale": corruption.max_guidance_scale,
-            "seed": self.seed,
-            "class_names": self.class_names,
-            "guidance_scale": self.guidance_scale,
-            "sampler": keras.saving.serialize_keras_object(self.sampler),
-        }
+        objects = {name: keras.saving.serialize_keras_object(getattr(self, name)) for name in OBJECTS}
+        numbers = {name: getattr(self, name) for name in ("name", "ema_decay", "seed", "class_names", "guidance_scale")}
+        weight = self.corruption.loss_weight
+        drawn = {"loss_weight": None if weight is None else weight.tolist()}
+        return objects | numbers | drawn | {name: getattr(self.corruption, name) for name in OF_CORRUPTION}
 
     @classmethod
     def from_config(cls, config):
         # `from_model` may give objects in place of their configurations.
-        stored = {name: config.get(name) for name in ("network", "diffusion", "sampler")}
+        stored = {name: config.get(name) for name in OBJECTS}
         made = {name: keras.saving.deserialize_keras_object(of) for name, of in stored.items() if isinstance(of, dict)}
         return cls(**config | made)
 

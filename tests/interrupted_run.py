@@ -42,4 +42,4 @@ def run(folder, callbacks=(), every=0.0, epochs=3, run_eagerly=True):
 
 
 if __name__ == "__main__":
-    np.savez(pathlib.Path(sys.argv[1]) / "result.npz", **run(sys.argv[1], epochs=int(sys.argv[2]), run_eagerly=False))
+    run(sys.argv[1], epochs=int(sys.argv[2]), run_eagerly=False)

@@ -12,6 +12,8 @@ from PIL import Image
 
 import keras_ddpm as kd
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 
 def read(path):
     with Image.open(path) as file:

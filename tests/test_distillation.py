@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 from closed_form import GAUSSIAN, TWO
-from conftest import image_network, randomize, weights
+from conftest import TORCH, image_network, randomize, weights
 from keras import ops
 
 import keras_ddpm as kd
@@ -64,7 +64,7 @@ def test_noise_in_streams(points):
     data = {"x_0": points, "noise": np.full_like(points, 0.5)}
     examples = [{"x_0": x, "noise": noise} for x, noise in zip(points, data["noise"])]
     model = kd.DiffusionModel(kd.networks.mlp(2, 8, 1), kd.GaussianDiffusion(COSINE))
-    model.compile(loss="mse", optimizer=keras.optimizers.SGD(0.0))
+    model.compile(loss="mse", optimizer=keras.optimizers.SGD(0.0), run_eagerly=True)
     for stream in (
         (data for _ in range(2)),
         tf.data.Dataset.from_tensor_slices(data).batch(64),
@@ -74,6 +74,7 @@ def test_noise_in_streams(points):
         assert loss == pytest.approx(0.25, rel=1e-5)
 
 
+@pytest.mark.skipif(not TORCH, reason="the same steps of training, which other tests take on each backend")
 def test_one_call_gives_the_samples_of_many(tmp_path):
     """Of two groups of numbers, between which one call of the teacher ends."""
     teacher = TWO.model(COSINE)

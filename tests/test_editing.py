@@ -180,7 +180,7 @@ def test_variations():
         model.sampler = own
         expected = editing.variations(model, images[:3], 0.5, seed=1, sampler=own)
         assert np.array_equal(editing.variations(model, images[:3], 0.5, seed=1), expected)
-    with pytest.raises(ValueError, match="cannot make so many steps: .*`num_steps` falling times"):
+    with pytest.raises(ValueError, match="`num_steps` falling times"):
         editing.variations(model, images[:3], 0.5, num_steps=2)
     model.sampler = None
     for all_steps in (sampler, samplers.DDPM()):

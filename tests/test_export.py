@@ -14,6 +14,7 @@ import keras_ddpm as kd
 pytest.importorskip({"jax": "jax2onnx", "tensorflow": "tf2onnx", "torch": "onnx"}[keras.backend.backend()])
 pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
+pytestmark = pytest.mark.usefixtures("uncompiled")
 
 SHAPE = (8, 8, 3)
 TABLES = {

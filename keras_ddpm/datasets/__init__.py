@@ -7,18 +7,9 @@ To add a source, write a function that makes an array of images and passes it to
 TensorFlow, and only to read TensorFlow Datasets.
 """
 
-from keras_ddpm.datasets.batches import Batches
-from keras_ddpm.datasets.sources import ENDINGS, from_arrays, from_folder, from_tfds, oxford_flowers
-from keras_ddpm.datasets.toys import FLOWER_KINDS, moons, procedural_flowers
+from keras_ddpm.datasets import batches, sources, toys
+from keras_ddpm.datasets.batches import *
+from keras_ddpm.datasets.sources import *
+from keras_ddpm.datasets.toys import *
 
-__all__ = [
-    "Batches",
-    "ENDINGS",
-    "from_arrays",
-    "from_folder",
-    "from_tfds",
-    "oxford_flowers",
-    "FLOWER_KINDS",
-    "moons",
-    "procedural_flowers",
-]
+__all__ = [*batches.__all__, *sources.__all__, *toys.__all__]

@@ -14,21 +14,11 @@ and on the extractor. Report both (`describe`), and the value for as many real i
 To add a metric, write a subclass of `_Distance`.
 """
 
-from keras_ddpm.metrics.distances import FrechetInceptionDistance, KernelInceptionDistance, PrecisionRecall
-from keras_ddpm.metrics.efficientnet import efficientnet_lite
-from keras_ddpm.metrics.features import Extractor, efficientnet_lite0, train_classifier
-from keras_ddpm.metrics.neighbors import Memorisation, memorisation
-from keras_ddpm.metrics.probe import LinearProbe
+from keras_ddpm.metrics import distances, efficientnet, features, neighbors, probe
+from keras_ddpm.metrics.distances import *
+from keras_ddpm.metrics.efficientnet import *
+from keras_ddpm.metrics.features import *
+from keras_ddpm.metrics.neighbors import *
+from keras_ddpm.metrics.probe import *
 
-__all__ = [
-    "FrechetInceptionDistance",
-    "KernelInceptionDistance",
-    "PrecisionRecall",
-    "Extractor",
-    "efficientnet_lite",
-    "efficientnet_lite0",
-    "train_classifier",
-    "LinearProbe",
-    "Memorisation",
-    "memorisation",
-]
+__all__ = [*distances.__all__, *efficientnet.__all__, *features.__all__, *neighbors.__all__, *probe.__all__]

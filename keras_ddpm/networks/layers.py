@@ -38,9 +38,9 @@ class TimestepEmbedding(layers.Layer):
 
     def __init__(self, dim: int, max_period: float = 10_000, dtype: Any = "float32", **kwargs):
         # bfloat16 cannot tell t = 998 from t = 999. So this layer ignores a global mixed precision policy.
-        is_float32 = keras.dtype_policies.get(dtype).name == "float32"
+        super().__init__(dtype=dtype, **kwargs)
+        is_float32 = self.dtype_policy.name == "float32"
         _checks.require(is_float32, "The embedding of the time is computed in float32", dtype=dtype)
-        super().__init__(dtype="float32", **kwargs)
         _checks.require(dim >= 4 and dim % 2 == 0, "`dim` must be even and at least 4", dim=dim)
         self.dim = dim
         self.max_period = max_period
@@ -52,9 +52,6 @@ class TimestepEmbedding(layers.Layer):
 
     def compute_output_shape(self, input_shape):
         return (*input_shape, self.dim)
-
-    def get_config(self):
-        return {**super().get_config(), "dim": self.dim, "max_period": self.max_period}
 
 
 @keras.saving.register_keras_serializable(package="keras_ddpm")

@@ -10,24 +10,9 @@ To add a sampler, subclass `Sampler` as a frozen dataclass. If each step calls t
 `steps`, which returns the rows of each step. Columns that are not given are 0.
 """
 
-from keras_ddpm.samplers.rows import NUM_PREVIOUS, ROW, add_noise_back, row, step
-from keras_ddpm.samplers.searching import Trajectories, optimized
-from keras_ddpm.samplers.solvers import DDIM, DDPM, IPNDM, DPMSolver, Heun, Langevin, Sampler, UniPC
+from keras_ddpm.samplers import rows, searching, solvers
+from keras_ddpm.samplers.rows import *
+from keras_ddpm.samplers.searching import *
+from keras_ddpm.samplers.solvers import *
 
-__all__ = [
-    "NUM_PREVIOUS",
-    "ROW",
-    "add_noise_back",
-    "row",
-    "step",
-    "Trajectories",
-    "optimized",
-    "DDIM",
-    "DDPM",
-    "IPNDM",
-    "DPMSolver",
-    "Heun",
-    "Langevin",
-    "Sampler",
-    "UniPC",
-]
+__all__ = [*rows.__all__, *searching.__all__, *solvers.__all__]

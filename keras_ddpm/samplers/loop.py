@@ -181,7 +181,6 @@ class Loop:
         }
         kind = {"draws_noise": bool(np.any(table["std"])), "thresholds": dynamic_threshold is not None}
         program = self.programs(predict, clips=job.clip, masks=known is not None, **kind)
-        needs_keys = kind["draws_noise"] or known is not None
         arrays = {"inputs": inputs, "known": tuple(np.asarray(array, "float32") for array in known or ())}
 
         ends = np.cumsum([0, *map(len, job.steps)], dtype="int32")
@@ -196,9 +195,7 @@ class Loop:
             indices = np.minimum(np.arange(batch * batch_size, (batch + 1) * batch_size), num - 1)
             for name, several in arrays.items():
                 arguments[name] = tuple(array[indices] for array in several)
-            keys: Any = np.zeros((batch_size, 2), "uint32")
-            if needs_keys:  # 2 ms for 256 examples
-                keys = [np.random.SeedSequence([job.seed, job.first + index]).generate_state(2) for index in indices]
+            keys = [np.random.SeedSequence([job.seed, job.first + index]).generate_state(2) for index in indices]
             arguments["keys"] = np.array(_signed(keys), "int32")
             x = x_0 = job.start(indices)
             previous = (np.zeros_like(x),) * rows.NUM_PREVIOUS

@@ -13,7 +13,7 @@ from keras_ddpm.diffusion import posterior_coefficients
 from keras_ddpm.samplers.rows import NUM_PREVIOUS, Array, Columns, add_noise_back, row
 from keras_ddpm.schedules import Schedule
 
-__all__ = ["DDIM", "DDPM", "IPNDM", "SPACINGS", "DPMSolver", "Heun", "Langevin", "Sampler", "UniPC"]
+__all__ = ["DDIM", "DDPM", "IPNDM", "DPMSolver", "Heun", "Langevin", "Sampler", "UniPC"]
 
 SPACINGS: dict[str, Callable] = {
     # Functions of sigma / alpha. The visited times are evenly spaced in the function's value.

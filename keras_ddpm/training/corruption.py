@@ -103,10 +103,10 @@ class Corruption:
         t = self.draw_timesteps(batch_size, generator)
         noise = self.draw_noise(x_0, generator) if noise is None else ops.cast(noise, "float32")
         inputs: tuple = (self.diffusion.q_sample(x_0, t, noise), t)
-        target, of_time = self.diffusion.target(x_0, t, noise), self.weight(t)
+        target = self.diffusion.target(x_0, t, noise)
         if self.condition:
             inputs = (*inputs, *self._conditions(self.condition, condition, batch_size, generator))
-        weights = [ops.cast(factor, "float32") for factor in (weight, of_time) if factor is not None]
+        weights = [ops.cast(factor, "float32") for factor in (self.weight(t), weight) if factor is not None]
         return inputs, target, math.prod(weights) if weights else None
 
     def _conditions(self, known, values, batch_size, generator):
@@ -203,11 +203,8 @@ def _checked_weight(loss_weight: Any, timesteps: int) -> np.ndarray | None:
     if loss_weight is None:
         return None
     needed = f"`loss_weight` must be an array of {timesteps + 1} numbers, for t = 0..{timesteps}"
-    try:
-        weight = np.asarray(loss_weight, "float64")
-    except (TypeError, ValueError):
-        weight = np.empty(0)
-    _checks.require(weight.shape == (timesteps + 1,), needed, loss_weight=loss_weight)
+    _checks.require(np.shape(loss_weight) == (timesteps + 1,), needed, loss_weight=loss_weight)
+    weight = np.asarray(loss_weight, "float64")
     wrong = np.flatnonzero(~((weight[1:] > 0) & np.isfinite(weight[1:]))) + 1
     message = f"`loss_weight` must be positive at t = 1..{timesteps}, or the network is never trained there"
     _checks.require(not wrong.size, message, **{f"loss_weight[{t}]": float(weight[t]) for t in wrong[-1:]})
