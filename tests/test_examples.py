@@ -1024,7 +1024,7 @@ def test_edit_says_in_one_line_what_is_wrong(edit, command_line):
         ),
         ("interpolate white.png", "in pairs. Received: 1$"),
         ("variations white.png --strengths 2", r"`strength` must be in \[0, 1\]. Received: strength=2.0"),
-        ("variations white.png --label 2", "Labels must be integers in 0..1. Received: labels=2"),
+        ("variations white.png --label 2", "Labels must be integers in 0..1, .*values=2"),
         ("variations gray.png", "gray.png"),
         ("variations white.png --model points.keras", "points.keras is not a diffusion model of images"),
         ("variations --model gray.keras", "gray.keras was not trained on color images"),
