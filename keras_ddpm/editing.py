@@ -195,13 +195,12 @@ def upscale(
 
     Reference: Ho et al., 2022 ("Cascaded diffusion models").
     """
-    shape, condition = model.data_shape, model.condition
-    if condition is None or "image" not in condition or condition["image"].shape != shape:
+    shape, known = model.data_shape, model.condition
+    if known is None or "image" not in known or known["image"].shape != shape:
         raise ValueError(f"The model is no upscaler: it needs condition images of its own shape, {shape}.")
     _checks.require(np.ndim(images) == 4, "Expected (batch, height, width, channels)", shape=np.shape(images))
-    images = condition.encoded(images, len(images), "image")
-    given = condition.by_name(options.pop("labels", None), images, complete=False)
-    large = np.clip(ops.convert_to_numpy(seen(images, None, None, shape)), -1, 1)
+    given = known.by_name(options.pop("labels", None), known.encoded(images, len(images), "image"), complete=False)
+    large = np.clip(ops.convert_to_numpy(seen(given["image"], None, None, shape)), -1, 1)
     return variations(model, large, strength, seed, labels=given, **options)
 
 
