@@ -167,8 +167,10 @@ def main(
     found["memorisation"] = [copies.share, copies.standard_error, copies.quantile, None]
     few = slice(num_likelihood)
     of_few = None if labels is None else labels[few]
-    process = trained.diffusion.get_config() | ({} if x0_error is None else {"x0_error": x0_error})
-    weighed = kd.DiffusionModel.from_model(trained, diffusion=kd.GaussianDiffusion.from_config(process))
+    weighed = trained
+    if x0_error is not None:
+        process = kd.GaussianDiffusion.from_config(trained.diffusion.get_config() | {"x0_error": x0_error})
+        weighed = kd.DiffusionModel.from_model(trained, diffusion=process)
     bits = kd.likelihood.bits_per_dimension(weighed, held_out[few], seed, labels=of_few)
 
     keys = ("value", "standard_error", "floor", "floor_deviation")
