@@ -24,7 +24,7 @@ parser.add_argument("--port", type=int)
 parser.add_argument("--same-draws", action="store_true")
 parser.add_argument("--model-parallel", action="store_true")
 args = parser.parse_args()
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={args.devices}"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={args.devices}"
 if keras.backend.backend() == "tensorflow":
     if args.processes > 1:
         workers = [f"localhost:{args.port + process}" for process in range(args.processes)]

@@ -9,6 +9,8 @@ from keras import ops
 
 import keras_ddpm as kd
 
+EAGER = keras.backend.backend() != "jax"  # as in conftest.py
+
 
 def make_network():
     """A network of labeled images that is compiled in a second. The dropout without a seed is Keras' usual one."""
@@ -20,7 +22,7 @@ def make_network():
     return keras.Model([x_t, t, label], keras.layers.Dense(1)(h))
 
 
-def run(folder, callbacks=(), every=0.0, epochs=3, run_eagerly=True):
+def run(folder, callbacks=(), every=0.0, epochs=3, run_eagerly=EAGER):
     """Trains, or goes on training, for `epochs` epochs of 5 batches. Returns all that an interruption could change."""
     keras.utils.set_random_seed(1)
     model = kd.DiffusionModel(make_network(), kd.GaussianDiffusion(kd.schedules.linear(25)), seed=3)

@@ -6,7 +6,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
-from conftest import image_network
+from conftest import EAGER, image_network
 from keras import ops
 from PIL import Image
 
@@ -24,7 +24,7 @@ def weights(variables):
     return [ops.convert_to_numpy(v) for v in variables]
 
 
-def small_model(num_classes=None, prediction="epsilon", run_eagerly=True):
+def small_model(num_classes=None, prediction="epsilon", run_eagerly=EAGER):
     network = image_network((8, 8, 1), num_classes=num_classes)
     model = kd.DiffusionModel(network, kd.GaussianDiffusion(prediction=prediction), seed=0)
     model.compile(loss="mse", optimizer=keras.optimizers.Adam(1e-2), run_eagerly=run_eagerly)
@@ -311,7 +311,7 @@ def test_loss_by_timestep(prediction):
     model = kd.DiffusionModel(kd.networks.mlp(2, 8, 1, num_classes=2), diffusion)
     for v in [*model.network.weights, *model.ema_weights]:
         v.assign(np.zeros(v.shape, "float32"))
-    model.compile(loss="mse", optimizer=keras.optimizers.SGD(0.0), run_eagerly=True)
+    model.compile(loss="mse", optimizer=keras.optimizers.SGD(0.0), run_eagerly=EAGER)
     x_0 = np.random.default_rng(1).standard_normal((2000, 2)).astype("float32")
     labels = np.arange(2000) % 2
     by_time = kd.callbacks.LossByTimestep(x_0, labels, times=4)

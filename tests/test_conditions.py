@@ -7,7 +7,7 @@ in both of its pixels. With noise, the mean of the image is cos s + sin n with n
 import keras
 import numpy as np
 import pytest
-from conftest import BACKEND, randomize
+from conftest import BACKEND, EAGER, randomize, weights
 from keras import ops
 
 import keras_ddpm as kd
@@ -194,14 +194,18 @@ def test_training_on_all_containers(tmp_path):
         import tensorflow as tf
 
         sources.append({"x": tf.data.Dataset.from_tensor_slices((x, parts)).batch(4)})
-    weights = []
+    model = tiny(image_dropout=0.1, image_noise=0.5)
+    model.compile(loss="mse", optimizer="sgd", run_eagerly=EAGER)
+    variables, trained = [*model.variables, *model.optimizer.variables, model._fit_random.state], []
+    start = weights(variables)
     for data in sources:
-        model = tiny(image_dropout=0.1, image_noise=0.5)
-        model.compile(loss="mse", optimizer="sgd", run_eagerly=True)
+        for v, value in zip(variables, start):
+            v.assign(value)
         model.fit(**data, shuffle=False, verbose=0)
-        weights.append(ops.convert_to_numpy(model.network.weights[0]))
-    for other in weights[1:]:
-        np.testing.assert_allclose(other, weights[0], atol=1e-6)
+        trained.append(ops.convert_to_numpy(model.network.weights[0]))
+    for other in trained[1:]:
+        np.testing.assert_allclose(other, trained[0], atol=1e-6)
+    assert np.abs(trained[0] - start[0]).max() > 1e-6
     assert np.isfinite(model.evaluate(x, parts, verbose=0))
     model.save(tmp_path / "m.keras")
     loaded = kd.saving.load_model(tmp_path / "m.keras")
@@ -247,7 +251,7 @@ BAD = [
 @pytest.fixture(scope="module")
 def model():
     model = tiny()
-    model.compile(loss="mse", optimizer="sgd", run_eagerly=True)
+    model.compile(loss="mse", optimizer="sgd", run_eagerly=EAGER)
     return model
 
 
@@ -324,7 +328,7 @@ def test_images_alone_are_an_array():
     """Also of bytes, which `Batches` scales."""
     network = kd.networks.dit((8, 8, 1), 4, 16, 1, 2, image_channels=1)
     model = kd.DiffusionModel(network, seed=0)
-    model.compile(loss="mse", optimizer="sgd", run_eagerly=True)
+    model.compile(loss="mse", optimizer="sgd", run_eagerly=EAGER)
     x = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 1), "uint8")
     model.fit(kd.datasets.Batches(x, x[:, ::2, ::2], 4), verbose=0)
     low = kd.images.from_uint8(x[:2, ::2, ::2])

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 from closed_form import GAUSSIAN, TWO
-from conftest import TORCH, image_network, randomize, weights
+from conftest import EAGER, TORCH, image_network, randomize, weights
 from keras import ops
 
 import keras_ddpm as kd
@@ -46,7 +46,7 @@ def test_pairs_of_a_gaussian():
 def test_training_takes_the_noise_of_the_data(points):
     """A fresh network predicts 0, so the loss is the mean square of the noise. New noise would not be 0.5."""
     model = kd.DiffusionModel(kd.networks.mlp(2, 8, 1), kd.GaussianDiffusion(COSINE))
-    model.compile(loss="mse", optimizer=keras.optimizers.SGD(0.0), run_eagerly=True)
+    model.compile(loss="mse", optimizer=keras.optimizers.SGD(0.0), run_eagerly=EAGER)
     data = {"x_0": points, "noise": np.full_like(points, 0.5)}
     assert model.fit(data, batch_size=64, verbose=0).history["loss"][0] == pytest.approx(0.25, rel=1e-5)
     for labels in (None, np.zeros(256)):
@@ -64,7 +64,7 @@ def test_noise_in_streams(points):
     data = {"x_0": points, "noise": np.full_like(points, 0.5)}
     examples = [{"x_0": x, "noise": noise} for x, noise in zip(points, data["noise"])]
     model = kd.DiffusionModel(kd.networks.mlp(2, 8, 1), kd.GaussianDiffusion(COSINE))
-    model.compile(loss="mse", optimizer=keras.optimizers.SGD(0.0), run_eagerly=True)
+    model.compile(loss="mse", optimizer=keras.optimizers.SGD(0.0), run_eagerly=EAGER)
     for stream in (
         (data for _ in range(2)),
         tf.data.Dataset.from_tensor_slices(data).batch(64),

@@ -5,7 +5,7 @@ import types
 import keras
 import numpy as np
 import pytest
-from conftest import weights
+from conftest import EAGER, weights
 from keras import ops
 
 import keras_ddpm as kd
@@ -21,7 +21,7 @@ def expected_average(before, after, n, decay):
 def test_ema_follows_its_recurrence(points, accumulation):
     model = kd.DiffusionModel(kd.networks.mlp(2, 16, 1), ema_decay=0.5, seed=0)
     optimizer = keras.optimizers.Adam(1e-2, gradient_accumulation_steps=accumulation)
-    model.compile(loss="mse", optimizer=optimizer, run_eagerly=accumulation is None)
+    model.compile(loss="mse", optimizer=optimizer, run_eagerly=EAGER and accumulation is None)
     average, updates = weights(model.ema_weights), 0
     for step in range(1, 9):
         model.train_on_batch(points[:32])
@@ -38,7 +38,7 @@ def test_ema_follows_its_recurrence(points, accumulation):
 def test_a_frozen_layer_keeps_its_place_in_the_average(tmp_path, points):
     model = kd.DiffusionModel(kd.networks.mlp(2, 16, 1), seed=0)
     model.network.get_layer("block_0_dense_1").trainable = False
-    model.compile(loss="mse", optimizer=keras.optimizers.Adam(1e-2), run_eagerly=True)
+    model.compile(loss="mse", optimizer=keras.optimizers.Adam(1e-2), run_eagerly=EAGER)
     model.fit(points, epochs=2, batch_size=32, verbose=0)
     samples = model.sample(4, kd.samplers.DDIM(3), seed=0)
     model.save(tmp_path / "model.keras")

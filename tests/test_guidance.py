@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 from closed_form import TWO, Mixture
-from conftest import TORCH, randomize
+from conftest import EAGER, TORCH, randomize
 from keras import ops
 
 import keras_ddpm as kd
@@ -434,7 +434,7 @@ def test_labels_in_data_have_any_integer_dtype(dtype):
     """Also if there are more classes than the dtype can count."""
     x, labels = np.zeros((4, 2), "float32"), np.array([0, 1, 99, 3]).astype(dtype)
     model = kd.DiffusionModel(kd.networks.mlp(2, 8, 1, num_classes=300), seed=0)
-    model.compile("adam", "mse", run_eagerly=True)
+    model.compile("adam", "mse", run_eagerly=EAGER)
     for data in ((x, labels), (kd.datasets.Batches(x, labels, 4),)):
         assert np.isfinite(model.fit(*data, verbose=0).history["loss"][0])
 

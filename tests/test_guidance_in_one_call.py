@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from conftest import TORCH, randomize
+from conftest import EAGER, TORCH, randomize
 from keras import ops
 
 import keras_ddpm as kd
@@ -44,7 +44,7 @@ def test_the_input_starts_without_effect(name, tmp_path, request):
         )
     if name == "mlp":
         randomize(copy.network)
-        copy.compile(loss="mse", optimizer="sgd", run_eagerly=True)
+        copy.compile(loss="mse", optimizer="sgd", run_eagerly=EAGER)
         copy.fit(np.zeros((2, 4)), np.array([0, 1]), verbose=0)
         copy.save(tmp_path / "m.keras")
         loaded = kd.saving.load_model(tmp_path / "m.keras")

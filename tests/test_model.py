@@ -7,7 +7,7 @@ import sys
 import keras
 import numpy as np
 import pytest
-from conftest import small_unet, weights
+from conftest import EAGER, small_unet, weights
 from keras import ops
 
 import keras_ddpm as kd
@@ -17,7 +17,7 @@ import keras_ddpm as kd
 def test_saves_and_loads_in_a_new_process(tmp_path):
     """Bit for bit the same samples, the optimizer and the random state with them."""
     model = small_unet()
-    model.run_eagerly = True
+    model.run_eagerly = EAGER
     images = np.random.default_rng(0).uniform(-1, 1, (16, 8, 8, 1)).astype("float32")
     model.fit(images, epochs=2, batch_size=8, verbose=0)
     model.save(tmp_path / "model.keras")
@@ -40,7 +40,7 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(tmp_path, points):
     def make():
         keras.utils.set_random_seed(0)
         model = kd.DiffusionModel(kd.networks.mlp(2, 16, 1), seed=0)
-        model.compile(loss="mse", optimizer=keras.optimizers.Adam(1e-2), run_eagerly=True)
+        model.compile(loss="mse", optimizer=keras.optimizers.Adam(1e-2), run_eagerly=EAGER)
         return model
 
     def fit(model):

@@ -11,7 +11,7 @@ import zipfile
 import keras
 import numpy as np
 import pytest
-from conftest import randomize
+from conftest import EAGER, randomize
 from keras import ops
 from PIL import Image
 
@@ -62,7 +62,7 @@ def test_forgotten_arguments_without_keras_private_attribute(model, monkeypatch)
 def test_files_name_no_backend(tmp_path, fresh_model, points, optimizer):
     """Keras writes the module of PyTorch's optimizers, which is missing where PyTorch is."""
     model = fresh_model
-    model.compile(loss="mse", optimizer=optimizer, run_eagerly=True)
+    model.compile(loss="mse", optimizer=optimizer, run_eagerly=EAGER)
     model.fit(points, verbose=0)
     model.save(tmp_path / "x.keras")
     with zipfile.ZipFile(tmp_path / "x.keras") as archive:
@@ -89,7 +89,7 @@ def test_a_loaded_model_draws_the_same_dropout(tmp_path):
     images = np.random.default_rng(0).uniform(-1, 1, (8, 4, 4, 1)).astype("float32")
     network = kd.networks.unet((4, 4, 1), 8, (1,), 1, (), groups=4, dropout=0.5)
     model = kd.DiffusionModel(network, kd.GaussianDiffusion(kd.schedules.linear(25)), seed=3)
-    model.compile(loss="mse", optimizer=keras.optimizers.Adam(1e-2), run_eagerly=True)
+    model.compile(loss="mse", optimizer=keras.optimizers.Adam(1e-2), run_eagerly=EAGER)
     model.fit(images, batch_size=4, shuffle=False, verbose=0)
     model.save(tmp_path / "x.keras")
     copy = kd.saving.load_model(tmp_path / "x.keras")
@@ -190,7 +190,7 @@ def of_labels():
     """A trained model of three labels with names."""
     network = kd.networks.mlp(2, 64, 1, num_classes=3)
     model = kd.DiffusionModel(network, kd.GaussianDiffusion(), 0.5, seed=0, class_names=["lily", "rose", "tulip"])
-    model.compile(loss="mse", optimizer=kd.optimizers.Adam(1e-2), run_eagerly=True)
+    model.compile(loss="mse", optimizer=kd.optimizers.Adam(1e-2), run_eagerly=EAGER)
     x = np.random.default_rng(0).uniform(-1, 1, (16, 2)).astype("float32")
     model.fit(x, np.arange(16) % 3, batch_size=4, verbose=0)
     return model
@@ -209,7 +209,7 @@ def test_compact_files(tmp_path, of_labels, load):
     options = {"sampler": kd.samplers.DDIM(5), "seed": 0, "labels": "rose", "guidance_scale": 2}
     assert np.mean(np.abs(copy.sample(4, **options) - of_labels.sample(4, **options))) < 2e-3
     assert not copy.compiled
-    copy.compile(loss="mse", optimizer="adam", run_eagerly=True)
+    copy.compile(loss="mse", optimizer="adam", run_eagerly=EAGER)
     copy.fit(np.zeros((4, 2)), np.zeros(4, "int32"), verbose=0)
     copy.save(tmp_path / "y.keras")
     assert kd.saving.load_model(tmp_path / "y.keras").condition.class_names == ("lily", "rose", "tulip")

@@ -5,7 +5,7 @@ import inspect
 import keras
 import numpy as np
 import pytest
-from conftest import image_network, small_unet, weights
+from conftest import EAGER, image_network, small_unet, weights
 from keras import ops
 
 import keras_ddpm as kd
@@ -18,7 +18,7 @@ from keras_ddpm._backend import devices
 )
 def test_a_fresh_model_predicts_zero(fresh_model, points, loss, expected):
     """Its loss is then E|ε|^2, E|ε| and so on, here of 1024 draws of two numbers."""
-    fresh_model.compile(loss=loss, optimizer="adam", run_eagerly=True)
+    fresh_model.compile(loss=loss, optimizer="adam", run_eagerly=EAGER)
     got = fresh_model.evaluate(np.tile(points, (4, 1)), verbose=0)
     assert abs(got / expected - 1) < 5 * np.sqrt(2 / 2048)
 
@@ -116,7 +116,7 @@ def test_arguments_may_be_positional(fresh_model, points):
     model = fresh_model
     epochs = []
     callback = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: epochs.append((epoch, sorted(logs))))
-    model.compile("adam", "mae", run_eagerly=True)
+    model.compile("adam", "mae", run_eagerly=EAGER)
     model.fit(points, None, 128, 2, 0, callback, 0.0, (points,))
     assert epochs == [(0, ["loss", "val_loss"]), (1, ["loss", "val_loss"])]
     assert int(model.optimizer.iterations) == 4
@@ -136,7 +136,7 @@ def test_labels_are_ignored_without_conditioning(points):
     for data in (points, kd.datasets.Batches(points, np.arange(256), 32, shuffle=False)):
         keras.utils.set_random_seed(0)
         model = kd.DiffusionModel(kd.networks.mlp(2, 16, 1), seed=0)
-        model.compile(loss="mse", optimizer="adam", run_eagerly=True)
+        model.compile(loss="mse", optimizer="adam", run_eagerly=EAGER)
         histories.append(model.fit(data, epochs=1, shuffle=False, verbose=0).history["loss"])
     assert histories[0] == histories[1]
 
@@ -260,7 +260,7 @@ def test_a_validation_stream_is_not_consumed_either(model, points):
 
 def test_data_without_bounds(points):
     model = kd.DiffusionModel(kd.networks.mlp(2, 16, 1), kd.GaussianDiffusion(clip_range=None))
-    model.compile(loss="mse", optimizer="adam", run_eagerly=True)
+    model.compile(loss="mse", optimizer="adam", run_eagerly=EAGER)
     model.fit(100 * points, epochs=1, verbose=0)
 
 
@@ -273,7 +273,7 @@ def test_images_of_any_channels_in_batches_of_any_size(request, channels):
         x_t, t = keras.Input((side, side, channels)), keras.Input((), dtype="int32")
         h = kd.layers.Conv2D(4, 3, padding="same")(x_t)
         model = kd.DiffusionModel(keras.Model([x_t, t], kd.layers.Conv2D(channels, 3, padding="same")(h)))
-        model.compile(loss="mse", optimizer="adam", run_eagerly=True)
+        model.compile(loss="mse", optimizer="adam", run_eagerly=EAGER)
         for batch_size in (1, 2, 3):
             loss = model.train_on_batch(np.zeros((batch_size, side, side, channels), "float32"))
             assert np.isfinite(loss)
@@ -285,7 +285,7 @@ def test_data_loaders_of_bare_tensors(points, batch_size):
     torch = pytest.importorskip("torch")
     x = points[:23]
     model = kd.DiffusionModel(kd.networks.mlp(2, 8, 1), kd.GaussianDiffusion(kd.schedules.linear(25), "x0"))
-    model.compile(loss="mse", optimizer=keras.optimizers.SGD(0.0), run_eagerly=batch_size < 5)
+    model.compile(loss="mse", optimizer=keras.optimizers.SGD(0.0), run_eagerly=EAGER and batch_size < 5)
     loader = torch.utils.data.DataLoader(torch.tensor(x), batch_size=batch_size)
     history = model.fit(loader, validation_data=loader, shuffle=False, verbose=0).history
     for name in ("loss", "val_loss"):  # of a network that predicts 0
@@ -295,7 +295,7 @@ def test_data_loaders_of_bare_tensors(points, batch_size):
 
 def test_images_in_0_1_are_named():
     model = kd.DiffusionModel(image_network((8, 8, 1)))
-    model.compile(loss="mse", optimizer="adam", run_eagerly=True)
+    model.compile(loss="mse", optimizer="adam", run_eagerly=EAGER)
     x = np.random.default_rng(0).uniform(0, 1, (4, 8, 8, 1)).astype("float32")
     with pytest.warns(UserWarning, match=r"The images lie in \[0, 1\]"):
         model.fit(x, verbose=0)
@@ -306,7 +306,7 @@ def test_images_in_0_1_are_named():
 
 def test_labels_that_the_network_cannot_see_are_named():
     model = kd.DiffusionModel(kd.networks.mlp(2, 8, 1))
-    model.compile(loss="mse", optimizer="adam", run_eagerly=True)
+    model.compile(loss="mse", optimizer="adam", run_eagerly=EAGER)
     with pytest.warns(UserWarning, match="The network takes no labels"):
         model.fit(np.zeros((4, 2)), np.zeros(4, int), verbose=0)
     model.fit(np.zeros((4, 2)), np.zeros(4, int), class_weight={0: 2.0}, verbose=0)
@@ -390,11 +390,11 @@ def test_weights_multiply_every_kind_of_loss():
         model = kd.DiffusionModel(
             image_network((8, 8, 3)), diffusion, seed=0, loss_weight=diffusion.min_snr_weight(1.0)
         )
-        model.compile(loss=loss, optimizer="sgd", run_eagerly=loss != "mse")
+        model.compile(loss=loss, optimizer="sgd", run_eagerly=EAGER and loss != "mse")
         found.append([model.evaluate(images, verbose=0), model.evaluate(images, sample_weight=weight, verbose=0)])
     np.testing.assert_allclose(found, found[:1] * 5, rtol=1e-5)
     model = kd.DiffusionModel(kd.networks.mlp(2, 8, 1), seed=0)
-    model.compile(loss=lambda y, y_pred: ops.mean(square(y, y_pred)), optimizer="sgd", run_eagerly=True)
+    model.compile(loss=lambda y, y_pred: ops.mean(square(y, y_pred)), optimizer="sgd", run_eagerly=EAGER)
     model.fit(np.zeros((4, 2)), verbose=0)
     with pytest.raises(ValueError, match="A loss that is one number for the batch has no weights"):
         model.fit(np.zeros((4, 2)), sample_weight=np.ones(4), verbose=0)
@@ -413,7 +413,7 @@ def test_data_sets_of_users_keep_their_attributes():
             return np.zeros((2, 2), "float32"), np.array([0, 1])
 
     model = kd.DiffusionModel(kd.networks.mlp(2, 8, 1, num_classes=2), seed=0)
-    model.compile(loss="mse", optimizer="sgd", run_eagerly=True)
+    model.compile(loss="mse", optimizer="sgd", run_eagerly=EAGER)
     data = Own()
     model.fit(data, epochs=2, verbose=0)
     assert data.epoch == "first" and int(ops.convert_to_numpy(model.optimizer.iterations)) == 4

@@ -180,6 +180,7 @@ class Loop:
             "dynamic_threshold": np.float32(dynamic_threshold or 1.0),
         }
         kind = {"draws_noise": bool(np.any(table["std"])), "thresholds": dynamic_threshold is not None}
+        noisy = kind["draws_noise"] or known is not None
         program = self.programs(predict, clips=job.clip, masks=known is not None, **kind)
         arrays = {"inputs": inputs, "known": tuple(np.asarray(array, "float32") for array in known or ())}
 
@@ -193,10 +194,9 @@ class Loop:
         for batch in range(num_batches):
             # The last batch is filled up with its last example.
             indices = np.minimum(np.arange(batch * batch_size, (batch + 1) * batch_size), num - 1)
-            for name, several in arrays.items():
-                arguments[name] = tuple(array[indices] for array in several)
-            keys = [np.random.SeedSequence([job.seed, job.first + index]).generate_state(2) for index in indices]
-            arguments["keys"] = np.array(_signed(keys), "int32")
+            arguments |= {name: tuple(array[indices] for array in several) for name, several in arrays.items()}
+            keys = [np.random.SeedSequence([job.seed, job.first + i]).generate_state(2) for i in indices if noisy]
+            arguments["keys"] = np.resize(np.array(_signed(keys), "int32"), (batch_size, 2))  # zeros without noise
             x = x_0 = job.start(indices)
             previous = (np.zeros_like(x),) * rows.NUM_PREVIOUS
             for begin, end in itertools.pairwise(stops):
