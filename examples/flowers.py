@@ -291,7 +291,7 @@ def main(
         dataset: "oxford_flowers102", "procedural" or a folder of images. "auto" is Oxford Flowers 102, or procedural
             flowers if it is not available.
         init: model to fine-tune with a new optimizer, a .keras file or a preset of the package. Classes of a data set
-            that it does not know begin as no class. By default a new model is made.
+            that it does not know begin with the embeddings of others. By default a new model is made.
         output: folder for the output files.
         resume: go on with the run in the output folder.
         overwrite: replace the run in the output folder.

@@ -634,8 +634,8 @@ class DiffusionModel(keras.Model):
     def from_model(cls, model: Any, **kwargs: Any) -> Any:
         """Makes a model of this class whose raw and averaged weights are both the average of another one.
 
-        To fine-tune a model on other classes, give their names. Labels of known names keep their embeddings, and others
-        begin as no label.
+        To fine-tune a model on other classes, give their names. Labels of known names keep their embeddings. The others
+        begin with those of old labels, which the network already tells apart.
 
         Args:
             model: a `DiffusionModel`. It is not changed.
@@ -652,10 +652,10 @@ class DiffusionModel(keras.Model):
         names, condition = kwargs.get("class_names"), model.condition
         if "network" not in kwargs and names is not None and condition and condition.num_classes:
             null = condition.num_classes
-            only_named = condition.class_names is None and len(names) == null
             known = {name: label for label, name in enumerate(condition.class_names or ())}
-            rows = [*(known.get(_checks.text(name), null) for name in names), null]
-            if not only_named and rows != [*range(null + 1)]:
+            others = itertools.cycle([label for name, label in known.items() if name not in names] or range(null))
+            rows = [*(known[name] if _checks.text(name) in known else next(others) for name in names), null]
+            if rows != [*range(null + 1)]:
                 kwargs["network"] = with_num_classes(model.network, len(names))
                 at = paths.index("label_embedding/embeddings")
                 values[at] = values[at][rows]
