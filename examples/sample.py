@@ -16,6 +16,7 @@ Output files in --output:
     model.json      which model drew: its contents. Another model at the same path draws all images anew.
 """
 
+import dataclasses
 import json
 import pathlib
 
@@ -74,7 +75,7 @@ def main(
         num: number of images.
         output: folder for the output files.
         guidance: guidance scale for models with labels. 1 is no guidance. By default the model's own.
-        steps: number of steps of `DPMSolver(eta=1.0)`. By default the sampler is the model's own.
+        steps: number of steps of the model's sampler. By default its own.
         size: 128 enlarges flowers of 64x64 pixels by a second model.
         seed: random seed.
         grid: number of columns of the grid.
@@ -90,7 +91,8 @@ def main(
     asked = labels_of(trained, labels, num)
     guidance = trained.guidance_scale if guidance is None else guidance
     options = lambda part: {} if asked is None else {"labels": asked[part], "guidance_scale": guidance}
-    sampler = trained.default_sampler if steps is None else kd.samplers.DPMSolver(steps, eta=1.0)
+    sampler = trained.default_sampler
+    sampler = sampler if steps is None else dataclasses.replace(sampler, num_steps=steps)
     num_states = len(sampler.steps(trained.diffusion.schedule))  # raises an error for a wrong number
     shape = trained.data_shape
     if size is not None:
