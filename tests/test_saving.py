@@ -404,7 +404,7 @@ def test_copies_for_other_classes():
     np.testing.assert_array_equal(sample(same, "x"), sample(model, "a"))
     np.testing.assert_array_equal(sample(same, "b"), sample(model, "b"))
     unnamed = kd.DiffusionModel(network)
-    other = kd.DiffusionModel.from_model(unnamed, class_names=["x", "y"])  # which says nothing about the old labels
+    other = kd.DiffusionModel.from_model(unnamed, class_names=["x", "y"])  # in the order of the old labels
     np.testing.assert_array_equal(sample(other, "y"), sample(unnamed, 1))
     renamed = kd.DiffusionModel.from_model(unnamed, class_names=["x", "y", "z"])
     np.testing.assert_array_equal(sample(renamed, "z"), sample(unnamed, 2))
