@@ -365,7 +365,10 @@ def is_noted(note, how):
 
 
 def write_note(note, how):
-    note.write_text(json.dumps(how) + "\n")
+    """Writes a note, which other processes see whole."""
+    temporary = note.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(how) + "\n")
+    temporary.replace(note)
 
 
 def check_settings(out, settings):

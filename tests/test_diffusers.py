@@ -12,11 +12,13 @@ from keras import ops
 
 from keras_ddpm import GaussianDiffusion, samplers, schedules
 
+if not TORCH:  # importing diffusers takes seconds
+    pytest.skip("compares tables, which are the same on every backend", allow_module_level=True)
+
 diffusers = pytest.importorskip("diffusers")
 training_utils = pytest.importorskip("diffusers.training_utils")
 torch = pytest.importorskip("torch")
 
-pytestmark = pytest.mark.skipif(not TORCH, reason="compares tables, which are the same on every backend")
 LINEAR = schedules.linear(1000)
 PREDICTIONS = {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}
 LENGTHS = [(1000, "epsilon"), *((50, prediction) for prediction in PREDICTIONS)]

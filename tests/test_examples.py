@@ -318,6 +318,16 @@ def test_results_with_other_settings_are_not_mixed(tmp_path):
         common.check_settings(tmp_path, {"images_seen": 200})
 
 
+def test_other_processes_see_a_note_whole(tmp_path):
+    common = importlib.import_module("common")
+    note = tmp_path / "settings.json"
+    common.write_note(note, {"seed": 1})
+    with note.open() as opened:
+        common.write_note(note, {"seed": 2})
+        assert json.load(opened) == {"seed": 1}
+    assert common.read_note(note) == {"seed": 2} and len([*tmp_path.iterdir()]) == 1
+
+
 def test_names_of_a_folder_reach_the_model(tmp_path):
     for index in range(6):
         image = np.full((8, 8, 3), index / 3 - 1)
