@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import hashlib
 import inspect
 import json
@@ -269,6 +270,12 @@ def load_model(path, conditions=("label",)):
     if missing := {*(model.condition.given if model.condition else ())} - {*conditions}:
         raise ValueError(f"{path} needs a condition that this example does not provide: {', '.join(sorted(missing))}.")
     return model
+
+
+def sampler_of(model, num_steps):
+    """The own sampler of a model, with another number of steps unless it is `None`."""
+    own = model.default_sampler
+    return own if num_steps is None else dataclasses.replace(own, num_steps=num_steps)
 
 
 def every_class(model, num, **options):

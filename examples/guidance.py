@@ -78,7 +78,7 @@ def main(
         num_samples: number of samples at each scale.
         scales: guidance scales.
         interval: lowest and highest time t of guidance. Outside of it, the scale is 1. By default, all times.
-        num_steps: number of steps of the default sampler, which adds noise. By default 20 without noise, so the same
+        num_steps: number of steps of the model's sampler. By default 20 of a sampler without noise, so the same
             pictures change from scale to scale.
     """
     if not scales or min(scales) < 0:
@@ -111,7 +111,7 @@ def main(
         print(f"   real images   {found.accuracy:22.1%}   {floor[0]:22.1f}", flush=True)
     rows, samples = [], {}
     options |= common.every_class(trained, num_samples)
-    sampler = kd.samplers.DPMSolver(num_steps, eta=1.0) if num_steps else kd.samplers.DPMSolver(20)
+    sampler = kd.samplers.DPMSolver(20) if num_steps is None else common.sampler_of(trained, num_steps)
     for scale in scales:
         x = trained.sample(num_samples, sampler, seed, guidance_scale=scale, **options)
         share = found.share(x, options.get("labels"))

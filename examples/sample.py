@@ -16,7 +16,6 @@ Output files in --output:
     model.json      which model drew: its contents. Another model at the same path draws all images anew.
 """
 
-import dataclasses
 import json
 import pathlib
 
@@ -91,8 +90,7 @@ def main(
     asked = labels_of(trained, labels, num)
     guidance = trained.guidance_scale if guidance is None else guidance
     options = lambda part: {} if asked is None else {"labels": asked[part], "guidance_scale": guidance}
-    sampler = trained.default_sampler
-    sampler = sampler if steps is None else dataclasses.replace(sampler, num_steps=steps)
+    sampler = common.sampler_of(trained, steps)
     num_states = len(sampler.steps(trained.diffusion.schedule))  # raises an error for a wrong number
     shape = trained.data_shape
     if size is not None:

@@ -218,10 +218,11 @@ def cascade(models: Sequence[DiffusionModel], num_samples: int, seed: int | None
         `(num_samples, height, width, channels)` of the last model's size.
 
     Raises:
-        ValueError: if an option is invalid, or as in `upscale`.
+        ValueError: if there is no model, an option is invalid, or as in `upscale`.
 
     Reference: Ho et al., 2022 ("Cascaded diffusion models").
     """
+    _checks.require(models, "`models` must be a model of small images, and upscalers", models=models)
     seed = _checks.seed(seed)
     noise = {"image_noise": options.pop("image_noise", 0.0)}
     images = models[0].sample(num_samples, seed=seed, **options)

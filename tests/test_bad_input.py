@@ -228,6 +228,7 @@ TABLE = [
     (lambda: kd.samplers.Langevin(step_size=0), r"`step_size` must be in \(0, 1\]"),
     (lambda: kd.samplers.Langevin(num_updates=0), "`num_updates` must be an integer of at least 1"),
     # Editing
+    (lambda: kd.editing.cascade([], 2), "`models` must be a model of small images, and upscalers"),
     (lambda: kd.editing.inpaint(MODELS.images, IMAGES, IMAGES[..., 0]), "`masks` must have the shape"),
     (lambda: kd.editing.inpaint(MODELS.images, IMAGES, IMAGES + 0.5), "`masks` must hold nothing but 0 and 1"),
     (lambda: kd.editing.inpaint(MODELS.images, IMAGES + 9, IMAGES + 1), r"Expected `images` in \[-1.0, 1.0\]"),
