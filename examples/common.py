@@ -289,7 +289,17 @@ def check_learning_rate(value):
 
 
 def train(
-    model, data, epochs, learning_rate=2e-3, warmup_steps=200, loss="mse", *, checkpoints=None, callbacks=(), **options
+    model,
+    data,
+    epochs,
+    learning_rate=2e-3,
+    warmup_steps=200,
+    loss="mse",
+    *,
+    minutes=None,
+    checkpoints=None,
+    callbacks=(),
+    **options,
 ):
     """Trains with Adam, a linear warm-up and a cosine decay to 0. Returns the losses of each epoch.
 
@@ -300,6 +310,7 @@ def train(
         learning_rate: highest learning rate.
         warmup_steps: number of batches during which the learning rate rises.
         loss: loss of Keras.
+        minutes: how long to train at most, whatever `epochs` is. The learning rate then falls with the time.
         checkpoints: folder of checkpoints. If it holds one, training goes on from there.
         callbacks: further callbacks.
         **options: as in `fit`.
@@ -310,10 +321,15 @@ def train(
     rate = keras.optimizers.schedules.CosineDecay(
         0.0, max(1, epochs * len(data) - warmup_steps), warmup_target=learning_rate, warmup_steps=warmup_steps
     )
+    if minutes is not None:
+        if not 0 < minutes < np.inf:
+            raise UsageError(f"--minutes must be more than 0. Received: {minutes}")
+        epochs, rate = 1_000_000, learning_rate
+        callbacks = [*callbacks, Deadline(minutes, learning_rate, warmup_steps)]
     model.compile(loss=loss, optimizer=kd.optimizers.Adam(rate, global_clipnorm=1.0))
     callbacks = [
         *callbacks,
-        Estimate(),
+        Estimate(most=minutes),
         *([kd.callbacks.Checkpoint(checkpoints)] if checkpoints else []),
     ]
     try:
@@ -325,11 +341,16 @@ def train(
 
 
 class Estimate(keras.callbacks.Callback):
-    """Says once in a run how long the rest of the training will take, after so many seconds of it."""
+    """Says once in a run how long the rest of the training will take, after so many seconds of it.
 
-    def __init__(self, seconds=10):
+    Args:
+        seconds: see above.
+        most: largest number of minutes that it can take.
+    """
+
+    def __init__(self, seconds=10, most=None):
         super().__init__()
-        self.seconds = seconds
+        self.seconds, self.most = seconds, most or np.inf
         self.times, self.epochs_left = [], 0
 
     def get_state(self):
@@ -346,9 +367,46 @@ class Estimate(keras.callbacks.Callback):
         steady = len(recent) == 3 and max(recent) < 3 * min(recent)  # neither compiled nor skipped
         if steady and self.times[-1] - self.times[0] > self.seconds:
             step = np.median(recent)
-            minutes = max(1, round(step * (self.epochs_left * self.params["steps"] - batch - 1) / 60))
-            print(f"\nThe training will take about {minutes} min, at {step:.2f} s per batch.", flush=True)
+            left = self.epochs_left * self.params["steps"] - batch - 1
+            minutes = max(1, round(min(step * left / 60, self.most)))
+            print(f"\nThe training will take about {minutes} min, at {step:.3g} s per batch.", flush=True)
             self.times = None
+
+
+class Deadline(keras.callbacks.Callback):
+    """Ends the training after some minutes, at the end of an epoch. The learning rate falls to 0 with the time.
+
+    It falls as half a cosine, from epoch to epoch. No epoch begins that would end too late.
+
+    Args:
+        minutes: number of minutes.
+        learning_rate: highest learning rate.
+        warmup_steps: number of batches during which the learning rate rises.
+    """
+
+    def __init__(self, minutes, learning_rate, warmup_steps):
+        super().__init__()
+        self.seconds, self.learning_rate, self.warmup_steps = 60 * minutes, learning_rate, warmup_steps
+
+    def on_train_begin(self, logs=None):
+        self.start = time.monotonic()
+
+    def get_state(self):
+        return {"seconds": time.monotonic() - self.start}
+
+    def set_state(self, state):
+        self.start = time.monotonic() - state["seconds"]
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.begin = time.monotonic()
+        share = min(1, (self.begin - self.start) / self.seconds)
+        done = int(self.model.optimizer.iterations) + self.params["steps"]
+        warm = min(1, done / max(1, self.warmup_steps))
+        self.model.optimizer.learning_rate = self.learning_rate * warm * (1 + np.cos(np.pi * share)) / 2
+
+    def on_epoch_end(self, epoch, logs=None):
+        now = time.monotonic()
+        self.model.stop_training |= now + (now - self.begin) > self.start + self.seconds
 
 
 def checksum(*arrays):

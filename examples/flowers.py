@@ -202,6 +202,7 @@ def train(
     seed,
     *,
     epochs=800,
+    minutes: float | None = None,
     learning_rate=2e-4,
     warmup_steps=1000,
     loss="mse",
@@ -218,6 +219,7 @@ def train(
         out: folder for the output files.
         seed: random seed.
         epochs: number of training epochs.
+        minutes: how long to train, however fast the device is. The last epoch ends before that. By default `epochs`.
         learning_rate: highest learning rate.
         warmup_steps: number of batches during which the learning rate rises.
         loss: name of a Keras loss.
@@ -233,9 +235,10 @@ def train(
         features = kd.metrics.efficientnet_lite(2)
         loss = kd.losses.PerceptualLoss(features, perceptual, perceptual_size)
     size, batch_size = model.data_shape[0], data.batch_size
+    length = f"{minutes:g} minutes, with epochs" if minutes else f"{epochs} epochs"
     print(
         f"Training on {data.num_examples} images of {size}x{size}, with {validation.num_examples} held out, for "
-        f"{epochs} epochs of {len(data)} batches of {batch_size}. Parameters: {model.network.count_params():,}. "
+        f"{length} of {len(data)} batches of {batch_size}. Parameters: {model.network.count_params():,}. "
         f"Backend: {keras.backend.backend()}. Dtype policy: {model.network.dtype_policy.name}. "
         "The first batch takes longer than the others, as it compiles the network."
     )
@@ -249,6 +252,7 @@ def train(
         learning_rate,
         warmup_steps,
         loss,
+        minutes=minutes,
         checkpoints=out / "checkpoints",
         validation_data=validation,
         verbose="auto",
@@ -265,9 +269,8 @@ def train(
     samples, x_t, x_0 = model.sample(64, sampler, seed, return_trajectory=steps, verbose=1, **asked(64))
     kd.images.save(out / "samples.png", samples, scale)
     common.save_denoising(out / "denoising.gif", x_t[:, :16], x_0[:, :16], scale)
-    images_seen = epochs * len(data) * batch_size
-    minutes = (time.time() - start) / 60
-    print(f"Saw {images_seen:,} images. This run took {minutes:.1f} minutes. Wrote {out}.")
+    images_seen = int(model.optimizer.iterations) * batch_size
+    print(f"Saw {images_seen:,} images. This run took {(time.time() - start) / 60:.1f} minutes. Wrote {out}.")
     if images_seen < 20_000:
         print("These are few, so the samples are noise or blobs. The presets see 48,000 images and more.")
 

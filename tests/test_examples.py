@@ -194,7 +194,7 @@ def test_the_estimate_is_of_what_is_left(monkeypatch, capsys):
     estimate.on_epoch_begin(7)
     for batch in range(60):
         estimate.on_train_batch_end(batch)
-    assert capsys.readouterr().out == "\nThe training will take about 3 min, at 1.00 s per batch.\n"
+    assert capsys.readouterr().out == "\nThe training will take about 3 min, at 1 s per batch.\n"
 
 
 def test_every_run_says_its_estimate(tmp_path, monkeypatch, capsys, model, points):
@@ -205,6 +205,28 @@ def test_every_run_says_its_estimate(tmp_path, monkeypatch, capsys, model, point
         callbacks = [common.Estimate(seconds=2), kd.callbacks.Checkpoint(tmp_path, every=1e9)]
         model.fit(points, epochs=epochs, batch_size=64, callbacks=callbacks, verbose=0)
         assert f"about {minutes} min, at " in capsys.readouterr().out
+
+
+def test_minutes_set_the_learning_rate_and_the_end(tmp_path, monkeypatch, model, points):
+    """An epoch of 4 batches takes 6 seconds here: at 0, 6, ..., 48 s of 60. A resumed run has the seconds before."""
+    common = importlib.import_module("common")
+    seconds, rates = 0.0, []
+
+    def watch(epoch, logs=None):
+        nonlocal seconds
+        seconds += 6
+        rates.append(float(model.optimizer.learning_rate))
+        model.stop_training = len(rates) == 4
+
+    monkeypatch.setattr(common.time, "monotonic", lambda: seconds)
+    data = kd.datasets.Batches(points, batch_size=64, steps_per_epoch=4)
+    watching = keras.callbacks.LambdaCallback(on_epoch_end=watch)
+    options = {"learning_rate": 0.01, "warmup_steps": 8, "minutes": 1, "checkpoints": tmp_path}
+    for _ in range(2):
+        common.train(model, data, 1, callbacks=[watching], **options)
+        seconds += 1000  # between the runs
+    expected = 0.01 * (1 + np.cos(np.pi * np.arange(10) / 10)) / 2 * np.minimum(1, np.arange(1, 11) / 2)
+    np.testing.assert_allclose(rates, expected, rtol=1e-6)
 
 
 def test_a_classifier_serves_its_data_alone(tmp_path, monkeypatch, capsys):
