@@ -223,13 +223,12 @@ def cascade(models: Sequence[DiffusionModel], num_samples: int, seed: int | None
     Reference: Ho et al., 2022 ("Cascaded diffusion models").
     """
     _checks.require(models, "`models` must be a model of small images, and upscalers", models=models)
-    seed = _checks.seed(seed)
-    noise = {"image_noise": options.pop("image_noise", 0.0)}
+    seed, noise = _checks.seed(seed), options.pop("image_noise", 0.0)
     images = models[0].sample(num_samples, seed=seed, **options)
     for number, model in enumerate(models[1:], 1):
         labeled = model.condition and model.condition.given[0] != "image"
         of_model = options if labeled else {name: value for name, value in options.items() if name != "labels"}
-        images = upscale(model, images, seed + number, **of_model, **noise)
+        images = upscale(model, images, seed + number, image_noise=noise, **of_model)
     return images
 
 
