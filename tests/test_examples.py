@@ -25,6 +25,7 @@ import keras_ddpm as kd
 README_CODE = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 SHORT = {"preset": "cpu", "grid_every": 1, "batch_size": 8, "epochs": 2, "steps_per_epoch": 2}
 TINY = {"image_size": 16, "width": 8, "width_multipliers": (1, 2), "num_blocks": 1, "groups": 4}
+TINY |= {"attention_resolutions": (8,)}
 
 
 def test_the_readmes_name_every_example():
@@ -362,7 +363,7 @@ def test_flowers_without_network_and_data(tmp_path, monkeypatch, command_line):
     """The main job on drawn flowers. `.ci/run` has the printed command, in a process of its own."""
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     options = SHORT | TINY | {"width_multipliers": (1,), "num_images": 90, "data_dir": tmp_path / "nothing"}
-    status, text = command_line("flowers.py", *flags(**options, output=tmp_path / "a"))
+    status, text = command_line("flowers.py", *flags(**options, dtype_policy="float32", output=tmp_path / "a"))
     assert not status, text
     assert f"Backend: {keras.backend.backend()}. Dtype policy: float32." in text
     assert "NOT TRAINING ON oxford_flowers102: oxford_flowers102 is not in" in text
@@ -456,7 +457,7 @@ def test_flowers_on_photographs(tmp_path, data_dir, capsys):
         (["--preset", "big"], 2, "--preset: invalid choice: 'big' .*full.*cpu"),
         (["--output", "/dev/null/x"], 1, "Cannot write to --output /dev/null/x: "),
         (["--dataset", "roses"], 2, "auto, oxford_flowers102, procedural or a folder. Received: roses"),
-        (["--image-size", "2"], 1, r"\b4x4\b.*\. Received: image_shape=\(2, 2, 3\)"),
+        (["--image-size", "2"], 1, r"\b8x8\b.*\. Received: image_shape=\(2, 2, 3\)"),
         (
             ["--dataset", "procedural", "--num-images", "20", "--batch-size", "64"],
             1,
@@ -478,16 +479,16 @@ def test_presets_of_flowers(tmp_path, monkeypatch):
     monkeypatch.setattr(flowers, "train", lambda model, data, *_, **settings: called.append((model, data, settings)))
     tiny = TINY | {"dataset": "procedural", "num_images": 80, "dtype_policy": "float32"}
     flowers.main(preset="cpu", epochs=7, width=8, groups=4, dataset="procedural", num_images=80)
-    flowers.main(preset="full", epochs=7, attention_resolutions=(4,), **tiny)
+    flowers.main(preset="full", epochs=7, **tiny)
     (cpu, cpu_data, of_cpu), (full, full_data, of_full) = called
-    assert (cpu.data_shape, cpu.diffusion.prediction, cpu.condition) == ((32, 32, 3), "v", None)
-    assert (full.data_shape, full.diffusion.prediction) == ((16, 16, 3), "x0")
-    assert full.condition.class_names == tuple(kd.datasets.FLOWER_KINDS)
+    assert (cpu.data_shape, full.data_shape) == ((32, 32, 3), (16, 16, 3))
+    for model in (cpu, full):
+        assert model.condition.class_names == tuple(kd.datasets.FLOWER_KINDS) and model.diffusion.prediction == "x0"
     assert (len(cpu_data), cpu_data.batch_size, of_cpu["epochs"], of_cpu["warmup_steps"]) == (300, 32, 7, 100)
     assert (len(full_data), full_data.batch_size, of_full) == (1, 64, {"epochs": 7})
-    for accelerator, epochs in [(True, None), (False, 5)]:
+    for accelerator, epochs in [(True, None), (False, 8)]:
         monkeypatch.setattr(kd, "has_accelerator", lambda found=accelerator: found)
-        flowers.main(patch_size=1, attention_resolutions=(), **tiny)
+        flowers.main(**tiny)
         assert called[-1][2].get("epochs") == epochs
 
 
