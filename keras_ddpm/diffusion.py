@@ -179,7 +179,7 @@ class GaussianDiffusion:
             The mean, shaped like `x_t`, and the variance, `(batch, 1, ..., 1)`.
 
         Raises:
-            ValueError: if s or t is no tensor and not an integer in 0..T, or s >= t somewhere.
+            ValueError: if s or t is neither a tensor nor an integer in 0..T, or s >= t somewhere.
         """
         if self._check(t, low=1) and self._check(s):
             _checks.require(np.all(np.less(s, t)), "`s` must be smaller than `t`", s=s, t=t)
@@ -245,7 +245,7 @@ class GaussianDiffusion:
         return from_x * x + from_y * y
 
     def _check(self, t: Tensor, low: int = 0) -> bool:
-        """Raises ValueError if t is no tensor and not an integer in low..T. Returns whether it was checked.
+        """Raises ValueError if t is neither a tensor nor an integer in low..T. Returns whether it was checked.
 
         The values of a tensor may be unknown or on an accelerator.
         """

@@ -197,7 +197,7 @@ def upscale(
     """
     shape, known = model.data_shape, model.condition
     if known is None or "image" not in known or known["image"].shape != shape:
-        raise ValueError(f"The model is no upscaler: it needs condition images of its own shape, {shape}.")
+        raise ValueError(f"The model is not an upscaler, which needs condition images of its own shape, {shape}.")
     _checks.require(np.ndim(images) == 4, "Expected (batch, height, width, channels)", shape=np.shape(images))
     given = known.by_name(options.pop("labels", None), known.encoded(images, len(images), "image"), complete=False)
     large = np.clip(ops.convert_to_numpy(seen(given["image"], None, None, shape)), -1, 1)

@@ -43,7 +43,7 @@ def onnx(
     x_t `(batch, ...)` and t `(batch,)`, and the conditions of the network, such as `label`. Its output is y.
 
     - `image` has the network's size, and holds noise of the level `image_noise`, as in `conditions.seen`. Zeros with
-      the level 1 are no image.
+      the level 1 mean that the image is missing.
     - `scale` is 1 / w for a guidance scale w from 1 to `max_guidance_scale`. Then y has guidance in this one call. For
       other w, it is 1 in the two calls with and without the label.
 

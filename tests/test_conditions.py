@@ -352,7 +352,7 @@ def test_cascades_give_labels_to_the_models_that_take_them():
         got = kd.editing.cascade([base, upscaler], 2, 5, labels=[0, 2], image_noise=0.2)
         low = base.sample(2, seed=5, labels=[0, 2])
         np.testing.assert_allclose(got, kd.editing.upscale(upscaler, low, 6, image_noise=0.2, **labels), atol=1e-5)
-    with pytest.raises(ValueError, match="The model is no upscaler"):
+    with pytest.raises(ValueError, match="The model is not an upscaler"):
         kd.editing.upscale(base, low)
     for wrong in (None, low[0], low[:, :0], low.astype("str"), low > 0):
         with pytest.raises(ValueError, match="Expected|must be floats"):
