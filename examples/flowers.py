@@ -267,7 +267,7 @@ def train(
     images_seen = int(model.optimizer.iterations) * batch_size
     print(f"Saw {images_seen:,} images. This run took {(time.time() - start) / 60:.1f} minutes. Wrote {out}.")
     if images_seen < 20_000:
-        print("These are few, so the samples are noise or blobs. The presets see 48,000 images and more.")
+        print("These are few, so the samples are noise or blobs. The presets see 76,800 images and more.")
 
 
 def main(
