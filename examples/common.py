@@ -273,7 +273,7 @@ def load_model(path, conditions=("label",)):
 
 
 def sampler_of(model, num_steps):
-    """The own sampler of a model, with another number of steps unless it is `None`."""
+    """Returns the model's sampler, with `num_steps` steps if that is not `None`."""
     own = model.default_sampler
     return own if num_steps is None else dataclasses.replace(own, num_steps=num_steps)
 
@@ -310,7 +310,7 @@ def train(
         learning_rate: highest learning rate.
         warmup_steps: number of batches during which the learning rate rises.
         loss: loss of Keras.
-        minutes: how long to train at most, whatever `epochs` is. The learning rate then falls with the time.
+        minutes: how long to train, whatever `epochs` is. The learning rate then falls with the time.
         checkpoints: folder of checkpoints. If it holds one, training goes on from there.
         callbacks: further callbacks.
         **options: as in `fit`.
@@ -321,15 +321,16 @@ def train(
     rate = keras.optimizers.schedules.CosineDecay(
         0.0, max(1, epochs * len(data) - warmup_steps), warmup_target=learning_rate, warmup_steps=warmup_steps
     )
+    deadline = None
     if minutes is not None:
         if not 0 < minutes < np.inf:
             raise UsageError(f"--minutes must be more than 0. Received: {minutes}")
         epochs, rate = 1_000_000, learning_rate
-        callbacks = [*callbacks, Deadline(minutes, learning_rate, warmup_steps)]
+        callbacks = [*callbacks, deadline := Deadline(minutes, learning_rate, warmup_steps)]
     model.compile(loss=loss, optimizer=kd.optimizers.Adam(rate, global_clipnorm=1.0))
     callbacks = [
         *callbacks,
-        Estimate(most=minutes),
+        Estimate(deadline=deadline),
         *([kd.callbacks.Checkpoint(checkpoints)] if checkpoints else []),
     ]
     try:
@@ -344,13 +345,13 @@ class Estimate(keras.callbacks.Callback):
     """Says once in a run how long the rest of the training will take, after so many seconds of it.
 
     Args:
-        seconds: see above.
-        most: largest number of minutes that it can take.
+        seconds: seconds of training before it says so.
+        deadline: a `Deadline` that ends the training, or `None`.
     """
 
-    def __init__(self, seconds=10, most=None):
+    def __init__(self, seconds=10, deadline=None):
         super().__init__()
-        self.seconds, self.most = seconds, most or np.inf
+        self.seconds, self.deadline = seconds, deadline
         self.times, self.epochs_left = [], 0
 
     def get_state(self):
@@ -367,16 +368,16 @@ class Estimate(keras.callbacks.Callback):
         steady = len(recent) == 3 and max(recent) < 3 * min(recent)  # neither compiled nor skipped
         if steady and self.times[-1] - self.times[0] > self.seconds:
             step = np.median(recent)
-            left = self.epochs_left * self.params["steps"] - batch - 1
-            minutes = max(1, round(min(step * left / 60, self.most)))
+            left = step * (self.epochs_left * self.params["steps"] - batch - 1)
+            minutes = max(1, round((self.deadline.left if self.deadline else left) / 60))
             print(f"\nThe training will take about {minutes} min, at {step:.3g} s per batch.", flush=True)
             self.times = None
 
 
 class Deadline(keras.callbacks.Callback):
-    """Ends the training after some minutes, at the end of an epoch. The learning rate falls to 0 with the time.
+    """Ends the training after some minutes. The learning rate falls toward 0 by then, as half a cosine of the time.
 
-    It falls as half a cosine, from epoch to epoch. No epoch begins that would end too late.
+    The learning rate is constant in an epoch. It is the one of the time at which the epoch begins.
 
     Args:
         minutes: number of minutes.
@@ -388,25 +389,29 @@ class Deadline(keras.callbacks.Callback):
         super().__init__()
         self.seconds, self.learning_rate, self.warmup_steps = 60 * minutes, learning_rate, warmup_steps
 
+    @property
+    def left(self):
+        """Seconds until the end."""
+        return self.start + self.seconds - time.monotonic()
+
     def on_train_begin(self, logs=None):
         self.start = time.monotonic()
 
     def get_state(self):
-        return {"seconds": time.monotonic() - self.start}
+        return {"seconds": self.seconds - self.left}
 
     def set_state(self, state):
         self.start = time.monotonic() - state["seconds"]
 
     def on_epoch_begin(self, epoch, logs=None):
-        self.begin = time.monotonic()
-        share = min(1, (self.begin - self.start) / self.seconds)
-        done = int(self.model.optimizer.iterations) + self.params["steps"]
-        warm = min(1, done / max(1, self.warmup_steps))
+        share = min(1, 1 - self.left / self.seconds)
+        middle = int(self.model.optimizer.iterations) + self.params["steps"] / 2
+        warm = min(1, middle / max(1, self.warmup_steps))
         self.model.optimizer.learning_rate = self.learning_rate * warm * (1 + np.cos(np.pi * share)) / 2
 
-    def on_epoch_end(self, epoch, logs=None):
-        now = time.monotonic()
-        self.model.stop_training |= now + (now - self.begin) > self.start + self.seconds
+    def on_train_batch_end(self, batch, logs=None):
+        if self.left <= 0:
+            self.model.stop_training = True
 
 
 def checksum(*arrays):

@@ -214,7 +214,7 @@ def train(
         out: folder for the output files.
         seed: random seed.
         epochs: number of training epochs.
-        minutes: how long to train, however fast the device is. The last epoch ends before that. By default `epochs`.
+        minutes: how long to train, however fast the device is, in place of `epochs`. By default, `epochs` decides.
         learning_rate: highest learning rate.
         warmup_steps: number of batches during which the learning rate rises.
         loss: name of a Keras loss.

@@ -83,6 +83,8 @@ def main(
     """
     if not scales or min(scales) < 0:
         raise common.UsageError(f"--scales must be 0 or more. Received: {scales}")
+    if num_steps is not None and num_steps < 1:
+        raise common.UsageError(f"--num-steps must be at least 1. Received: {num_steps}")
     if model and (resume or overwrite):
         raise common.UsageError("--model is trained already, so --resume and --overwrite have no effect.")
     out = pathlib.Path(output) if model else common.open_output(output, resume, overwrite)

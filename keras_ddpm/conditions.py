@@ -209,7 +209,7 @@ class Condition:
         """The inputs of the network besides x_t and t, for `num` examples.
 
         Args:
-            values: a dict by name, or an array, which is the first part. A missing part is dropped.
+            values: a dict by name, or an array, which is the first part. A missing part gets its null value.
             num: number of examples.
             image_noise: the noise that images get, in [0, 1), as in `seen`.
             noise: function from the shape of one image to standard Gaussian noise for all.

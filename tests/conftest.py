@@ -32,7 +32,8 @@ from keras_ddpm._backend import devices  # noqa: E402
 sys.path.insert(0, str(ROOT / "examples"))
 BACKEND = keras.backend.backend()
 TORCH = BACKEND == "torch"
-if BACKEND == "tensorflow":  # an eighth less time; programs of their own have all optimizations
+# This saves an eighth of the time. Tests that start a process keep all optimizations there.
+if BACKEND == "tensorflow":
     sys.modules["tensorflow"].config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
 # Tests of a few steps do not compile them. JAX does, as it compiles each operation of an eager step by itself.
 EAGER = BACKEND != "jax"

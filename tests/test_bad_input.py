@@ -330,7 +330,7 @@ def test_bad_input(tmp_path, monkeypatch, call, message):
 
 FLOWERS = (
     "flowers.py --preset cpu --dataset procedural --num-images 40 --image-size 8 --width 8 --groups 4 "
-    "--attention-resolutions 8"
+    "--attention-resolutions 4"
 )
 COMMANDS = [
     (f"{FLOWERS} --epochs 0", 2, "At least 1 epoch and 0 warm-up steps"),

@@ -186,16 +186,17 @@ def check_output(folder):
     assert model.sample(1, kd.samplers.DDIM(2)).shape == (1, 16, 16, 3)
 
 
-def test_the_estimate_is_of_what_is_left(monkeypatch, capsys):
+@pytest.mark.parametrize(("deadline", "minutes"), [(None, 3), (types.SimpleNamespace(left=110.0), 2)])
+def test_the_estimate_is_of_what_is_left(monkeypatch, capsys, deadline, minutes):
     """A resumed run starts at epoch 8 of 10, and a batch takes a second."""
     common = importlib.import_module("common")
-    estimate = common.Estimate(seconds=2)
+    estimate = common.Estimate(seconds=2, deadline=deadline)
     estimate.set_params({"epochs": 10, "steps": 60})
     monkeypatch.setattr(common.time, "monotonic", itertools.count().__next__)
     estimate.on_epoch_begin(7)
     for batch in range(60):
         estimate.on_train_batch_end(batch)
-    assert capsys.readouterr().out == "\nThe training will take about 3 min, at 1 s per batch.\n"
+    assert capsys.readouterr().out == f"\nThe training will take about {minutes} min, at 1 s per batch.\n"
 
 
 def test_every_run_says_its_estimate(tmp_path, monkeypatch, capsys, model, points):
@@ -209,7 +210,7 @@ def test_every_run_says_its_estimate(tmp_path, monkeypatch, capsys, model, point
 
 
 def test_minutes_set_the_learning_rate_and_the_end(tmp_path, monkeypatch, model, points):
-    """An epoch of 4 batches takes 6 seconds here: at 0, 6, ..., 48 s of 60. A resumed run has the seconds before."""
+    """Epochs of 4 batches end at 6, 12, ..., 60 s of 60 here. A resumed run knows the seconds before."""
     common = importlib.import_module("common")
     seconds, rates = 0.0, []
 
@@ -217,17 +218,21 @@ def test_minutes_set_the_learning_rate_and_the_end(tmp_path, monkeypatch, model,
         nonlocal seconds
         seconds += 6
         rates.append(float(model.optimizer.learning_rate))
-        model.stop_training = len(rates) == 4
+        model.stop_training |= len(rates) == 4
 
     monkeypatch.setattr(common.time, "monotonic", lambda: seconds)
     data = kd.datasets.Batches(points, batch_size=64, steps_per_epoch=4)
     watching = keras.callbacks.LambdaCallback(on_epoch_end=watch)
     options = {"learning_rate": 0.01, "warmup_steps": 8, "minutes": 1, "checkpoints": tmp_path}
-    for _ in range(2):
+    for num_epochs in (4, 11, 11):  # the first batch that ends too late is the last one, and no run trains after it
         common.train(model, data, 1, callbacks=[watching], **options)
+        warm = np.minimum(1, (4 * np.arange(num_epochs) + 2) / 8)
+        falling = (1 + np.cos(np.pi * np.arange(num_epochs) / 10)) / 2
+        np.testing.assert_allclose(rates[:num_epochs], 0.01 * warm * falling, rtol=1e-6, atol=1e-12)
+        assert int(model.optimizer.iterations) == min(4 * num_epochs, 41)
         seconds += 1000  # between the runs
-    expected = 0.01 * (1 + np.cos(np.pi * np.arange(10) / 10)) / 2 * np.minimum(1, np.arange(1, 11) / 2)
-    np.testing.assert_allclose(rates, expected, rtol=1e-6)
+    with pytest.raises(common.UsageError, match="--minutes must be more than 0. Received: 0"):
+        common.train(model, data, 1, minutes=0)
 
 
 def test_a_classifier_serves_its_data_alone(tmp_path, monkeypatch, capsys):
