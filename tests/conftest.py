@@ -29,12 +29,11 @@ from keras import ops  # noqa: E402
 import keras_ddpm as kd  # noqa: E402
 from keras_ddpm._backend import devices  # noqa: E402
 
+os.fsync = lambda number: None  # no test cuts the power, and a busy disk can take a minute
+
 sys.path.insert(0, str(ROOT / "examples"))
 BACKEND = keras.backend.backend()
 TORCH = BACKEND == "torch"
-# This saves an eighth of the time. Tests that start a process keep all optimizations there.
-if BACKEND == "tensorflow":
-    sys.modules["tensorflow"].config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
 # Tests of a few steps do not compile them. JAX does, as it compiles each operation of an eager step by itself.
 EAGER = BACKEND != "jax"
 
@@ -49,6 +48,23 @@ def pytest_addoption(parser):
     parser.addoption("--data-dir", default=os.environ.get("KERAS_DDPM_DATA"), help="folder of prepared real data")
     parser.addoption("--plain", action="store_true", help="without the fast functions for PyTorch")
     parser.addoption("--host", action="store_true", help="on JAX and PyTorch, also the tests that use no tensors")
+
+
+def optimize_graphs(on):
+    """Whether TensorFlow optimizes what it compiles. Without, the tests take an eighth less time."""
+    if BACKEND == "tensorflow":
+        sys.modules["tensorflow"].config.optimizer.set_experimental_options({"disable_meta_optimizer": not on})
+
+
+optimize_graphs(False)
+
+
+@pytest.fixture
+def optimized_graphs():
+    """For tests that compare with a process of their own, in which TensorFlow optimizes."""
+    optimize_graphs(True)
+    yield
+    optimize_graphs(False)
 
 
 def pytest_configure(config):

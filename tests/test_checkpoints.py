@@ -206,6 +206,7 @@ def test_rows_of_a_log_are_not_repeated(tmp_path):
 
 
 @pytest.mark.fast
+@pytest.mark.usefixtures("optimized_graphs")
 @pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_killed_run_is_the_uninterrupted_one(popen, tmp_path, kills):
     """SIGKILL at random moments, in the middle of steps and of files."""

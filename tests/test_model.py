@@ -14,6 +14,7 @@ import keras_ddpm as kd
 
 
 @pytest.mark.fast
+@pytest.mark.usefixtures("optimized_graphs")
 def test_saves_and_loads_in_a_new_process(tmp_path):
     """Bit for bit the same samples, the optimizer and the random state with them."""
     model = small_unet()
