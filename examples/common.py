@@ -318,18 +318,20 @@ def train(
     if epochs < 1 or warmup_steps < 0:
         raise UsageError(f"At least 1 epoch and 0 warm-up steps are needed. Received: {epochs} and {warmup_steps}")
     check_learning_rate(learning_rate)
-    rate = keras.optimizers.schedules.CosineDecay(
-        0.0, max(1, epochs * len(data) - warmup_steps), warmup_target=learning_rate, warmup_steps=warmup_steps
-    )
-    deadline = None
-    if minutes is not None:
-        if not 0 < minutes < np.inf:
-            raise UsageError(f"--minutes must be more than 0. Received: {minutes}")
+    if minutes is None:
+        deadline = None
+        rate = keras.optimizers.schedules.CosineDecay(
+            0.0, max(1, epochs * len(data) - warmup_steps), warmup_target=learning_rate, warmup_steps=warmup_steps
+        )
+    elif 0 < minutes < np.inf:
+        deadline = Deadline(minutes, learning_rate, warmup_steps)
         epochs, rate = 1_000_000, learning_rate
-        callbacks = [*callbacks, deadline := Deadline(minutes, learning_rate, warmup_steps)]
+    else:
+        raise UsageError(f"--minutes must be more than 0. Received: {minutes}")
     model.compile(loss=loss, optimizer=kd.optimizers.Adam(rate, global_clipnorm=1.0))
     callbacks = [
         *callbacks,
+        *([deadline] if deadline else []),
         Estimate(deadline=deadline),
         *([kd.callbacks.Checkpoint(checkpoints)] if checkpoints else []),
     ]

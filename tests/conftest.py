@@ -29,8 +29,6 @@ from keras import ops  # noqa: E402
 import keras_ddpm as kd  # noqa: E402
 from keras_ddpm._backend import devices  # noqa: E402
 
-os.fsync = lambda number: None  # no test cuts the power, and a busy disk can take a minute
-
 sys.path.insert(0, str(ROOT / "examples"))
 BACKEND = keras.backend.backend()
 TORCH = BACKEND == "torch"
