@@ -54,7 +54,18 @@ def optimize_graphs(on):
         sys.modules["tensorflow"].config.optimizer.set_experimental_options({"disable_meta_optimizer": not on})
 
 
+def iterate_without_autotuning(dataset):
+    """The iterator of a dataset of TensorFlow, without the thread that tunes it. Now and then that thread misses that
+    it is to end, and the end of an epoch waits for up to a minute."""
+    options = sys.modules["tensorflow"].data.Options()
+    options.autotune.enabled = False
+    return iterate(dataset.with_options(options))
+
+
 optimize_graphs(False)
+if BACKEND == "tensorflow":
+    iterate = sys.modules["tensorflow"].data.Dataset.__iter__
+    sys.modules["tensorflow"].data.Dataset.__iter__ = iterate_without_autotuning
 
 
 @pytest.fixture
