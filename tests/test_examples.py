@@ -420,23 +420,23 @@ def test_a_model_to_go_on_with(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_flowers_go_on_after_an_interruption(popen, tmp_path, number):
-    """With the same samples, byte for byte, as without it."""
+def test_flowers_go_on_after_interruptions(popen, tmp_path):
+    """With the same samples, byte for byte, as without them."""
     options = SHORT | TINY | {"dataset": "procedural", "num_images": 90, "epochs": 6, "steps_per_epoch": 8}
     status, text = run_script("flowers.py", *flags(**options, output=tmp_path / "a"))
     assert status == 0, text
     arguments = flags(**options, output=tmp_path / "b")
     command = [sys.executable, str(ROOT / "examples/flowers.py"), *map(str, arguments)]
-    process = popen(command, stderr=subprocess.STDOUT, preexec_fn=own_ctrl_c)
-    while not (tmp_path / "b/samples/0002.png").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(number)
-    printed, _ = process.communicate()
-    assert process.returncode == (130 if number == signal.SIGINT else 143), printed
-    assert "Traceback" not in printed and f"Stopped by {number.name}" in printed
-    assert not (tmp_path / "b/samples.png").exists()
+    for number, epoch, more in [(signal.SIGINT, 2, []), (signal.SIGTERM, 4, ["--resume"])]:
+        process = popen(command + more, stderr=subprocess.STDOUT, preexec_fn=own_ctrl_c)
+        while not (tmp_path / f"b/samples/{epoch:04d}.png").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(number)
+        printed, _ = process.communicate()
+        assert process.returncode == (130 if number == signal.SIGINT else 143), printed
+        assert "Traceback" not in printed and f"Stopped by {number.name}" in printed
+        assert not (tmp_path / "b/samples.png").exists()
     status, text = run_script("flowers.py", *arguments, "--resume")
     assert status == 0, text
     for name in ("samples.png", "samples/0006.png", "history.csv", "denoising.gif"):
