@@ -1,6 +1,7 @@
 """The run of test_checkpoints.py, which is interrupted and killed: `python interrupted_run.py FOLDER EPOCHS`."""
 
 import pathlib
+import random
 import sys
 
 import keras
@@ -24,7 +25,10 @@ def make_network():
 
 def run(folder, callbacks=(), every=0.0, epochs=3, run_eagerly=EAGER):
     """Trains, or goes on training, for `epochs` epochs of 5 batches. Returns all that an interruption could change."""
-    keras.utils.set_random_seed(1)
+    # `keras.utils.set_random_seed` imports TensorFlow, which takes two seconds.
+    random.seed(1)
+    if keras.backend.backend() == "torch":
+        sys.modules["torch"].manual_seed(1)
     model = kd.DiffusionModel(make_network(), kd.GaussianDiffusion(kd.schedules.linear(25)), seed=3)
     rate = keras.optimizers.schedules.CosineDecay(1e-2, 30)
     model.compile(
