@@ -6,10 +6,10 @@ import functools
 import inspect
 import itertools
 import pathlib
+import shutil
 import tempfile
 import threading
 import warnings
-import zipfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -626,8 +626,7 @@ class DiffusionModel(keras.Model):
         with tempfile.TemporaryDirectory() as temporary:
             self.save_compact(file := pathlib.Path(temporary, "model.keras"))
             if file.exists():  # the first of several processes writes it
-                with zipfile.ZipFile(file) as archive:
-                    archive.extractall(folder)
+                shutil.unpack_archive(file, folder, "zip")
                 cards.write(self, pathlib.Path(folder, "README.md"))
 
     @classmethod

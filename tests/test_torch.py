@@ -248,9 +248,7 @@ def test_samples_do_not_depend_on_what_was_sampled_before():
     first, again = ([model.sample(2, sampler, seed=0, labels=1) for sampler in samplers] for _ in range(2))
     assert all(map(np.array_equal, first, again))
     model.sample(3, samplers[0], labels=1)
-    program = model._loop.programs(
-        model._predictors(True, "none", None, ()), clips=True, masks=False, draws_noise=False, thresholds=False
-    )
+    program = model._loop.programs(model._predictors(True, "none", None, ()), clips=True, draws_noise=False)
     assert model._loop.programs.cache_info().currsize == 1
     assert [shapes[0][0][0] for shapes in program.recordings] == [2]
 

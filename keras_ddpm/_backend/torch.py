@@ -28,12 +28,13 @@ def conv2d(x, kernel, bias, strides, padding, dilation, groups, training):
         return torch.nn.functional.linear(x, kernel[0, 0].T, bias)  # has a faster gradient
     interleaved = padding == "same" and kernel.shape[1] > 1 and all(size % 2 for size in kernel.shape[:2])
     several = batch_interleave(x) if interleaved else 1
-    x = x if several == 1 else _interleave(x, several)
+    # The first column of each image, then the second column of each image, and so on.
+    x = x if several == 1 else x.unflatten(0, (-1, several)).movedim(1, 3).flatten(2, 3)
     x, kernel = torch.permute(x, (0, 3, 1, 2)), torch.permute(kernel, (3, 2, 0, 1))
     if len(kernel) == 1:  # of a single image, PyTorch cannot compute the gradient of such a view
         kernel = kernel.contiguous()
     x = torch.permute(torch.nn.functional.conv2d(x, kernel, bias, 1, padding, (1, several)), (0, 2, 3, 1))
-    return x if several == 1 else _separate(x, several)
+    return x if several == 1 else x.unflatten(2, (-1, several)).movedim(3, 1).flatten(0, 1)
 
 
 def batch_interleave(x):
@@ -46,20 +47,6 @@ def batch_interleave(x):
     if x.device.type != "cpu" or width >= 16:
         return 1
     return max(number for number in range(1, 32 // width + 1) if batch % number == 0)
-
-
-def _interleave(x, several):
-    """Joins `several` images at a time: the first column of each image, then the second of each, and so on."""
-    batch, height, width, channels = x.shape
-    x = x.reshape(batch // several, several, height, width, channels).permute(0, 2, 3, 1, 4)
-    return x.reshape(batch // several, height, several * width, channels)
-
-
-def _separate(x, several):
-    """The inverse of `_interleave`."""
-    batch, height, width, channels = x.shape
-    x = x.reshape(batch, height, width // several, several, channels).permute(0, 3, 1, 2, 4)
-    return x.reshape(batch * several, height, width // several, channels)
 
 
 def upsampled_conv2d(x, kernel, bias):

@@ -98,8 +98,7 @@ class SampleGrid(_Sampling):
             return
         folder = pathlib.Path(self.path).parent
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        tempfile.TemporaryFile(dir=folder).close()
         if self.tensorboard is not None:
             from tensorboard.summary.writer.event_file_writer import EventFileWriter
 

@@ -149,11 +149,9 @@ class Batches(keras.utils.PyDataset):
 
     def _chosen(self, values, chosen, mirrored):
         values = values[chosen]
-        if values.ndim < 4:
-            return values
-        if self.flip:
+        if self.flip and values.ndim > 3:
             values[mirrored] = values[mirrored, :, ::-1]
-        return images.from_uint8(values) if values.dtype == "uint8" else values
+        return images.from_uint8(values) if values.dtype == "uint8" and values.ndim > 3 else values
 
     def __getstate__(self):
         return self.__dict__ | {"_owner": None, "_pool": None, "_coming": {}}

@@ -6,7 +6,6 @@ import json
 import mimetypes
 import multiprocessing.pool
 import os
-import textwrap
 import warnings
 from pathlib import Path
 
@@ -21,8 +20,6 @@ from keras_ddpm.datasets.batches import Batches
 __all__ = ["ENDINGS", "from_arrays", "from_folder", "from_tfds", "oxford_flowers"]
 
 ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-
-UNREADABLE = "cannot be read as an image"
 
 
 def from_arrays(
@@ -110,7 +107,7 @@ def from_folder(
         try:
             return images.load(file, image_size, channels, max_pixels), file.relative_to(path).parts[0]
         except (OSError, ValueError) as error:
-            reason = f"{file} {UNREADABLE}: {error}".rstrip(".")
+            reason = f"{file} cannot be read as an image: {error}".rstrip(".")
             if strict:
                 raise ValueError(f"{reason}.") from error
             return reason
@@ -122,7 +119,7 @@ def from_folder(
     x, classes, skipped = _cache.decoded(files, load, len(files), key, cache)
     _checks.require(not (strict and skipped), "".join(skipped[:1]))
     for reason in skipped:
-        warnings.warn("Skipped " + reason.replace(UNREADABLE, "which " + UNREADABLE), stacklevel=2)
+        warnings.warn(f"Skipped: {reason}", stacklevel=2)
     if unread:
         warnings.warn(f"Files ending in {', '.join(sorted(unread))} are skipped: convert them to .png", stacklevel=2)
     _checks.require(len(x), f"There is no readable image in {path} (looked for {', '.join(sorted(ENDINGS))})")
@@ -262,8 +259,7 @@ def _downloaded(name, data_dir):
         builder = tfds.builder(name, data_dir=data_dir)
         builder.download_and_prepare()
     except Exception as error:  # TensorFlow Datasets raises many types
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 150)
-        raise ConnectionError(f"{name} is not in {data_dir}, and its download failed: {reason}") from error
+        raise ConnectionError(f"{name} is not in {data_dir}. Its download failed: {_checks.reason(error)}") from error
     return builder
 
 

@@ -177,11 +177,11 @@ class Loop:
             "columns": tuple(map(_padded, columns)),  # in order, which JAX does not keep in a dict
             "arrival": [_padded(schedule.alpha[arrival]), _padded(schedule.sigma[arrival])],
             "calls": np.int32(num_batches * len(table)),
-            "dynamic_threshold": np.float32(dynamic_threshold or 1.0),
+            "dynamic_threshold": () if dynamic_threshold is None else (np.float32(dynamic_threshold),),
         }
-        kind = {"draws_noise": bool(np.any(table["std"])), "thresholds": dynamic_threshold is not None}
-        noisy = kind["draws_noise"] or known is not None
-        program = self.programs(predict, clips=job.clip, masks=known is not None, **kind)
+        draws_noise = bool(np.any(table["std"]))
+        noisy = draws_noise or known is not None
+        program = self.programs(predict, clips=job.clip, draws_noise=draws_noise)
         arrays = {"inputs": inputs, "known": tuple(np.asarray(array, "float32") for array in known or ())}
 
         ends = np.cumsum([0, *map(len, job.steps)], dtype="int32")
@@ -219,16 +219,14 @@ def _padded(column, multiple=1024):
 class _Program(keras.Model):
     """Runs a range of the rows of a table as one compiled loop."""
 
-    def __init__(self, diffusion, variables, predict, *, draws_noise, thresholds, clips, masks):
+    def __init__(self, diffusion, variables, predict, *, draws_noise, clips):
         super().__init__(name="sampling", dtype="float32")
         self.diffusion = diffusion
         # So that Keras tracks them, which JAX needs.
         self.predicted_from = [*variables, *getattr(predict, "variables", [])]
         self.predict_y = predict
         self.draws_noise = draws_noise
-        self.thresholds = thresholds
         self.clips = clips
-        self.masks = masks
         self.recordings = {}
         self.jit_compile = devices.jit_compile()
         self.built = True
@@ -238,25 +236,22 @@ class _Program(keras.Model):
         in_batch = {name: job[name] for name in ("x", "x_0", "previous", "keys", "inputs", "known")}
         job = job | keras.tree.map_structure(replicas.part, in_batch)
         predict = recorded(self.predict_y, self.recordings, job["calls"])
-        threshold = job["dynamic_threshold"] if self.thresholds else None
+        threshold = job["dynamic_threshold"][0] if job["dynamic_threshold"] else None
 
         def step(index, state):
             x, _, previous = state
             take = functools.partial(ops.take, indices=index, axis=0)
             columns = [take(column) for column in job["columns"]]
 
-            def denoise(x, t):
-                t = ops.broadcast_to(ops.cast(t, "int32"), ops.shape(x)[:1])
-                y = predict(x, t, *job["inputs"], *columns)
-                return self.diffusion.predict_x0(x, t, y, threshold, self.clips)
-
             # The noise of the row, and that of the known data.
-            wanted = (2 * index, self.draws_noise), (2 * index + 1, self.masks)
+            wanted = (2 * index, self.draws_noise), (2 * index + 1, bool(job["known"]))
             noise, noise_of_known = (counted_noise(x.shape, job["keys"], number) if w else None for number, w in wanted)
             row = {name: take(column) for name, column in job["rows"].items()}
-            x_0 = denoise(x, row["t"])
+            t = ops.broadcast_to(ops.cast(row["t"], "int32"), ops.shape(x)[:1])
+            y = predict(x, t, *job["inputs"], *columns)
+            x_0 = self.diffusion.predict_x0(x, t, y, threshold, self.clips)
             x, previous = rows.step(row, lambda *_: x_0, x, noise, previous)
-            if self.masks:
+            if job["known"]:
                 (known, mask), (alpha, sigma) = job["known"], map(take, job["arrival"])
                 x = ops.where(mask > 0, alpha * known + sigma * noise_of_known, x)
             return x, x_0, previous

@@ -372,8 +372,7 @@ class Heun(Sampler):
         starts = [times[0], *churned, 0]
         steps = []
         for t, s, start in zip(starts, times[1:], starts[1:]):
-            from_x = sigma[s] / sigma[t]
-            rows = [row(t, from_x=from_x, from_x_0=alpha[s] - alpha[t] * from_x)]
+            rows = [row(t, **DDIM().coefficients(alpha[t], sigma[t], alpha[s], sigma[s]))]
             if s > 0 and alpha[t] > 0:
                 # Gives the x_0 at s its share in place of that of the x_0 at t.
                 decay = np.log(alpha[s] * sigma[t] / (sigma[s] * alpha[t]))

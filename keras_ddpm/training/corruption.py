@@ -111,9 +111,8 @@ class Corruption:
 
     def _conditions(self, known, values, batch_size, generator):
         """The network's inputs after x_t and t. Some examples lose parts of their condition, and images get noise."""
-        values, kept = dict(known.by_name(values)), {}
-        for name in values:
-            kept[name] = keras.random.uniform((batch_size,), seed=generator) >= self.dropout(name)
+        values = known.by_name(values)
+        kept = {name: keras.random.uniform((batch_size,), seed=generator) >= self.dropout(name) for name in values}
         if "image" in values:
             images = ops.cast(values["image"], "float32")
             levels = self.image_noise * keras.random.uniform((batch_size,), seed=generator)
