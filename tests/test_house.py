@@ -249,4 +249,4 @@ def code_lines(source):
 
 def test_the_house_stays_small():
     """The number of lines of code. It moves only with a sentence in the commit that says what was bought."""
-    assert sum(len(code_lines(text)) for text in MODULES.values()) <= 4571
+    assert sum(len(code_lines(text)) for text in MODULES.values()) <= 4573

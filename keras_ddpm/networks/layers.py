@@ -50,6 +50,9 @@ class TimestepEmbedding(layers.Layer):
         angles = ops.cast(t, "float32")[:, None] * frequencies
         return ops.concatenate([ops.sin(angles), ops.cos(angles)], axis=-1)
 
+    def compute_output_shape(self, input_shape):  # TensorFlow cannot infer it for the noise of images
+        return (*input_shape, self.dim)
+
 
 @keras.saving.register_keras_serializable(package="keras_ddpm")
 class PositionEmbedding(layers.Layer):
