@@ -55,8 +55,10 @@ def optimize_graphs(on):
 
 
 def iterate_without_autotuning(dataset):
-    """The iterator of a dataset of TensorFlow, without the thread that tunes it. Now and then that thread misses that
-    it is to end, and the end of an epoch waits for up to a minute."""
+    """The iterator of a dataset of TensorFlow, without the thread that tunes it.
+
+    Now and then that thread misses that it is to end, and the end of an epoch waits for up to a minute.
+    """
     options = sys.modules["tensorflow"].data.Options()
     options.autotune.enabled = False
     return iterate(dataset.with_options(options))
