@@ -45,14 +45,15 @@ PRESETS = {
     },
     "cpu": {
         "image_size": 32,
-        "width": 48,
-        "width_multipliers": (1, 2, 3),
+        "patch_size": 1,
+        "width": 24,
+        "width_multipliers": (1, 2, 4),
         "num_blocks": 1,
         "attention_resolutions": (16,),
         "ema_decay": 0.99,
         "batch_size": 32,
         "epochs": 8,
-        "steps_per_epoch": 300,
+        "steps_per_epoch": 225,
         "learning_rate": 2e-3,
         "warmup_steps": 100,
         "grid_every": 1,
@@ -267,7 +268,7 @@ def train(
     images_seen = int(model.optimizer.iterations) * batch_size
     print(f"Saw {images_seen:,} images. This run took {(time.time() - start) / 60:.1f} minutes. Wrote {out}.")
     if images_seen < 20_000:
-        print("These are few, so the samples are noise or blobs. The presets see 76,800 images and more.")
+        print("These are few, so the samples are noise or blobs. The presets see 57,600 images and more.")
 
 
 def main(

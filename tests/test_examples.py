@@ -462,7 +462,7 @@ def test_flowers_on_photographs(tmp_path, data_dir, capsys):
         (["--preset", "big"], 2, "--preset: invalid choice: 'big' .*full.*cpu"),
         (["--output", "/dev/null/x"], 1, "Cannot write to --output /dev/null/x: "),
         (["--dataset", "roses"], 2, "auto, oxford_flowers102, procedural or a folder. Received: roses"),
-        (["--image-size", "2"], 1, r"\b8x8\b.*\. Received: image_shape=\(2, 2, 3\)"),
+        (["--image-size", "2"], 1, r"\b4x4\b.*\. Received: image_shape=\(2, 2, 3\)"),
         (
             ["--dataset", "procedural", "--num-images", "20", "--batch-size", "64"],
             1,
@@ -489,7 +489,7 @@ def test_presets_of_flowers(tmp_path, monkeypatch):
     assert (cpu.data_shape, full.data_shape) == ((32, 32, 3), (16, 16, 3))
     for model in (cpu, full):
         assert model.condition.class_names == tuple(kd.datasets.FLOWER_KINDS) and model.diffusion.prediction == "x0"
-    assert (len(cpu_data), cpu_data.batch_size, of_cpu["epochs"], of_cpu["warmup_steps"]) == (300, 32, 7, 100)
+    assert (len(cpu_data), cpu_data.batch_size, of_cpu["epochs"], of_cpu["warmup_steps"]) == (225, 32, 7, 100)
     assert (len(full_data), full_data.batch_size, of_full) == (1, 64, {"epochs": 7})
     for accelerator, epochs in [(True, None), (False, 8)]:
         monkeypatch.setattr(kd, "has_accelerator", lambda found=accelerator: found)
