@@ -367,7 +367,8 @@ def test_names_of_a_folder_reach_the_model(tmp_path):
 def test_flowers_without_network_and_data(tmp_path, monkeypatch, command_line):
     """The main job on drawn flowers. `.ci/run` has the printed command, in a process of its own."""
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
-    options = SHORT | TINY | {"width_multipliers": (1,), "num_images": 90, "data_dir": tmp_path / "nothing"}
+    options = SHORT | TINY | {"patch_size": 2, "width_multipliers": (1,), "num_images": 90}
+    options |= {"data_dir": tmp_path / "nothing"}
     status, text = command_line("flowers.py", *flags(**options, dtype_policy="float32", output=tmp_path / "a"))
     assert not status, text
     assert f"Backend: {keras.backend.backend()}. Dtype policy: float32." in text
